@@ -1,5 +1,6 @@
 """Builds objects from config entries. A key that the builder does not take is an error, never ignored."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +20,8 @@ def call(fn: Callable[..., Any], config: Mapping[str, Any], where: str, **contex
     Raises:
         UserError: A key is unknown, or a parameter without a default is missing.
     """
-    parameters = inspect.signature(fn).parameters
-    known = {name for name in parameters if name not in context and name != "self"}
+    parameters = _parameters(fn)
+    known = {name for name in parameters if name not in context}
     for key in config:
         if key not in known:
             raise UserError(f"unknown key '{where}.{key}': {nearest(key, known)}")
@@ -45,5 +46,28 @@ def build(registry: Mapping[str, Callable[..., Any]], config: Mapping[str, Any],
         raise UserError(f"missing key '{where}.name': one of {', '.join(sorted(registry))}")
     if name not in registry:
         raise UserError(f"unknown {where}.name '{name}': {nearest(str(name), registry)}")
-    taken = inspect.signature(registry[name]).parameters
+    taken = _parameters(registry[name])
     return call(registry[name], options, where, **{k: v for k, v in context.items() if k in taken})
+
+
+def parse(config: Mapping[str, Any], *option_types: type) -> tuple[Any, ...]:
+    """Distributes the top level of a config over dataclasses of options and returns one instance of each.
+
+    Raises:
+        UserError: A key belongs to none of them, or one without a default is missing.
+    """
+    fields = [{field.name for field in dataclasses.fields(option_type)} for option_type in option_types]
+    known = set().union(*fields)
+    for key in config:
+        if key not in known:
+            raise UserError(f"unknown key 'config.{key}': {nearest(key, known)}")
+    return tuple(
+        call(option_type, {key: config[key] for key in config if key in names}, "config")
+        for option_type, names in zip(option_types, fields, strict=True)
+    )
+
+
+def _parameters(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    # A class is asked for its __init__: the metaclass of Flax modules hides the signature of the class itself.
+    signature = inspect.signature(fn.__init__ if inspect.isclass(fn) else fn)
+    return {name: parameter for name, parameter in signature.parameters.items() if name != "self"}

@@ -1,0 +1,138 @@
+"""Measures a training step of any config, on random data of the dataset's shape.
+
+    python benchmarks/train_speed.py --config configs/pm_vae_gas.py [--config.key=value ...] [--seconds 20]
+
+Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, the
+floating-point operations per step that XLA counts in the compiled program, the rate at which they are done, and the rate
+of a large matrix product measured in the same run, before and after. The share of the two is what to compare between
+machines. (Transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies.)
+"""
+
+import importlib
+import pathlib
+import resource
+import sys
+import time
+
+import psutil
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from posterior_matching import cli, data, parallel, training
+from posterior_matching.config import call
+from posterior_matching.training import TrainingOptions
+
+SHAPES = {
+    "power": (6,),
+    "gas": (8,),
+    "hepmass": (21,),
+    "miniboone": (43,),
+    "bsds": (63,),
+    "patches": (63,),
+    "mixture": (8,),
+    "winequality-white.csv": (12,),
+    "digits": (8, 8, 1),
+    "mnist16": (16, 16, 1),
+    "mnist": (28, 28, 1),
+    "celeb_a": (64, 64, 3),
+}
+SCRIPTS = {"pm_vae": "train_pm_vae"}
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment to measure.", lock_config=True)
+_SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
+
+
+def main() -> None:
+    """Measures and prints."""
+    config = _CONFIG.value
+    rows = 4 * config.batch_size * jax.device_count()
+    dataset = synthetic(config.dataset, rows)
+    family = max((f for f in SCRIPTS if pathlib.Path(cli.config_path()).stem.startswith(f)), key=len)
+    experiment = importlib.import_module(SCRIPTS[family]).make_experiment(config, dataset, dataset)
+    options = call(
+        TrainingOptions, {k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__}, "config"
+    )
+
+    program = training.Program(experiment, options)
+    state, frozen = parallel.replicate(program.initial_state())
+    per_dispatch = training.steps_per_dispatch(options)
+    share = rows // jax.device_count()
+    arrays = parallel.shard({"x": dataset.x.reshape(jax.local_device_count(), share, *dataset.input_shape)})
+    indices = np.arange(per_dispatch * options.batch_size, dtype=np.int32) % share
+    indices = np.broadcast_to(
+        indices.reshape(1, per_dispatch, -1), (jax.local_device_count(), per_dispatch, options.batch_size)
+    )
+
+    start = time.perf_counter()
+    step = program.train.lower(state, frozen, arrays, indices).compile()
+    compile_seconds = time.perf_counter() - start
+    state, metrics = jax.block_until_ready(step(state, frozen, arrays, indices))
+    first_step_seconds = time.time() - psutil.Process().create_time()
+    step_flops = step.cost_analysis()["flops"] / per_dispatch if per_dispatch == 1 else None
+
+    rates, matrix_rates = [], [matrix_product_flops_per_second()]
+    end = time.perf_counter() + _SECONDS.value
+    while time.perf_counter() < end or len(rates) < 3:
+        start, dispatches = time.perf_counter(), 0
+        while time.perf_counter() - start < _SECONDS.value / 8 or dispatches < 2:
+            state, metrics = step(state, frozen, arrays, indices)
+            dispatches += 1
+            if dispatches % 2 == 0:
+                jax.block_until_ready(metrics)
+        jax.block_until_ready(state)
+        rates.append(dispatches * per_dispatch / (time.perf_counter() - start))
+    matrix_rates.append(matrix_product_flops_per_second())
+
+    rate, matrix_rate = float(np.median(rates)), float(np.mean(matrix_rates))
+    if step_flops is None:  # XLA counts the body of a loop once
+        step_flops = step.cost_analysis()["flops"]
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    print(f"device                 {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"config                 {cli.config_path()}, batch {options.batch_size} per device")
+    print(f"steps per second       {rate:.4g}  (median of {len(rates)}, {min(rates):.4g} to {max(rates):.4g})")
+    print(f"steps per dispatch     {per_dispatch}")
+    print(f"time to first step     {first_step_seconds:.1f} s from process start")
+    print(f"compile time           {compile_seconds:.1f} s (less when the compilation cache is warm)")
+    print(f"peak host memory       {gigabytes:.2f} GB")
+    if device_memory:
+        print(f"peak device memory     {device_memory / 1e9:.2f} GB")
+    print(f"operations per step    {step_flops / 1e9:.4g} GFLOP on each device")
+    print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
+    print(
+        f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({', '.join(f'{r / 1e9:.4g}' for r in matrix_rates)})"
+    )
+    print(f"share                  {step_flops * rate / matrix_rate:.0%}")
+
+
+def synthetic(name: str, rows: int) -> data.Dataset:
+    """Random data of the shape and storage type of dataset `name`."""
+    shape = SHAPES[name]
+    rng = np.random.default_rng(0)
+    if len(shape) == 3:
+        stored = rng.integers(0, 256, (rows, *shape), np.uint8)
+        return data.Dataset(name, "train", stored, max_value=255.0)
+    return data.Dataset(name, "train", rng.standard_normal((rows, *shape), np.float32))
+
+
+def matrix_product_flops_per_second(size: int = 4096, repeats: int = 5) -> float:
+    """Best rate of `repeats` products of two `size` x `size` float32 matrices."""
+    product = jax.jit(lambda a: a @ a)
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+    product(a).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,116 @@
+"""Every key of a PM-VAE experiment, and the values that the paper's experiments of one kind share.
+
+Hyperparameters are those of the published experiments (paper, appendix), with its errors mended: see the README.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def pm_vae() -> ConfigDict:
+    """All keys of a PM-VAE config. `config.model` has the keys of `models.vae.PosteriorMatchingVAE`."""
+    config = ConfigDict()
+    config.seed = 0
+    config.dataset = config_dict.placeholder(str)  # a name (README, "Data") or a path to .npy, .npz or .csv
+    config.train_split = "train"
+    config.validation_split = "validation"
+    config.batch_size = 512  # per device
+    config.steps = 200_000
+    config.validation_every = 1000  # steps
+    config.log_every = 100  # steps
+    config.checkpoint_every = config_dict.placeholder(int)  # steps, besides every validation
+    config.evaluate_checkpoint = "latest"  # or "best", by validation loss
+    config.ema_decay = config_dict.placeholder(float)
+    config.skip_nonfinite_updates = False
+    config.data_memory_budget_gb = 8.0  # per device; larger data stream from the host
+
+    config.noise_std = 0.0  # Gaussian noise on the training data
+    config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
+    config.matching_coef = 1.0
+    config.matching_ll_stop_gradients = False  # True: the VAE does not feel the matching term
+    config.pretrained_dir = config_dict.placeholder(str)  # a PM-VAE run whose VAE to take over, frozen
+    config.beta = ConfigDict({"name": "constant", "value": 1.0})
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "decay_rate": 0.9,
+            "transition_steps": 5000,
+            "staircase": False,
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "clip_norm": config_dict.placeholder(float),
+            "eps": 1e-8,
+        }
+    )
+    return config
+
+
+def residual_mlp(residual_blocks: int, layer_norm: bool = False, dropout: float = 0.0) -> ConfigDict:
+    """A ResidualMLP of 256 units."""
+    return ConfigDict(
+        {
+            "name": "ResidualMLP",
+            "residual_blocks": residual_blocks,
+            "hidden_units": 256,
+            "layer_norm": layer_norm,
+            "dropout": dropout,
+        }
+    )
+
+
+def autoregressive_gmm(residual_blocks: int) -> ConfigDict:
+    """An AutoregressiveGMM of 256 units and 10 components."""
+    return ConfigDict(
+        {"name": "AutoregressiveGMM", "num_components": 10, "residual_blocks": residual_blocks, "hidden_units": 256}
+    )
+
+
+def pm_vae_tabular(
+    latent_dim: int, encoder_blocks: int = 2, decoder_blocks: int = 2, layer_norm: bool = False, dropout: float = 0.0
+) -> ConfigDict:
+    """What the tabular experiments share."""
+    config = pm_vae()
+    config.noise_std = 0.001
+    config.matching_ll_stop_gradients = True
+    config.optimizer.weight_decay = 1e-5
+    encoder = residual_mlp(encoder_blocks, layer_norm, dropout)
+    config.model = ConfigDict(
+        {
+            "latent_dim": latent_dim,
+            "encoder": encoder,
+            "posterior": {"name": "TriLGaussian"},
+            "decoder": residual_mlp(decoder_blocks, layer_norm, dropout),
+            "likelihood": {"name": "IdentityGaussian"},
+            "partial_encoder": encoder.copy_and_resolve_references(),
+            "partial_posterior": autoregressive_gmm(residual_blocks=3),
+        }
+    )
+    return config
+
+
+def cyclic_beta(period: int, delay: int) -> ConfigDict:
+    """KL weight 0 before `delay`, then cycles of `period`: a linear rise over the first half, 1 over the second."""
+    return ConfigDict({"name": "cyclic", "low": 0.0, "high": 1.0, "period": period, "delay": delay})
+
+
+def pm_vae_image(
+    latent_dim: int,
+    encoder_layers: tuple[tuple[int, int, int], ...],
+    decoder_layers: tuple[tuple[int, int, int], ...],
+    partial_posterior: ConfigDict,
+) -> ConfigDict:
+    """What the image experiments share; layers are (filters, kernel size, stride)."""
+    config = pm_vae()
+    config.evaluate_checkpoint = "best"
+    encoder = ConfigDict({"name": "ConvEncoder", "conv_layers": encoder_layers})
+    config.model = ConfigDict(
+        {
+            "latent_dim": latent_dim,
+            "encoder": encoder,
+            "posterior": {"name": "TriLGaussian"},
+            "decoder": {"name": "ConvDecoder", "conv_layers": decoder_layers, "activate_output": False},
+            "likelihood": {"name": "Bernoulli"},
+            "partial_encoder": encoder.copy_and_resolve_references(),
+            "partial_posterior": partial_posterior,
+        }
+    )
+    return config

@@ -1,0 +1,16 @@
+"""PM-VAE on `miniboone`: 43 features of neutrino events (paper, table of the UCI results).
+
+python train_pm_vae.py --config configs/pm_vae_miniboone.py
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.pm_vae_tabular(latent_dim=32, encoder_blocks=5, decoder_blocks=2, layer_norm=True, dropout=0.5)
+    config.dataset = "miniboone"
+    config.batch_size = 1024
+    config.steps = 22_000
+    config.optimizer.transition_steps = 1000
+    config.beta = common.cyclic_beta(period=5000, delay=2000)
+    return config

@@ -1,0 +1,15 @@
+"""PM-VAE on samples of a known Gaussian mixture: the evaluation prints the exact likelihood beside the model's.
+
+python train_pm_vae.py --config configs/pm_vae_mixture.py
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.pm_vae_tabular(latent_dim=8)
+    config.dataset = "mixture"
+    config.steps = 3000
+    config.validation_every = 500
+    config.optimizer.transition_steps = 300
+    return config

@@ -1,0 +1,25 @@
+"""TFDS builder of the miniboone dataset."""
+
+from posterior_matching.data.tabular_builder import TabularBuilder
+
+
+class Miniboone(TabularBuilder):
+    """Electron neutrino events of the MiniBooNE experiment, described by 43 features."""
+
+    NUM_FEATURES = 43
+    ROWS = (29_556, 3_284, 3_648)  # train, val, test
+    DRIVE_IDS = (
+        "14CJDG_EWpocULPFWde_eLJ_ixlavm3L-",
+        "1LH7d70p3oScUXNLiWXN1ZzDT9oc3i5mf",
+        "1QsJ9RW_-VdMIdM87i-_y3VSmBlibcdr1",
+    )
+    HOMEPAGE = "https://archive.ics.uci.edu/dataset/199"
+    CITATION = """
+@article{roe2005boosted,
+  title={Boosted decision trees as an alternative to artificial neural networks for particle identification},
+  author={Roe, Byron P. and Yang, Hai-Jun and Zhu, Ji and Liu, Yong and Stancu, Ion and McGregor, Gordon},
+  journal={Nuclear Instruments and Methods in Physics Research A},
+  volume={543},
+  year={2005}
+}
+"""

@@ -1,0 +1,24 @@
+"""TFDS builder of the power dataset."""
+
+from posterior_matching.data.tabular_builder import TabularBuilder
+
+
+class Power(TabularBuilder):
+    """Electric power consumption of one household over 47 months, one reading a minute."""
+
+    NUM_FEATURES = 6
+    ROWS = (1_659_917, 184_435, 204_928)  # train, val, test
+    DRIVE_IDS = (
+        "10DB7jmsqjNTLAKEoRnT07F2hcRNOCRjM",
+        "1XmPwLzSKljjWB9CrBRsbn3nYhOdYxQiy",
+        "1qX5O7eR6G2HOAMiNYnBvaQSuJkefRMtV",
+    )
+    HOMEPAGE = "https://archive.ics.uci.edu/dataset/235"
+    CITATION = r"""
+@misc{hebrail2012individual,
+  title={Individual household electric power consumption},
+  author={H{\'e}brail, Georges and B{\'e}rard, Alice},
+  howpublished={UCI Machine Learning Repository},
+  year={2012}
+}
+"""

@@ -1,0 +1,127 @@
+"""What all scripts share on the command line: flags, one-line errors with exit status 1, JAX's compilation cache."""
+
+import os
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from posterior_matching import parallel
+from posterior_matching.errors import UserError, nearest
+
+FLAGS = flags.FLAGS
+
+
+def cache_dir() -> pathlib.Path:
+    """Where decoded data and compiled programs are kept: `$POSTERIOR_MATCHING_CACHE`, else in the user's cache."""
+    default = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(os.environ.get("POSTERIOR_MATCHING_CACHE") or pathlib.Path(default) / "posterior_matching")
+
+
+def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
+    """Runs a training script: `--config FILE [--config.key=value ...] [--run_dir DIR]`, and flags for several hosts."""
+    config = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
+    run_dir = flags.DEFINE_string("run_dir", None, "Run directory; resumed if it holds this run.")
+    coordinator = flags.DEFINE_string("coordinator_address", None, "Several hosts: host:port of process 0.")
+    num_processes = flags.DEFINE_integer("num_processes", 1, "Several hosts: number of processes.", lower_bound=1)
+    process_id = flags.DEFINE_integer("process_id", 0, "Several hosts: index of this process.", lower_bound=0)
+
+    def main() -> None:
+        if config.value is None:
+            raise UserError(
+                "missing flag --config: the experiment to run, for example --config configs/pm_vae_digits.py"
+            )
+        if num_processes.value > 1:
+            if coordinator.value is None or run_dir.value is None:
+                raise UserError("--num_processes above 1 needs --coordinator_address and --run_dir")
+            parallel.initialize(coordinator.value, num_processes.value, process_id.value)
+        train(config.value, run_dir.value)
+
+    run(main)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; a UserError or a bad flag ends as one line on stderr and exit status 1."""
+
+    def guarded(arguments: list[str]) -> None:
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        try:
+            if len(arguments) > 1:
+                raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
+            _use_compilation_cache()
+            main()
+        except UserError as error:
+            _fail(error)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        _fail(f"unknown flag --{error.flagname}: {_nearest_flag(error.flagname)}")
+    except flags.Error as error:
+        _fail(str(error).replace("\n", " "))
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        _fail(f"cannot read the config: {error}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _fail(_config_problem(arguments, error))
+
+
+def _nearest_flag(name: str) -> str:
+    modules = {module: found for module, found in FLAGS.flags_by_module_dict().items() if not module.startswith("absl")}
+    return nearest(name, [flag.name for found in modules.values() for flag in found] + ["help"])
+
+
+def _config_problem(arguments: list[str], error: Exception) -> str:
+    """Says in one line which override of the config was wrong."""
+    path = config_path(arguments)
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as problem:
+        return f"cannot read the config {path}: {problem}".replace("\n", " ")
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            continue
+        name, _, value = argument.removeprefix("--").partition("=")
+        node, where = config, "config"
+        for part in name.split(".")[1:]:
+            if not isinstance(node, ConfigDict):
+                return f"unknown key '{name}': '{where}' is a plain value"
+            if part not in node:
+                return f"unknown key '{where}.{part}': {nearest(part, node)}"
+            node, where = node[part], f"{where}.{part}"
+        if isinstance(node, ConfigDict):
+            return f"'{where}' is a group of keys ({', '.join(node)}): set one of them"
+        if value and value in str(error):
+            return f"bad value '{value}' for '{where}': its type is {type(node).__name__}"
+    return str(error).replace("\n", " ")
+
+
+def _fail(message: object) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str:
+    """Returns the file that `--config` names."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument in ("--config", "-config"):
+            return following
+        if argument.startswith(("--config=", "-config=")):
+            return argument.partition("=")[2]
+    return ""
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the second start of a script takes seconds."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,115 @@
+"""Datasets that need no download: handwritten digits, samples of a known mixture, natural image patches."""
+
+import functools
+
+import numpy as np
+
+Parts = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (x, label)
+
+
+def digits() -> tuple[Parts, float]:
+    """scikit-learn's 1,797 handwritten digits, split 70/10/20 with the classes in proportion.
+
+    Returns:
+        Split -> ([N, 8, 8, 1] uint8 images with values 0..16, [N] int32 labels 0..9); and the maximum value, 16.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    x, label = bunch.images[..., None].astype(np.uint8), bunch.target.astype(np.int32)
+    rest, test = train_test_split(np.arange(len(x)), test_size=0.2, stratify=label, random_state=0)
+    train, val = train_test_split(rest, test_size=0.125, stratify=label[rest], random_state=0)
+    return {name: (x[rows], label[rows]) for name, rows in (("train", train), ("val", val), ("test", test))}, 16.0
+
+
+_DIM, _COMPONENTS, _RANK, _NOISE_VARIANCE = 8, 6, 3, 0.12
+
+
+@functools.cache
+def _mixture_parameters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns weights [K], means [K, d] and covariances [K, d, d] of the mixture.
+
+    Every component is a tilted ellipsoid of rank 3 plus the same isotropic noise: what a decoder with one noise scale
+    can represent. Means and scales are such that features have variance about 1 and components overlap.
+    """
+    rng = np.random.default_rng(2022)
+    weights = np.arange(_COMPONENTS, 2 * _COMPONENTS) / np.arange(_COMPONENTS, 2 * _COMPONENTS).sum()
+    means = rng.normal(scale=0.7, size=(_COMPONENTS, _DIM))
+    factors = rng.normal(scale=np.sqrt(0.4 / _RANK), size=(_COMPONENTS, _DIM, _RANK))
+    return weights, means, factors @ factors.transpose(0, 2, 1) + _NOISE_VARIANCE * np.eye(_DIM)
+
+
+def mixture() -> tuple[Parts, float]:
+    """54,000 samples of a known mixture of 6 Gaussians with full covariances, whose density is `mixture_log_prob`.
+
+    Returns:
+        Split -> ([N, 8] float32 features, None); and the maximum value, 1.
+    """
+    weights, means, covariances = _mixture_parameters()
+    parts: Parts = {}
+    for seed, (name, size) in enumerate({"train": 50_000, "val": 2_000, "test": 2_000}.items()):
+        rng = np.random.default_rng(seed)
+        component = rng.choice(_COMPONENTS, size=size, p=weights)
+        noise = rng.normal(size=(size, _DIM))
+        x = means[component] + np.einsum("nij,nj->ni", np.linalg.cholesky(covariances)[component], noise)
+        parts[name] = x.astype(np.float32), None
+    return parts, 1.0
+
+
+def mixture_log_prob(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Exact marginal log-density log p(x_o) of the `mixture` dataset; 0 where nothing is observed.
+
+    The conditional is a difference of two marginals:
+    ``log p(x_u | x_o) = mixture_log_prob(x, ones) - mixture_log_prob(x, mask)``.
+
+    Args:
+        x: [N, 8] features; unobserved values are ignored, NaN included.
+        mask: [N, 8], 1 = observed.
+
+    Returns:
+        [N] float64, nats.
+    """
+    from scipy.special import logsumexp
+
+    x, observed = np.asarray(x, np.float64), np.asarray(mask, bool)
+    both_observed = observed[:, :, None] & observed[:, None, :]
+    terms = []
+    for weight, mean, covariance in zip(*_mixture_parameters(), strict=True):
+        # An unobserved feature becomes an independent N(0, 1) at its mode: it adds nothing to the quadratic form or to
+        # the determinant, and the constant below counts observed features only.
+        difference = np.where(observed, x - mean, 0.0)
+        marginal = np.where(both_observed, covariance, np.eye(_DIM))
+        quadratic = (difference * np.linalg.solve(marginal, difference[..., None])[..., 0]).sum(-1)
+        terms.append(np.log(weight) - 0.5 * (quadratic + np.linalg.slogdet(marginal).logabsdet))
+    return logsumexp(terms, axis=0) - 0.5 * np.log(2 * np.pi) * observed.sum(-1)
+
+
+def patches() -> tuple[Parts, float]:
+    """Natural image patches with the BSDS300 preprocessing, cut from scikit-learn's two sample photographs.
+
+    8x8, grey, dequantised, scaled to [0, 1], patch mean subtracted, last pixel dropped (it is minus the sum of the
+    others). Train, val and test come from disjoint columns of the photographs.
+
+    Returns:
+        Split -> ([N, 63] float32 features, None), 50,000 / 5,000 / 5,000 rows; and the maximum value, 1.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = [np.rint(image @ [0.299, 0.587, 0.114]) for image in load_sample_images().images]
+    regions = {"train": (slice(0, 448), 25_000), "val": (slice(448, 544), 2_500), "test": (slice(544, 640), 2_500)}
+    rng = np.random.default_rng(0)
+    parts: Parts = {}
+    for name, (columns, size) in regions.items():
+        cut = []
+        for photograph in photographs:
+            windows = np.lib.stride_tricks.sliding_window_view(photograph[:, columns], (8, 8))
+            rows = rng.choice(windows.shape[0] * windows.shape[1], size, replace=False)
+            cut.append(windows[np.unravel_index(rows, windows.shape[:2])].reshape(size, 64))
+        x = (np.concatenate(cut) + rng.uniform(size=(2 * size, 64))) / 256
+        x -= x.mean(axis=1, keepdims=True)
+        parts[name] = x[:, :-1].astype(np.float32), None
+    return parts, 1.0
+
+
+DATASETS = {"digits": digits, "mixture": mixture, "patches": patches}

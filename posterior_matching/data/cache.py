@@ -1,0 +1,51 @@
+"""Decoded arrays kept on disk, because decoding records one by one in Python takes from seconds to minutes."""
+
+import hashlib
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+_DECODING = 1  # count up when records are decoded or preprocessed differently
+
+
+def folder() -> Path:
+    """Returns `$POSTERIOR_MATCHING_CACHE`, `$XDG_CACHE_HOME/posterior_matching` or `~/.cache/posterior_matching`."""
+    if chosen := os.environ.get("POSTERIOR_MATCHING_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posterior_matching"
+
+
+def cached(key: str, sources: Iterable[Path], compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns `compute()`, or what it returned before for the same key and unchanged source files.
+
+    A cache that cannot be read is computed anew, one that cannot be written is done without. Its files are never
+    needed: delete them at will.
+
+    Args:
+        key: Whatever the result depends on beside the sources, such as dataset, version and split.
+        sources: Files that the result is made from. A change in name, size or modification time makes a new entry.
+        compute: Makes the arrays.
+    """
+    state = [(source.name, source.stat().st_size, source.stat().st_mtime_ns) for source in sorted(sources)]
+    fingerprint = hashlib.sha256(repr((_DECODING, key, state)).encode()).hexdigest()[:16]
+    path = folder() / f"{re.sub(r'[^a-z0-9.]+', '-', key)}-{fingerprint}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            unfinished = Path(temporary) / path.name
+            np.savez(unfinished, **arrays)
+            os.replace(unfinished, path)  # atomic: a killed run leaves no half-written entry
+    except OSError as error:
+        logging.warning("not caching decoded data: %s", error)
+    return arrays

@@ -1,0 +1,281 @@
+"""TFDS datasets as arrays, without TensorFlow: prepared on first use as ArrayRecord, decoded once, then cached."""
+
+import difflib
+import gzip
+import importlib.util
+import io
+import itertools
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from posterior_matching.data.cache import cached
+from posterior_matching.data.splits import resolve_split, unknown_split
+from posterior_matching.errors import UserError
+
+TABULAR = ("gas", "power", "hepmass", "miniboone", "bsds")
+_CHUNK = 1024  # examples decoded at a time; bounds the memory for images before they are cropped
+
+
+def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """Reads one split of a TFDS dataset with `image` or `features`, after downloading and preparing it if absent.
+
+    Args:
+        name: A TFDS name, one of `TABULAR`, or `mnist16` or `mnist16_flat`.
+        split: See `posterior_matching.data.load`.
+
+    Returns:
+        The split's own name; [N, H, W, C] images (uint8, or float32 in [0, 1]) or [N, d] float32 features; and [N]
+        int32 labels, where there are some.
+
+    Raises:
+        UserError: The name or split is unknown, or the data cannot be downloaded, prepared or read.
+    """
+    base, derive = _DERIVED.get(name, (name, None))
+    builder = _builder(base)
+    if not builder.data_path.exists():
+        _prepare(builder)
+        builder = _builder(base)
+    split = resolve_split(split, builder.info.splits)
+    try:
+        builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise unknown_split(name, split, builder.info.splits) from error
+    sources = [path for path in Path(builder.data_path).iterdir() if path.is_file()]
+    arrays = cached(f"{builder.info.full_name}-{split}", sources, lambda: _decode_all(builder, split))
+    x = arrays["x"]
+    if x.dtype == np.float32 and np.isinf(x).any():
+        raise UserError(f"dataset '{name}' has infinite values in split '{split}': only numbers and NaN (missing) work")
+    return split, derive(x) if derive else x, arrays.get("label")
+
+
+# Builders ------------------------------------------------------------------------------------------------------------
+
+
+def _builder(name: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    data_dir = os.environ.get("TFDS_DATA_DIR")  # TFDS itself reads it once, at import
+    if name in TABULAR:
+        return _tabular_builder_class(name)(data_dir=data_dir)
+    try:
+        builder_class = tfds.builder_cls(name)
+    except ValueError:  # perhaps prepared on disk without code, or "name/config"
+        builder_class = None
+    try:
+        if builder_class and (without_tensorflow := _idx_builder_class(builder_class)):
+            return without_tensorflow(data_dir=data_dir)
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = [
+            "digits",
+            "mixture",
+            "patches",
+            *TABULAR,
+            *_DERIVED,
+            *tfds.list_builders(with_community_datasets=False),
+        ]
+        close = difflib.get_close_matches(name, known, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "take digits, mixture, patches, mnist, ..."
+        raise UserError(f"unknown dataset '{name}': {hint} (own data: a path to .npy, .npz or .csv)") from error
+    except Exception as error:
+        raise UserError(f"TFDS cannot open dataset '{name}': {_first_line(error)}") from error
+
+
+def _tabular_builder_class(name: str) -> type:
+    """Imports `datasets/<name>/<name>.py` by path: another installed package is called `datasets`, too."""
+    import tensorflow_datasets as tfds
+
+    path = Path(__file__).parents[2] / "datasets" / name / f"{name}.py"
+    if not path.exists():
+        raise UserError(f"no builder '{path}': install the package from its repository with pip install -e")
+    spec = importlib.util.spec_from_file_location(f"posterior_matching_datasets_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    with tfds.core.registered.skip_registration():
+        spec.loader.exec_module(module)
+    return getattr(module, name.capitalize())
+
+
+def _idx_builder_class(parent: type) -> type | None:
+    """Returns TFDS's MNIST builder, or one of its kind, reading the idx files with NumPy; None for other builders.
+
+    TFDS opens them through TensorFlow. Same name, URLs and checksums, hence the same dataset on disk.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.image_classification import mnist
+
+    if not issubclass(parent, mnist.MNIST):
+        return None
+
+    def generate_examples(self: Any, num_examples: int, data_path: Any, label_path: Any) -> Iterator[Any]:
+        del self
+        images, labels = _read_idx(data_path), _read_idx(label_path)
+        if not num_examples == len(images) == len(labels):
+            raise UserError(f"'{data_path}' has {len(images)} images and {len(labels)} labels, not {num_examples}")
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield index, {"image": image[..., None], "label": int(label)}
+
+    with tfds.core.registered.skip_registration():
+        body = {"name": parent.name, "url_infos": parent.url_infos, "_generate_examples": generate_examples}
+        return type(parent.__name__, (parent,), body)
+
+
+def _read_idx(path: Any) -> np.ndarray:
+    """Reads an idx(.gz) file: two zero bytes, type (8 = uint8), number of axes, big-endian sizes, then the values."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    if not data.startswith(b"\0\0\x08"):
+        raise UserError(f"'{path}' is not an idx file of bytes: delete it to download it again")
+    axes = data[3]
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(
+        struct.unpack(f">{axes}I", data[4 : 4 + 4 * axes])
+    )
+
+
+def _prepare(builder: Any) -> None:
+    """Downloads and prepares the dataset. TFDS writes to a temporary folder and renames it, so never by half."""
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    logging.info("preparing dataset '%s' in %s", builder.name, builder.data_path)
+    downloader.MAX_RETRIES = 4  # of 10, which take minutes to say that there is no network
+    remedy = f"prepare it where that works and copy its folder to '{builder.data_path}'"
+    try:
+        # Asking for copies in Google's cloud would only add waiting: those are TFRecord files.
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        builder.download_and_prepare(file_format="array_record", download_config=config)
+    except UserError:
+        raise
+    except requests.exceptions.ConnectionError as error:
+        raise UserError(f"cannot download dataset '{builder.name}' (no network?): {remedy}") from error
+    except ImportError as error:
+        raise UserError(f"TFDS cannot prepare dataset '{builder.name}' without {error.name}: {remedy}") from error
+    except Exception as error:
+        if builder.data_path.exists():  # another process was faster
+            return
+        raise UserError(f"cannot prepare dataset '{builder.name}' ({_first_line(error)}): {remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Records -------------------------------------------------------------------------------------------------------------
+
+
+def _records(builder: Any, split: str) -> Iterator[bytes]:
+    """Yields the serialised examples of a split, in order, from ArrayRecord or TFRecord files."""
+    import tensorflow_datasets as tfds
+
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" in formats:
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
+        for start in range(0, len(source), _CHUNK):
+            yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
+    elif "tfrecord" in formats:
+        for part in builder.info.splits[split].file_instructions:
+            yield from itertools.islice(_tfrecords(part.filename), part.skip, part.skip + part.take)
+    else:
+        found = ", ".join(sorted(formats)) or "an unknown format"
+        raise UserError(
+            f"'{builder.data_path}' is stored as {found}: delete it, and it is prepared anew as array_record"
+        )
+
+
+def _tfrecords(path: str) -> Iterator[bytes]:
+    """Yields the payloads of a TFRecord file: each is framed as uint64 length, its crc32, payload, crc32."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        while header := file.read(12):
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
+            if file.tell() + length + 4 > size:
+                raise UserError(f"'{path}' is cut off or not a TFRecord file: delete its folder to prepare it anew")
+            yield file.read(length)
+            file.seek(4, os.SEEK_CUR)
+
+
+def _decoder(builder: Any) -> tuple[str, Callable[[list[Any]], np.ndarray]]:
+    """Returns `image` or `features`, and what turns a list of n stored values into an array [n, ...]."""
+    features = builder.info.features
+    if "image" in features and features["image"].np_dtype == np.uint8 and None not in features["image"].shape:
+        shape = features["image"].shape
+        transform = _crop_faces if builder.name == "celeb_a" else lambda images: images
+        return "image", lambda values: transform(np.stack([_decode_image(value[0], shape) for value in values]))
+    if "features" in features and len(features["features"].shape) == 1 and None not in features["features"].shape:
+        return "features", lambda values: np.array(values, np.float32)
+    found = ", ".join(f"{key} {feature.shape}" for key, feature in features.items())
+    raise UserError(f"dataset '{builder.name}' has neither a uint8 'image' nor 'features' of one fixed shape: {found}")
+
+
+def _decode_image(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    from PIL import Image  # not OpenCV, which TFDS takes if installed: pixels of a JPEG differ between the two
+
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[-1]]
+    return np.asarray(Image.open(io.BytesIO(data)).convert(mode)).reshape(shape)
+
+
+def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
+    """Decodes every example of a split: only the wanted fields, many times as fast as TFDS decodes whole examples."""
+    from tensorflow_datasets.proto import tf_example_pb2
+    from tqdm import tqdm
+
+    key, decode = _decoder(builder)
+    total = builder.info.splits[split].num_examples
+    label = np.empty(total, np.int32) if "label" in builder.info.features else None
+    records, x = _records(builder, split), None
+    try:
+        for start in tqdm(range(0, total, _CHUNK), desc=f"decoding {builder.name} {split}", delay=5):
+            rows = slice(start, min(start + _CHUNK, total))
+            chunk = [tf_example_pb2.Example.FromString(r).features.feature for r in itertools.islice(records, _CHUNK)]
+            decoded = decode([_value(example[key]) for example in chunk])
+            x = np.empty((total, *decoded.shape[1:]), decoded.dtype) if x is None else x
+            x[rows] = decoded
+            if label is not None:
+                label[rows] = [_value(example["label"])[0] for example in chunk]
+    except UserError:
+        raise
+    except Exception as error:
+        remedy = "delete that folder to prepare it anew"
+        raise UserError(f"cannot read '{builder.data_path}' ({_first_line(error)}): {remedy}") from error
+    if x is None:
+        raise UserError(f"split '{split}' of dataset '{builder.name}' is empty")
+    return {"x": x} if label is None else {"x": x, "label": label}
+
+
+def _value(feature: Any) -> Any:
+    """Returns the list of floats, integers or byte strings of a `tf.train.Feature`."""
+    return getattr(feature, feature.WhichOneof("kind")).value
+
+
+# Preprocessing -------------------------------------------------------------------------------------------------------
+
+
+def resize_bilinear(images: np.ndarray, size: int) -> np.ndarray:
+    """Resizes [N, H, W, C] images to float32 [N, size, size, C], with half-pixel centres and no antialiasing."""
+
+    def weights(length: int) -> np.ndarray:  # [size, length], rows sum to 1
+        centre = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
+        distance = np.abs(centre[:, None] - np.arange(length))
+        return np.maximum(1 - distance, 0).astype(np.float32)
+
+    vertical, horizontal = weights(images.shape[1]), weights(images.shape[2])
+    return np.einsum("ih,jw,nhwc->nijc", vertical, horizontal, images.astype(np.float32), optimize=True)
+
+
+def _crop_faces(images: np.ndarray) -> np.ndarray:
+    """[N, 218, 178, 3] to [N, 64, 64, 3], uint8."""
+    return np.rint(resize_bilinear(images[:, 45:-45, 25:-25], 64)).astype(np.uint8)
+
+
+def _mnist16(images: np.ndarray) -> np.ndarray:
+    return resize_bilinear(images, 16) / np.float32(255)
+
+
+_DERIVED = {"mnist16": ("mnist", _mnist16), "mnist16_flat": ("mnist", lambda x: _mnist16(x).reshape(len(x), -1))}

@@ -1,0 +1,220 @@
+"""Distribution heads: features of a network in, distribution out. The one file that knows the distribution library.
+
+Two kinds:
+
+* over a latent `z: [..., e]` (`LATENT_HEADS`): `log_prob(z)` is summed over `e`, in nats;
+* over data given the latent (`LIKELIHOOD_HEADS`): features are independent, `log_prob(x)` has one entry per feature, so
+  that any subset of them can be summed (`likelihood.log_prob_of_observed`).
+
+All have `sample(key, sample_shape)` and `log_prob(value)`; `entropy` serves them all.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from numpyro import distributions as dist
+
+from posterior_matching.errors import UserError
+from posterior_matching.networks import ResidualMLP, Shape
+
+_MIN_SCALE = 1e-5
+# Checked, values outside the support have log-probability -inf: grey values between 0 and 1, for a Bernoulli. As in the
+# paper, their log-probability is the cross-entropy.
+_UNCHECKED = {"validate_args": False}
+
+
+class DiagonalGaussian(nnx.Module):
+    """Features -> N(mean, diag(scale^2)) over `[event_size]`."""
+
+    def __init__(self, features_shape: Shape, event_size: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(math.prod(features_shape), 2 * event_size, rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> dist.Distribution:
+        """Maps features `[B, ...]` to a distribution with batch shape `[B]` and event shape `[e]`."""
+        loc, scale = jnp.split(self.linear(_flat(features)), 2, axis=-1)
+        return _diagonal(loc, jax.nn.softplus(scale) + _MIN_SCALE)
+
+
+class TriLGaussian(nnx.Module):
+    """Features -> N(mean, L L^T) over `[event_size]`, L lower triangular with diagonal softplus + 1e-5."""
+
+    def __init__(self, features_shape: Shape, event_size: int, *, rngs: nnx.Rngs):
+        outputs = event_size + event_size * (event_size + 1) // 2
+        self.linear = nnx.Linear(math.prod(features_shape), outputs, rngs=rngs)
+        self.event_size = event_size
+
+    def __call__(self, features: jax.Array) -> dist.Distribution:
+        """Maps features `[B, ...]` to a distribution with batch shape `[B]` and event shape `[e]`."""
+        e = self.event_size
+        loc, entries = jnp.split(self.linear(_flat(features)), [e], axis=-1)
+        # The e (e + 1) / 2 entries fill the lower triangle, in an order that needs no gather or scatter.
+        square = jnp.concatenate([entries[:, e:], entries[:, ::-1]], axis=-1).reshape(-1, e, e)
+        diagonal = jax.nn.softplus(jnp.diagonal(square, axis1=-2, axis2=-1)) + _MIN_SCALE
+        scale_tril = jnp.where(jnp.eye(e, dtype=bool), diagonal[:, None, :], jnp.tril(square))
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, **_UNCHECKED)
+
+
+class AutoregressiveGMM(nnx.Module):
+    """Features -> prod_i p(z_i | z_<i, c): every conditional is a one-dimensional mixture of Gaussians.
+
+    One network serves all dimensions: the parameters of dimension i are slice i of
+    `Linear(3 K e)(ResidualMLP([z * m_i, m_i, c]))`, where m_i marks the first i dimensions and c is the features.
+
+    Args:
+        features_shape: Shape of the features of one example; flattened.
+        event_size: e, number of dimensions of z.
+        num_components: K, Gaussians per mixture.
+        residual_blocks: Blocks of the network.
+        hidden_units: Width of the network.
+    """
+
+    def __init__(
+        self,
+        features_shape: Shape,
+        event_size: int,
+        num_components: int = 10,
+        residual_blocks: int = 2,
+        hidden_units: int = 256,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        context_size = math.prod(features_shape)
+        self.network = ResidualMLP((2 * event_size + context_size,), residual_blocks, hidden_units, rngs=rngs)
+        self.linear = nnx.Linear(hidden_units, 3 * num_components * event_size, rngs=rngs)
+        self.event_size = event_size
+
+    def __call__(self, features: jax.Array) -> "AutoregressiveMixture":
+        """Maps features `[B, ...]` to a distribution with batch shape `[B]` and event shape `[e]`."""
+        return AutoregressiveMixture(self, _flat(features))
+
+    def split_kernels(self) -> tuple[jax.Array, ...]:
+        """Returns the first layer for z `[e, h]`, m `[e, h]` and c `[C, h]`; per dimension, the output layer
+        `[e, h, 3K]` and its bias `[e, 1, 3K]`."""
+        e = self.event_size
+        first_z, first_m, first_c = jnp.split(self.network.linear_in.kernel[...], [e, 2 * e])
+        output = self.linear.kernel[...].reshape(-1, e, self.linear.bias.shape[0] // e).swapaxes(0, 1)
+        return first_z, first_m, first_c, output, self.linear.bias[...].reshape(e, 1, -1)
+
+
+class AutoregressiveMixture:
+    """The distribution that `AutoregressiveGMM` returns, for a batch of contexts `[B, C]`."""
+
+    def __init__(self, head: AutoregressiveGMM, context: jax.Array):
+        self._head = head
+        self._first_z, self._first_m, first_c, self._output, self._output_bias = head.split_kernels()
+        # What the first layer makes of the context is the same for every dimension and sample: [B, h].
+        self._from_context = context @ first_c + head.network.linear_in.bias[...]
+
+    def log_prob(self, z: jax.Array) -> jax.Array:
+        """Log-density in nats of `z: [..., B, e]`; returns `[..., B]`. One pass, no loop over dimensions."""
+        z = jnp.moveaxis(z, -1, 0)  # [e, ..., B]
+        # First layer on [z * m_i, m_i, c]: row i is the sum over the dimensions before i.
+        before = jnp.tri(len(z), k=-1)  # [i, j] = 1 where j < i
+        hidden = jnp.einsum("ij,j...,jh->i...h", before, z, self._first_z)
+        mask = (before @ self._first_m).reshape(len(z), *[1] * (z.ndim - 1), -1)
+        features = self._head.network.after_input(hidden + mask + self._from_context)  # [e, ..., B, h]
+        parameters = jnp.einsum("i...h,ihk->i...k", features, self._output)
+        bias = self._output_bias.reshape(len(z), *[1] * (z.ndim - 1), -1)
+        return _mixture(parameters + bias).log_prob(z).sum(0)
+
+    def sample(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> jax.Array:
+        """Draws `[*sample_shape, B, e]`: one dimension after the other, every draw with randomness of its own."""
+
+        def draw(hidden, inputs):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
+            key, first_z, first_m, output, bias = inputs
+            features = self._head.network.after_input(hidden)
+            z = _mixture(features @ output + bias[0]).sample(key)  # [*sample_shape, B]
+            return hidden + z[..., None] * first_z + first_m, z
+
+        hidden = jnp.broadcast_to(self._from_context, (*sample_shape, *self._from_context.shape))
+        keys = jax.random.split(key, self._head.event_size)
+        per_dimension = (keys, self._first_z, self._first_m, self._output, self._output_bias)
+        _, z = jax.lax.scan(draw, hidden, per_dimension)
+        return jnp.moveaxis(z, 0, -1)
+
+
+def _mixture(parameters: jax.Array) -> dist.Distribution:
+    """`[..., 3K]` (K logits, K means, K scales) -> one-dimensional mixtures with batch shape `[...]`."""
+    logits, loc, scale = jnp.split(parameters, 3, axis=-1)
+    components = dist.Normal(loc, jax.nn.softplus(scale) + _MIN_SCALE, **_UNCHECKED)
+    return dist.MixtureSameFamily(dist.Categorical(logits=logits, **_UNCHECKED), components, **_UNCHECKED)
+
+
+class IdentityGaussian(nnx.Module):
+    """Features -> independent Normals over the data, all with one learned scale (log scale starts at 0)."""
+
+    def __init__(self, features_shape: Shape, data_shape: Shape, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(math.prod(features_shape), math.prod(data_shape), rngs=rngs)
+        self.log_scale = nnx.Param(jnp.zeros(()))
+        self.data_shape = data_shape
+
+    def __call__(self, features: jax.Array) -> dist.Distribution:
+        """Maps features `[B, ...]` to Normals with batch shape `[B, *data_shape]`."""
+        loc = self.linear(_flat(features)).reshape(-1, *self.data_shape)
+        return dist.Normal(loc, jnp.exp(self.log_scale[...]), **_UNCHECKED)
+
+
+class Bernoulli(nnx.Module):
+    """The features are the logits of independent Bernoulli variables; data in [0, 1].
+
+    Raises:
+        UserError: The network's output does not have the shape of the data.
+    """
+
+    def __init__(self, features_shape: Shape, data_shape: Shape):
+        if tuple(features_shape) != tuple(data_shape):
+            raise UserError(
+                f"a Bernoulli decoder takes the network's output as logits: its shape {tuple(features_shape)} is not "
+                f"that of the data, {tuple(data_shape)}; adapt config.model.decoder"
+            )
+
+    def __call__(self, features: jax.Array) -> dist.Distribution:
+        """Maps features `[B, *data_shape]` to Bernoulli variables of the same batch shape."""
+        return dist.Bernoulli(logits=features, **_UNCHECKED)
+
+
+def standard_normal(event_size: int) -> dist.Distribution:
+    """The prior p(z) = N(0, I) over `[event_size]`."""
+    return _diagonal(jnp.zeros(event_size), jnp.ones(event_size))
+
+
+def kl_to_standard_normal(q: dist.Distribution) -> jax.Array:
+    """KL(q || N(0, I)) in nats, `[B]`, for the Gaussian heads: (tr S + m^T m - e - log det S) / 2.
+
+    Raises:
+        UserError: `q` is not Gaussian, so that no closed form exists.
+    """
+    if isinstance(q, dist.MultivariateNormal):
+        loc, variance = q.mean, jnp.square(q.scale_tril).sum(-1)
+        log_scale = jnp.log(jnp.diagonal(q.scale_tril, axis1=-2, axis2=-1))
+    elif isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
+        loc, variance, log_scale = q.mean, q.variance, jnp.log(q.base_dist.scale)
+    else:
+        raise UserError("the posterior must be DiagonalGaussian or TriLGaussian: the ELBO needs its KL in closed form")
+    return 0.5 * (variance + jnp.square(loc) - 1.0).sum(-1) - log_scale.sum(-1)  # sums over e
+
+
+def entropy(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_samples: int) -> jax.Array:
+    """Entropy of `q` in nats, `[B]`: in closed form for Gaussians, else by Monte Carlo with `num_samples` draws."""
+    if isinstance(q, AutoregressiveMixture):
+        return -q.log_prob(q.sample(key, (num_samples,))).mean(0)
+    return q.entropy()
+
+
+def _diagonal(loc: jax.Array, scale: jax.Array) -> dist.Distribution:
+    return dist.Independent(dist.Normal(loc, scale, **_UNCHECKED), 1, **_UNCHECKED)
+
+
+def _flat(features: jax.Array) -> jax.Array:
+    return features.reshape(features.shape[0], -1)
+
+
+LATENT_HEADS = {
+    "DiagonalGaussian": DiagonalGaussian,
+    "TriLGaussian": TriLGaussian,
+    "AutoregressiveGMM": AutoregressiveGMM,
+}
+LIKELIHOOD_HEADS = {"IdentityGaussian": IdentityGaussian, "Bernoulli": Bernoulli}

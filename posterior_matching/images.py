@@ -1,0 +1,28 @@
+"""Pictures of images and their imputations, as arrays; no plotting library."""
+
+import numpy as np
+
+_GREY = 0.5  # what is not observed
+_GAP = 2  # pixels between images
+
+
+def imputation_grid(x: np.ndarray, b: np.ndarray | None, imputations: np.ndarray | None) -> np.ndarray:
+    """Lays out one row per image: the original, its observed part, its imputations. Or, without masks, a square.
+
+    Args:
+        x: Images `[B, H, W, C]` in [0, 1].
+        b: Masks `[B, H, W, 1]`; None: only `x`.
+        imputations: `[S, B, H, W, C]`; None: none.
+
+    Returns:
+        `[rows, columns, C]` in [0, 1], grey where nothing is observed.
+    """
+    x = np.asarray(x)
+    if b is None:
+        width = int(np.ceil(np.sqrt(len(x))))
+        rows = [x[i : i + width] for i in range(0, len(x) - len(x) % width, width)]
+    else:
+        observed = np.where(np.asarray(b) == 1, x, _GREY)
+        rows = np.stack([x, observed, *np.asarray(imputations)], axis=1)
+    padded = [np.pad(row, ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=1.0) for row in rows]
+    return np.clip(np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0), 0.0, 1.0)

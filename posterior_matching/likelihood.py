@@ -1,0 +1,68 @@
+"""Log-likelihoods, per example and in nats: of observed features given z, and by importance sampling without z."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def log_prob_of_observed(p: Any, x: jax.Array, b: jax.Array) -> jax.Array:
+    """log p(x_o | z): the independent features' log-probabilities, summed where observed.
+
+    Args:
+        p: p(x | z), a distribution with one independent entry per feature and batch shape `[..., B, *data_shape]`.
+        x: `[B, d]` or `[B, H, W, C]`, finite everywhere.
+        b: Mask, `[B, d]` or `[B, H, W, 1]`; ones for log p(x | z).
+
+    Returns:
+        `[..., B]`, nats.
+    """
+    log_prob = p.log_prob(x) * b
+    return log_prob.sum(tuple(range(log_prob.ndim - (x.ndim - 1), log_prob.ndim)))  # over features
+
+
+class ImportanceEstimate(NamedTuple):
+    """An importance-sampled log-likelihood, `log (1/K) sum_k p(x, z_k) / q(z_k)`."""
+
+    log_prob: jax.Array  # [B], nats
+    effective_sample_size: jax.Array  # [B], (sum w)^2 / sum w^2, in [1, K]
+
+
+def importance_log_prob(
+    log_joint: Callable[[jax.Array], jax.Array],
+    proposal: Any,
+    key: jax.Array,
+    num_samples: int,
+    chunk_size: int = 128,
+) -> ImportanceEstimate:
+    """Estimates the log of the integral of exp(log_joint(z)) dz with `num_samples` draws from `proposal`.
+
+    Works in log space throughout, `chunk_size` samples at a time, so that memory does not grow with `num_samples`.
+
+    Args:
+        log_joint: Maps `z: [S, B, e]` to log p(x_o | z) + log p(z), `[S, B]`, nats.
+        proposal: q, with `sample(key, (S,)) -> [S, B, e]` and `log_prob`.
+        key: Random key.
+        num_samples: K.
+        chunk_size: Most samples held at once.
+    """
+    num_chunks = -(-num_samples // chunk_size)
+
+    def add_chunk(sums, inputs):
+        index, key = inputs
+        z = proposal.sample(key, (chunk_size,))
+        log_weight = log_joint(z) - proposal.log_prob(z)  # [S, B]
+        counted = index * chunk_size + jnp.arange(chunk_size) < num_samples  # the last chunk may overhang
+        log_weight = jnp.where(counted[:, None], log_weight, -jnp.inf)
+        log_sum, log_sum_squares = sums
+        log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(log_weight, axis=0))
+        log_sum_squares = jnp.logaddexp(log_sum_squares, jax.nn.logsumexp(2 * log_weight, axis=0))
+        return (log_sum, log_sum_squares), None
+
+    chunk_size = min(chunk_size, num_samples)
+    batch_shape = jax.eval_shape(lambda k: proposal.sample(k, (1,)), key).shape[1:-1]
+    empty = jnp.full(batch_shape, -jnp.inf)
+    chunks = (jnp.arange(num_chunks), jax.random.split(key, num_chunks))
+    (log_sum, log_sum_squares), _ = jax.lax.scan(add_chunk, (empty, empty), chunks)
+    return ImportanceEstimate(log_sum - jnp.log(num_samples), jnp.exp(2 * log_sum - log_sum_squares))

@@ -1,0 +1,308 @@
+"""The VAE, and Posterior Matching: a second encoder q(z | x_o) that gives it every conditional p(x_u | x_o)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from posterior_matching import distributions, likelihood
+from posterior_matching.config import build, call
+from posterior_matching.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
+from posterior_matching.masking import mask_shape, partial_input
+from posterior_matching.networks import NETWORKS, Shape
+
+Config = Mapping[str, Any]
+
+
+class VAE(nnx.Module):
+    """A variational autoencoder: prior p(z) = N(0, I), decoder p(x | z), posterior q(z | x).
+
+    Args:
+        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+        latent_dim: Dimensions of z.
+        encoder: Network config; `name` is one of `networks.NETWORKS`.
+        posterior: Head config of q(z | x); one of `distributions.LATENT_HEADS` with a closed-form KL.
+        decoder: Network config.
+        likelihood: Head config of p(x | z); one of `distributions.LIKELIHOOD_HEADS`.
+        rngs: Source of initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        latent_dim: int,
+        encoder: Config,
+        posterior: Config,
+        decoder: Config,
+        likelihood: Config,
+        rngs: nnx.Rngs,
+    ):
+        self.latent_dim = latent_dim
+        self.encoder = build(NETWORKS, encoder, "config.model.encoder", input_shape=input_shape, rngs=rngs)
+        self.posterior_head = build(
+            LATENT_HEADS,
+            posterior,
+            "config.model.posterior",
+            features_shape=self.encoder.output_shape,
+            event_size=latent_dim,
+            rngs=rngs,
+        )
+        self.decoder = build(NETWORKS, decoder, "config.model.decoder", input_shape=(latent_dim,), rngs=rngs)
+        self.likelihood_head = build(
+            LIKELIHOOD_HEADS,
+            likelihood,
+            "config.model.likelihood",
+            features_shape=self.decoder.output_shape,
+            data_shape=input_shape,
+            rngs=rngs,
+        )
+
+    def prior(self) -> Any:
+        """p(z) = N(0, I) over `[e]`."""
+        return distributions.standard_normal(self.latent_dim)
+
+    def posterior(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+        """q(z | x) for `x: [B, *input_shape]`, a distribution over `[B, e]`."""
+        return self.posterior_head(self.encoder(x, rngs))
+
+    def decode(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+        """p(x | z) for `z: [B, e]`: independent features, batch shape `[B, *input_shape]`."""
+        return self.likelihood_head(self.decoder(z, rngs))
+
+    def log_prob_given(self, z: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
+        """log p(x_o | z) in nats, `[S, B]`, for `z: [S, B, e]`."""
+        s, n, _ = z.shape
+        p = self.decode(z.reshape(s * n, -1))
+        x, b = (jnp.broadcast_to(a, (s, *a.shape)).reshape(s * n, *a.shape[1:]) for a in (x, b))
+        return likelihood.log_prob_of_observed(p, x, b).reshape(s, n)
+
+    def decode_mean(self, z: jax.Array) -> jax.Array:
+        """E[x | z], `[S, B, *input_shape]`, for `z: [S, B, e]`."""
+        mean = self.decode(z.reshape(-1, z.shape[-1])).mean
+        return mean.reshape(*z.shape[:2], *mean.shape[1:])
+
+
+class PartialPosterior(nnx.Module):
+    """q(z | x_o): an encoder that sees `[x * b, b]` and nothing else (paper, section 3).
+
+    Args:
+        input_shape: Shape of one example of x.
+        latent_dim: Dimensions of z.
+        encoder: Network config.
+        head: Head config; any of `distributions.LATENT_HEADS`.
+        rngs: Source of initial weights.
+    """
+
+    def __init__(self, *, input_shape: Shape, latent_dim: int, encoder: Config, head: Config, rngs: nnx.Rngs):
+        observed_shape = (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1])
+        self.encoder = build(NETWORKS, encoder, "config.model.partial_encoder", input_shape=observed_shape, rngs=rngs)
+        self.head = build(
+            LATENT_HEADS,
+            head,
+            "config.model.partial_posterior",
+            features_shape=self.encoder.output_shape,
+            event_size=latent_dim,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+        """q(z | x_o) over `[B, e]` for `x: [B, *input_shape]` and mask `b` (1 = observed)."""
+        return self.head(self.encoder(partial_input(x, b), rngs))
+
+
+class Terms(NamedTuple):
+    """What training optimises, per example and in nats; all `[B]`."""
+
+    reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
+    kl: jax.Array  # KL(q(z | x) || p(z)), closed form
+    matching_ll: jax.Array  # log q(z | x_o), the same z
+
+    def elbo(self) -> jax.Array:
+        """Evidence lower bound on log p(x)."""
+        return self.reconstruction_ll - self.kl
+
+    def loss(self, beta: jax.Array | float, matching_coef: float) -> jax.Array:
+        """Negative ELBO plus the Posterior Matching loss (paper, equations 1 and 4)."""
+        return -(self.reconstruction_ll - beta * self.kl) - matching_coef * self.matching_ll
+
+
+class ConditionalLogProb(NamedTuple):
+    """Importance-sampled log-likelihoods in nats, and how far to trust them; all `[B]`."""
+
+    log_p_x: jax.Array  # log p(x)
+    log_p_xu_given_xo: jax.Array  # log p(x_u | x_o) = log p(x) - log p(x_o)
+    ess_x: jax.Array  # effective sample size of each estimate, in [1, num_samples]
+    ess_xo: jax.Array
+
+
+class PosteriorMatchingVAE(nnx.Module):
+    """A VAE that answers every conditional p(x_u | x_o) through z ~ q(z | x_o).
+
+    Args:
+        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+        latent_dim: Dimensions of z.
+        encoder: Network config of the encoder.
+        posterior: Head config of q(z | x).
+        decoder: Network config of the decoder.
+        likelihood: Head config of p(x | z).
+        partial_encoder: Network config of the partial encoder; None: as `encoder`, with weights of its own.
+        partial_posterior: Head config of q(z | x_o); None: as `posterior`.
+        rngs: Source of initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        latent_dim: int,
+        encoder: Config,
+        posterior: Config,
+        decoder: Config,
+        likelihood: Config,
+        partial_encoder: Config | None = None,
+        partial_posterior: Config | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.vae = VAE(
+            input_shape=input_shape,
+            latent_dim=latent_dim,
+            encoder=encoder,
+            posterior=posterior,
+            decoder=decoder,
+            likelihood=likelihood,
+            rngs=rngs,
+        )
+        self.partial_posterior = PartialPosterior(
+            input_shape=input_shape,
+            latent_dim=latent_dim,
+            encoder=partial_encoder or encoder,
+            head=partial_posterior or posterior,
+            rngs=rngs,
+        )
+
+    @classmethod
+    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVAE":
+        """Builds the model from `config.model`; raises UserError for keys that it does not take."""
+        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
+
+    def terms(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        key: jax.Array,
+        *,
+        available: jax.Array | None = None,
+        stop_gradients: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> Terms:
+        """The terms of the training objective.
+
+        Args:
+            x: `[B, *input_shape]`, finite; missing values are zeros.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            key: Random key of z.
+            available: Mask of the values that exist in the data; None: all.
+            stop_gradients: Stop the gradient into z in the matching term: the VAE then does not feel that term.
+            rngs: Dropout streams, while training.
+        """
+        q = self.vae.posterior(x, rngs)
+        z = q.sample(key)  # reparameterised
+        p = self.vae.decode(z, rngs)
+        target = jax.lax.stop_gradient(z) if stop_gradients else z
+        return Terms(
+            reconstruction_ll=likelihood.log_prob_of_observed(
+                p, x, jnp.ones_like(b) if available is None else available
+            ),
+            kl=distributions.kl_to_standard_normal(q),
+            # Posterior Matching: q(z | x_o) by maximum likelihood on samples of q(z | x).
+            matching_ll=self.partial_posterior(x, b, rngs).log_prob(target),
+        )
+
+    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Draws imputations: decoder means for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
+
+        Args:
+            x: `[B, *input_shape]`; values where b = 0 have no influence (but must be finite).
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            num_samples: Imputations per example.
+            key: Random key.
+
+        Returns:
+            `[num_samples, B, *input_shape]`.
+        """
+        z = self.partial_posterior(x, b).sample(key, (num_samples,))
+        return jnp.where(b == 1, x, self.vae.decode_mean(z))
+
+    def is_log_prob(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        num_samples: int,
+        *,
+        key: jax.Array,
+        available: jax.Array | None = None,
+        chunk_size: int = 128,
+    ) -> ConditionalLogProb:
+        """Importance-samples log p(x) with proposal q(z | x) and log p(x_o) with proposal q(z | x_o).
+
+        Args:
+            x: `[B, *input_shape]`, finite.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            num_samples: Samples of z for each of the two estimates.
+            key: Random key.
+            available: Mask of the values that exist in the data; None: all. Others are never scored.
+            chunk_size: Most samples per example held at once.
+        """
+        available = jnp.ones_like(b) if available is None else available
+
+        def estimate(proposal, mask, key):
+            def log_joint(z):
+                return self.vae.log_prob_given(z, x, mask) + self.vae.prior().log_prob(z)
+
+            return likelihood.importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
+
+        key_x, key_xo = jax.random.split(key)
+        full = estimate(self.vae.posterior(x), available, key_x)
+        observed = estimate(self.partial_posterior(x, b), b * available, key_xo)
+        return ConditionalLogProb(
+            log_p_x=full.log_prob,
+            log_p_xu_given_xo=full.log_prob - observed.log_prob,
+            ess_x=full.effective_sample_size,
+            ess_xo=observed.effective_sample_size,
+        )
+
+    def expected_info_gains(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Expected information about z that each unobserved feature would bring (paper, section 4.3).
+
+        For feature i: `H[q(z | x_o)] - E[H[q(z | x_o, x_i)]]` in nats, x_i from `num_samples` imputations. Entropies
+        are exact for Gaussian partial posteriors, else estimated with `num_samples` draws.
+
+        Args:
+            x: One example, `[*input_shape]`.
+            b: Its mask, `[d]` or `[H, W, 1]`.
+            num_samples: Imputations to average over.
+            key: Random key.
+
+        Returns:
+            `[b.size]`, one entry per mask entry, -inf where observed.
+        """
+        key_impute, key_now, key_then = jax.random.split(key, 3)
+        imputations = self.impute(x[None], b[None], num_samples, key=key_impute)[:, 0]
+        now = distributions.entropy(self.partial_posterior(x[None], b[None]), key_now, num_samples)[0]
+
+        def expected_entropy(i):
+            revealed = b.reshape(-1).at[i].set(1.0).reshape(b.shape)
+            revealed = jnp.broadcast_to(revealed, (num_samples, *b.shape))
+            return distributions.entropy(self.partial_posterior(imputations, revealed), key_then, num_samples).mean()
+
+        gains = now - jax.lax.map(expected_entropy, jnp.arange(b.size))
+        return jnp.where(b.reshape(-1) == 1, -jnp.inf, gains)
+
+    def sample(self, num_samples: int, *, key: jax.Array, mean: bool = False) -> jax.Array:
+        """Draws x ~ p(x | z) (or E[x | z] if `mean`) for z ~ p(z); `[num_samples, *input_shape]`."""
+        key_z, key_x = jax.random.split(key)
+        p = self.vae.decode(self.vae.prior().sample(key_z, (num_samples,)))
+        return p.mean if mean else p.sample(key_x)

@@ -1,0 +1,172 @@
+"""Network bodies: arrays in, features out. What the features mean is a matter of the heads in `distributions.py`.
+
+Every network takes `x: [B, *input_shape]` and returns `[B, *output_shape]`. `rngs` is given while training only:
+without it, dropout is off. Kernels start truncated normal with standard deviation 1 / sqrt(fan_in), biases at zero.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from posterior_matching.convolution import conv, conv_transpose
+from posterior_matching.errors import UserError
+
+Shape = tuple[int, ...]
+
+_kernel_init = nnx.initializers.lecun_normal()
+
+
+class ResidualMLP(nnx.Module):
+    """Pre-activation residual blocks of two linear layers each.
+
+    Args:
+        input_shape: Shape of one example; flattened.
+        residual_blocks: Number of blocks.
+        hidden_units: Width, also of the output.
+        layer_norm: Normalise after every linear layer, with neither scale nor offset.
+        dropout: Share of units dropped inside each block while training.
+    """
+
+    def __init__(
+        self,
+        input_shape: Shape,
+        residual_blocks: int = 2,
+        hidden_units: int = 256,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.output_shape = (hidden_units,)
+        self.linear_in = nnx.Linear(math.prod(input_shape), hidden_units, rngs=rngs)
+        self.blocks = nnx.List(
+            nnx.List(nnx.Linear(hidden_units, hidden_units, rngs=rngs) for _ in range(2))
+            for _ in range(residual_blocks)
+        )
+        self.dropout = nnx.Dropout(dropout)
+        self.layer_norm = layer_norm
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Maps `[B, *input_shape]` to `[B, hidden_units]`."""
+        return self.after_input(self.linear_in(x.reshape(x.shape[0], -1)), rngs)
+
+    def after_input(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Everything behind the first linear layer, whose output is `h: [..., hidden_units]`."""
+        h = self._norm(h)
+        for first, second in self.blocks:
+            residual = self._norm(first(jax.nn.relu(h)))
+            residual = self.dropout(jax.nn.relu(residual), deterministic=rngs is None, rngs=rngs)
+            h = h + self._norm(second(residual))
+        return jax.nn.relu(h)
+
+    def _norm(self, h: jax.Array) -> jax.Array:
+        return jax.nn.standardize(h, axis=-1) if self.layer_norm else h
+
+
+class Conv(nnx.Module):
+    """A convolution with bias; see `convolution.conv`."""
+
+    def __init__(self, features_in: int, features: int, size: int, stride: int, padding: str, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(_kernel_init(rngs.params(), (size, size, features_in, features)))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return conv(x, self.kernel[...], self.stride, self.padding) + self.bias[...]
+
+
+class ConvTranspose(nnx.Module):
+    """A transposed convolution with bias; see `convolution.conv_transpose`."""
+
+    def __init__(self, features_in: int, features: int, size: int, stride: int, padding: str, *, rngs: nnx.Rngs):
+        kernel = _kernel_init(rngs.params(), (size, size, features_in, features))
+        self.kernel = nnx.Param(kernel.swapaxes(2, 3))  # `conv_transpose` takes [K, K, out, in]; fan_in counts `in`
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return conv_transpose(x, self.kernel[...], self.stride, self.padding) + self.bias[...]
+
+
+class ConvEncoder(nnx.Module):
+    """Convolutions, each followed by a leaky ReLU; padding SAME, the last layer VALID.
+
+    Args:
+        input_shape: `(H, W, C)`.
+        conv_layers: `(filters, kernel size, stride)` of each layer.
+
+    Raises:
+        UserError: The data are not images, or too small for the last layer.
+    """
+
+    def __init__(self, input_shape: Shape, conv_layers: Sequence[tuple[int, int, int]], *, rngs: nnx.Rngs):
+        _require_image(input_shape, "ConvEncoder")
+        height, width, channels = input_shape
+        layers = []
+        for i, (filters, size, stride) in enumerate(conv_layers):
+            last = i == len(conv_layers) - 1
+            if last and size > min(height, width):
+                raise UserError(
+                    f"ConvEncoder: the last layer's kernel ({size}x{size}) exceeds its {height}x{width} input; "
+                    f"adapt conv_layers to images of shape {input_shape}"
+                )
+            trim = size - 1 if last else 0
+            height, width = (math.ceil((n - trim) / stride) for n in (height, width))
+            layers.append(Conv(channels, filters, size, stride, "VALID" if last else "SAME", rngs=rngs))
+            channels = filters
+        self.layers = nnx.List(layers)
+        self.output_shape = (height, width, channels)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
+        """Maps `[B, H, W, C]` to `[B, *output_shape]`."""
+        for layer in self.layers:
+            x = jax.nn.leaky_relu(layer(x))
+        return x
+
+
+class ConvDecoder(nnx.Module):
+    """Transposed convolutions from one position, leaky ReLU between them; the first layer VALID, the rest SAME.
+
+    Args:
+        input_shape: `(d,)`.
+        conv_layers: `(filters, kernel size, stride)` of each layer.
+        activate_output: Also put a leaky ReLU behind the last layer, as the published implementation does. It shrinks
+            negative Bernoulli logits a hundredfold, so by default the output is linear.
+    """
+
+    def __init__(
+        self,
+        input_shape: Shape,
+        conv_layers: Sequence[tuple[int, int, int]],
+        activate_output: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        (channels,) = input_shape
+        layers, position = [], 1
+        for i, (filters, size, stride) in enumerate(conv_layers):
+            layers.append(ConvTranspose(channels, filters, size, stride, "SAME" if i else "VALID", rngs=rngs))
+            position = position * stride if i else size
+            channels = filters
+        self.layers = nnx.List(layers)
+        self.activate_output = activate_output
+        self.output_shape = (position, position, channels)
+
+    def __call__(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
+        """Maps `[B, d]` to `[B, *output_shape]`."""
+        x = z[:, None, None, :]
+        for layer in self.layers[:-1]:
+            x = jax.nn.leaky_relu(layer(x))
+        x = self.layers[-1](x)
+        return jax.nn.leaky_relu(x) if self.activate_output else x
+
+
+def _require_image(shape: Shape, name: str) -> None:
+    if len(shape) != 3:
+        raise UserError(f"{name} needs images (H, W, C), the data have shape {shape}; use ResidualMLP")
+
+
+NETWORKS = {"ResidualMLP": ResidualMLP, "ConvEncoder": ConvEncoder, "ConvDecoder": ConvDecoder}

@@ -1,0 +1,48 @@
+"""The one home of pmap: one program on every local device of every process, batches split along `AXIS`."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+AXIS = "batch"
+Tree = TypeVar("Tree")
+
+
+def initialize(coordinator_address: str, num_processes: int, process_id: int) -> None:
+    """Joins this process to a run over several (call before anything else touches JAX).
+
+    Args:
+        coordinator_address: `host:port` of process 0, reachable from all.
+        num_processes: How many processes take part.
+        process_id: Which one this is, from 0.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def pmap(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.pmap` over `AXIS`: array arguments and results have a leading axis of local devices."""
+    return jax.pmap(fn, axis_name=AXIS, **options)
+
+
+def replicate(tree: Tree) -> Tree:
+    """Copies a pytree of arrays to every local device; leaves gain a leading axis of local devices."""
+    return pmap(lambda _, t: t, in_axes=(0, None))(np.arange(jax.local_device_count()), tree)
+
+
+def unreplicate(tree: Tree) -> Tree:
+    """Returns the first local device's copy, as NumPy arrays of their own memory."""
+    return jax.tree.map(lambda a: np.array(a.addressable_data(0))[0], tree)
+
+
+def shard(tree: Tree) -> Tree:
+    """Puts arrays of leading axis [local devices] onto the devices."""
+    return pmap(lambda t: t)(tree)
+
+
+def local_devices() -> range:
+    """Global indices of this process's devices, as `jax.lax.axis_index(AXIS)` counts them."""
+    first = jax.process_index() * jax.local_device_count()
+    return range(first, first + jax.local_device_count())

@@ -1,0 +1,257 @@
+"""Run directories: what they hold, how they are made, resumed and loaded. The one home of the checkpoint format.
+
+config.json     model, config, input shape, standardisation, versions; written before the first step
+checkpoints/    latest/ and best/ (lowest validation loss), each one Orbax checkpoint of two items:
+                  model   weights ready for use (EMA where the config has EMA), a flat dict of arrays by path
+                  train   everything else that continuing needs
+tb/             TensorBoard events
+metrics.jsonl   one JSON object per validation
+parameters.txt  names, shapes and sizes of all parameters
+"""
+
+import datetime
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from posterior_matching.data import Standardisation
+from posterior_matching.errors import UserError
+from posterior_matching.models.vae import PosteriorMatchingVAE
+
+MODELS = {"pm_vae": PosteriorMatchingVAE}
+
+# A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
+_FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
+
+
+class Run:
+    """One training run on disk.
+
+    Attributes:
+        path: The run directory.
+        config: The resolved config, plain values.
+        step: Step of the latest checkpoint, 0 if there is none.
+    """
+
+    def __init__(self, path: pathlib.Path, description: dict[str, Any]):
+        self.path = path
+        self.config = description["config"]
+        self._managers = {name: _manager(path, name) for name in ("latest", "best")}
+        self.step = self._managers["latest"].latest_step() or 0
+
+    def save(self, step: int, model: dict[str, np.ndarray], train: Any, best: bool) -> None:
+        """Writes a checkpoint in the background, replacing the last one only once the new one is complete."""
+        for name in ("latest", "best") if best else ("latest",):
+            items = {"model": ocp.args.StandardSave(model)}
+            if name == "latest":
+                items["train"] = ocp.args.StandardSave(train)
+            self._managers[name].save(step, args=ocp.args.Composite(**items), force=True)
+        self.step = step
+
+    def restore(self, train: Any) -> Any:
+        """Returns the latest checkpoint's `train` item, in the structure, shapes and dtypes of `train`."""
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype), train)
+        restored = self._managers["latest"].restore(
+            self.step, args=ocp.args.Composite(train=ocp.args.StandardRestore(target))
+        )
+        return jax.tree.map(np.asarray, restored["train"])
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends one JSON object to `metrics.jsonl`."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drops rows that a killed process wrote after its last checkpoint: they will be written again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            _write_atomically(path, "".join(row + "\n" for row in rows))
+
+    def finish_saving(self) -> None:
+        """Waits until everything saved is on disk."""
+        for manager in self._managers.values():
+            manager.wait_until_finished()
+
+
+def open_run(
+    run_dir: str | None,
+    model: str,
+    config: ConfigDict,
+    input_shape: tuple[int, ...],
+    standardisation: Standardisation | None = None,
+) -> Run:
+    """Creates the run directory, or opens it for resuming if it holds this run already.
+
+    Args:
+        run_dir: The directory; None: `runs/<model>-<dataset>-<timestamp>`.
+        model: Key of `MODELS`.
+        config: The resolved config, with `dataset`.
+        input_shape: Shape of one example.
+        standardisation: Of the user's own data.
+
+    Raises:
+        UserError: The directory holds a run of another model or config, or something that is no run.
+    """
+    config = json.loads(config.to_json_best_effort())
+    if run_dir is None:
+        dataset = pathlib.Path(config["dataset"]).stem
+        run_dir = f"runs/{model}-{dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    path = pathlib.Path(run_dir).absolute()
+    description = {
+        "model": model,
+        "config": config,
+        "input_shape": list(input_shape),
+        "standardisation": standardisation and standardisation.to_json(),
+        "num_devices": jax.device_count(),
+        "versions": versions(),
+    }
+    if (path / "config.json").exists():
+        _check_same_run(path, read_description(path), description)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{run_dir} exists and is not a run directory: choose another --run_dir")
+    if jax.process_index() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path / "config.json", json.dumps(description, indent=2) + "\n")
+    return Run(path, description)
+
+
+def read_description(run_dir: str | os.PathLike, model: str | None = None) -> dict[str, Any]:
+    """Returns `config.json` of a run.
+
+    Args:
+        run_dir: The run directory.
+        model: The model it must be of (key of `MODELS`); None: any.
+
+    Raises:
+        UserError: No such directory, not a run directory, or a run of another model.
+    """
+    path = pathlib.Path(run_dir)
+    if not path.is_dir():
+        raise UserError(f"run directory {run_dir} does not exist")
+    try:
+        description = json.loads((path / "config.json").read_text())
+        found = description["model"]
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is not a run directory: it has no config.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path / 'config.json'} is damaged: it is not the description of a run") from None
+    if model is not None and found != model:
+        raise UserError(f"{run_dir} is a run of {found}, not of {model}: pass the directory of a {model} run")
+    return description
+
+
+def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint: str | None = None) -> nnx.Module:
+    """Returns the trained model of a run, ready to call.
+
+    Args:
+        run_dir: The run directory.
+        model: The model it must be of (key of `MODELS`); None: any.
+        checkpoint: "best" (lowest validation loss) or "latest"; None: what the run's `config.evaluate_checkpoint` says.
+
+    Raises:
+        UserError: As `read_description`; or there is no such checkpoint, or it does not fit the run's config.
+    """
+    description = read_description(run_dir, model)
+    name = checkpoint or description["config"]["evaluate_checkpoint"]
+    if name not in ("best", "latest"):
+        raise UserError(f"unknown checkpoint '{name}': 'best' or 'latest'")
+    manager = _manager(pathlib.Path(run_dir).absolute(), name)
+    step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{run_dir} holds no {name} checkpoint yet: train it longer (config.validation_every)")
+
+    def build() -> nnx.Module:
+        shape = tuple(description["input_shape"])
+        return MODELS[description["model"]].from_config(description["config"]["model"], shape, nnx.Rngs(0))
+
+    abstract = nnx.eval_shape(build)
+    graphdef, state = nnx.split(abstract)
+    target = flat_weights(state)
+    saved = manager.item_metadata(step)["model"]
+    if problem := _difference(
+        {k: tuple(v.shape) for k, v in target.items()}, {k: tuple(v.shape) for k, v in saved.items()}
+    ):
+        raise UserError(f"the {name} checkpoint of {run_dir} does not fit its config.json: {problem}")
+    restored = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
+    return nnx.merge(graphdef, unflatten_weights(state, {k: np.asarray(v) for k, v in restored.items()}))
+
+
+def flat_weights(state: nnx.State) -> dict[str, Any]:
+    """Flattens a model state to arrays by path: `{"vae.encoder.linear_in.kernel": [d, h], ...}`."""
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def unflatten_weights(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State:
+    """Returns `state` with the arrays of `flat_weights` put back."""
+    flat = [
+        (path, leaf.replace(jax.numpy.asarray(weights[".".join(map(str, path))])))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpyro", "numpy")}
+
+
+def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=False, enable_background_delete=False)
+    directory = path / "checkpoints" / name
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    return ocp.CheckpointManager(directory, options=options, item_names=("model", "train"))
+
+
+def _check_same_run(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    if saved["model"] != now["model"]:
+        raise UserError(f"{path} is a run of {saved['model']}, not of {now['model']}: choose another --run_dir")
+    before, after = _flatten(saved["config"]), _flatten(now["config"])
+    for key in ("input_shape", "num_devices"):
+        before[key], after[key] = saved[key], now[key]
+    free = {f"config.{key}" for key in _FREE_ON_RESUME}
+    before, after = (
+        {k if k in ("input_shape", "num_devices") else f"config.{k}": v for k, v in c.items()} for c in (before, after)
+    )
+    if problem := _difference(*({k: v for k, v in c.items() if k not in free} for c in (before, after))):
+        raise UserError(f"{path} holds a run that differs ({problem}): use its values, or choose another --run_dir")
+
+
+def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """Names what differs between two flat dicts, in one line; empty if nothing does."""
+    missing = object()
+    parts = []
+    for key in sorted(expected.keys() | found.keys()):
+        old, new = expected.get(key, missing), found.get(key, missing)
+        if old != new:
+            parts.append(f"{key}: {'absent' if old is missing else old} -> {'absent' if new is missing else new}")
+    return "; ".join(parts)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, branch in tree.items() for k, v in _flatten(branch, f"{prefix}.{name}".strip(".")).items()}
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line cut short by a kill
+        return float("inf")
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

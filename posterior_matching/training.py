@@ -1,0 +1,491 @@
+"""The one training loop: compiled steps over device-resident data, validation, checkpoints, logging.
+
+A script gives `fit` a model and a loss; see `train_pm_vae.py`. Losses are functions
+
+    loss(model, batch, rngs, step, training) -> {"loss": [B], "<term>_<unit>": [B] or scalar, ...}
+
+of per-example values, used alike for training (averaged over the batch) and for validation (averaged exactly over all
+examples, with EMA weights if there are any, and the same random keys every time).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from posterior_matching import parallel, runs
+from posterior_matching.batching import Arrays, TrainingFeed, evaluation_chunks
+from posterior_matching.config import call
+from posterior_matching.errors import UserError
+
+Batch = dict[str, jax.Array]
+Loss = Callable[..., dict[str, jax.Array]]
+
+# Every use of randomness in a training step has a stream of its own. Append only: the order fixes the numbers.
+STREAMS = ("noise", "mask", "sample", "dropout")
+
+_MAX_STEPS_PER_DISPATCH = 1000
+_MAX_CONSECUTIVE_SKIPS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """Adam with decoupled weight decay; `config.optimizer`."""
+
+    learning_rate: float
+    decay_rate: float = 1.0  # learning_rate * decay_rate ** (step / transition_steps)
+    transition_steps: int = 1
+    staircase: bool = False  # decay in jumps: floor(step / transition_steps)
+    warmup_steps: int = 0  # linear from 0
+    weight_decay: float = 0.0  # on matrices and convolution kernels only
+    clip_norm: float | None = None  # of the global gradient
+    eps: float = 1e-8
+
+    def schedule(self) -> optax.Schedule:
+        """Returns the learning rate as a function of the step."""
+        decay = optax.exponential_decay(
+            self.learning_rate, self.transition_steps, self.decay_rate, staircase=self.staircase
+        )
+        if not self.warmup_steps:
+            return decay
+        return lambda step: decay(step) * jnp.minimum(1.0, step / self.warmup_steps)
+
+    def direction(self) -> optax.GradientTransformation:
+        """Returns the transformation of gradients into steps, but for the factor `-learning_rate`."""
+        clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
+        decay = optax.add_decayed_weights(self.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim >= 2, p))
+        return optax.chain(clip, optax.scale_by_adam(eps=self.eps), decay if self.weight_decay else optax.identity())
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """The keys of a config that the training loop reads."""
+
+    seed: int
+    steps: int
+    batch_size: int  # per device
+    validation_every: int
+    log_every: int
+    optimizer: Mapping[str, Any]
+    checkpoint_every: int | None = None  # besides every validation
+    ema_decay: float | None = None  # of the weights that validation and evaluation use; None: the weights themselves
+    skip_nonfinite_updates: bool = False  # True: skip and count them; False: stop
+    data_memory_budget_gb: float = 8.0  # data beyond this many gigabytes per device stream from the host
+    evaluate_checkpoint: str = "best"  # which checkpoint evaluations load: "best" (lowest validation loss) or "latest"
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "validation_every", "log_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"config.{name} must be at least 1, not {value}")
+        if self.seed < 0:
+            raise UserError(f"config.seed must not be negative, it is {self.seed}")
+        if self.evaluate_checkpoint not in ("best", "latest"):
+            raise UserError(f"config.evaluate_checkpoint must be 'best' or 'latest', not '{self.evaluate_checkpoint}'")
+
+
+class TrainState(NamedTuple):
+    """What a step changes. The frozen part of the model is not in it."""
+
+    step: jax.Array  # int32
+    trainable: nnx.State
+    mutable: nnx.State  # variables that are no parameters (codebook averages, ...)
+    opt_state: optax.OptState
+    ema: nnx.State | None
+    skipped: jax.Array  # int32, non-finite updates so far
+    skipped_in_a_row: jax.Array  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What distinguishes one training script from another."""
+
+    model: nnx.Module  # with its initial weights
+    loss: Loss  # see the module's docstring
+    prepare: Callable[[Batch], Batch]  # stored rows -> model inputs, inside the compiled step
+    trainable: Any = nnx.Param  # NNX filter; other parameters are frozen and have no optimiser state
+    images: Callable[[nnx.Module], dict[str, np.ndarray]] | None = None  # evaluation model -> [H, W, C] in [0, 1]
+
+
+def fit(
+    experiment: Experiment, run: runs.Run, options: TrainingOptions, train: Arrays, validation: Arrays
+) -> nnx.Module:
+    """Trains from the run's latest checkpoint, or the start, and returns the model with its evaluation weights.
+
+    Args:
+        experiment: Model, loss and what belongs to them.
+        run: Where checkpoints, metrics and TensorBoard events go.
+        options: See `TrainingOptions`.
+        train: Training data as stored, leading axis N; moved to the devices as it is.
+        validation: Validation data, likewise.
+
+    Raises:
+        UserError: The loss is not finite, or too many updates in a row had to be skipped.
+    """
+    program = Program(experiment, options)
+    state, frozen = program.initial_state()
+    graphdef = program.graphdef
+    best_loss = math.inf
+    if run.step:
+        state, best_loss = _restore(run, state)
+    first_step, step = run.step, run.step
+    run.forget_metrics_after(step)
+    log = _Log(run, experiment.model, state.trainable, step, options)
+    feed = TrainingFeed(train, options.batch_size, options.seed, options.data_memory_budget_gb)
+    chunks = _ValidationChunks(validation, options)
+    state, frozen_everywhere = parallel.replicate((state, frozen))
+
+    def evaluation_model() -> nnx.Module:
+        weights = state.trainable if state.ema is None else state.ema
+        return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, (parallel.unreplicate(weights), frozen)), _mutable())
+
+    def _mutable() -> nnx.State:
+        return jax.tree.map(jnp.asarray, parallel.unreplicate(state.mutable))
+
+    def save(best: bool) -> None:
+        weights = runs.flat_weights(nnx.state(evaluation_model()))
+        run.save(step, jax.tree.map(np.asarray, weights), _to_save(parallel.unreplicate(state), best_loss), best)
+
+    with log, _interruptible() as interrupted:
+        while step < options.steps:
+            num_steps = _steps_in_dispatch(step, options)
+            next_num_steps = _steps_in_dispatch(step + num_steps, options)
+            arrays, indices = feed.get(step, num_steps, next_num_steps)
+            state, metrics = program.train(state, frozen_everywhere, arrays, indices)
+            step += num_steps
+            log.add(step, num_steps, metrics)
+            validate = step % options.validation_every == 0 or step == options.steps
+            checkpoint = options.checkpoint_every is not None and step % options.checkpoint_every == 0
+            if step % options.log_every == 0 or validate or checkpoint or interrupted():
+                log.write_training()  # also refuses to go on after a non-finite step, before anything is saved
+            if validate:
+                weights = state.trainable if state.ema is None else state.ema
+                values = program.validate(weights, state.mutable, frozen_everywhere, chunks)
+                log.write_validation(step, values)
+                is_best = values["loss"] < best_loss
+                best_loss = min(best_loss, values["loss"])
+                save(is_best)
+                if experiment.images is not None and jax.process_index() == 0:
+                    log.write_images(step, experiment.images(evaluation_model()))
+                log.restart_clock()
+            elif checkpoint or interrupted():
+                save(best=False)
+                log.restart_clock()
+            if interrupted() and step < options.steps:
+                run.finish_saving()
+                raise UserError(
+                    f"interrupted: saved at step {step}; the same command with --run_dir={run.path} goes on"
+                )
+        run.finish_saving()
+    if first_step >= options.steps:
+        print(f"nothing to do: the run is at step {first_step} of {options.steps}")
+    return evaluation_model()
+
+
+class Program:
+    """The compiled training step and validation pass of an experiment."""
+
+    def __init__(self, experiment: Experiment, options: TrainingOptions):
+        optimizer = call(OptimizerOptions, options.optimizer, "config.optimizer")
+        self._loss, self._prepare, self._options = experiment.loss, experiment.prepare, options
+        self._schedule, self._direction = optimizer.schedule(), optimizer.direction()
+        self.graphdef, *self._initial = nnx.split(experiment.model, experiment.trainable, nnx.Param, ...)
+        self.train = parallel.pmap(self._train_steps, donate_argnums=0)
+        self._validate = parallel.pmap(self._validation_sums)
+
+    def initial_state(self) -> tuple[TrainState, nnx.State]:
+        """Returns the state before the first step, and the frozen parameters; neither replicated."""
+        trainable, frozen, mutable = self._initial
+        state = TrainState(
+            step=np.int32(0),
+            trainable=trainable,
+            mutable=mutable,
+            opt_state=self._direction.init(trainable),
+            ema=None if self._options.ema_decay is None else trainable,
+            skipped=np.int32(0),
+            skipped_in_a_row=np.int32(0),
+        )
+        return state, frozen
+
+    def _train_steps(self, state, frozen, arrays, indices):
+        """Runs `len(indices)` steps on one device; returns the new state and metrics `[steps]`."""
+        step = functools.partial(self._train_step, frozen, arrays)
+        if len(indices) == 1:  # no compiled loop around it: XLA's CPU compiler slows convolutions down in loops
+            state, metrics = step(state, indices[0])
+            return state, jax.tree.map(lambda a: a[None], metrics)
+        return jax.lax.scan(step, state, indices)
+
+    def _train_step(self, frozen, arrays, state: TrainState, rows):
+        options = self._options
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
+        batch = self._prepare(jax.tree.map(lambda a: a[rows], arrays))
+
+        def mean_loss(trainable):
+            model = nnx.merge(self.graphdef, trainable, frozen, state.mutable, copy=True)
+            terms = self._loss(model, batch, _streams(key), step=state.step, training=True)
+            mutable = nnx.state(model, nnx.Not(nnx.Param))
+            terms = jax.tree.map(jnp.mean, terms)  # over the batch
+            return terms["loss"], (terms, mutable)
+
+        gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
+        gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["learning_rate"] = learning_rate = self._schedule(state.step)
+
+        updates, opt_state = self._direction.update(gradients, state.opt_state, state.trainable)
+        trainable = jax.tree.map(lambda p, u: p - learning_rate * u, state.trainable, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(trainable, ema, 1.0 - options.ema_decay)
+        new = state._replace(trainable=trainable, mutable=mutable, opt_state=opt_state, ema=ema)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        if options.skip_nonfinite_updates:
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        skipped = jnp.int32(~finite)
+        new = new._replace(
+            step=state.step + 1,
+            skipped=state.skipped + skipped,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        )
+        metrics["skipped_updates"] = new.skipped
+        metrics["skipped_in_a_row"] = new.skipped_in_a_row
+        return new, metrics
+
+    def validate(self, weights, mutable, frozen, chunks: "_ValidationChunks") -> dict[str, float]:
+        """Returns the mean of every loss term over all validation examples."""
+        sums: dict[str, float] = {}
+        parts = [self._validate(weights, mutable, frozen, *chunk) for chunk in chunks]
+        for part in parts:
+            for name, values in parallel.unreplicate(part).items():
+                sums[name] = sums.get(name, 0.0) + float(np.sum(values, dtype=np.float64))
+        count = sums.pop("count")
+        return {name: value / count for name, value in sums.items()}
+
+    def _validation_sums(self, weights, mutable, frozen, arrays, example_weights, batch_index):
+        """Sums of the loss terms over the devices for each batch of a chunk, `[batches]`."""
+        model = nnx.merge(self.graphdef, weights, frozen, mutable, copy=True)
+        key = jax.random.fold_in(jax.random.key(self._options.seed), np.uint32(2**32 - 1))  # no training step's key
+
+        def batch_sums(_, inputs):
+            rows, weight, index = inputs
+            batch_key = jax.random.fold_in(key, index)
+            rngs = _streams(jax.random.fold_in(batch_key, jax.lax.axis_index(parallel.AXIS)))
+            terms = self._loss(model, self._prepare(rows), rngs, step=None, training=False)
+            terms = {name: jnp.broadcast_to(value, weight.shape) for name, value in terms.items()} | {"count": 1.0}
+            # `where`, so that what padding rows may produce cannot turn 0 * inf into NaN.
+            sums = jax.tree.map(lambda value: jnp.sum(jnp.where(weight > 0, value, 0.0)), terms)
+            return None, jax.lax.psum(sums, parallel.AXIS)
+
+        return jax.lax.scan(batch_sums, None, (arrays, example_weights, batch_index))[1]
+
+
+class _ValidationChunks:
+    """The validation data in padded chunks, kept on the devices when they fit there."""
+
+    def __init__(self, arrays: Arrays, options: TrainingOptions):
+        self._arrays, self._batch_size = arrays, options.batch_size
+        size_gb = sum(a.nbytes for a in arrays.values()) / jax.device_count() / 1e9
+        self._kept = list(parallel.shard(list(self._read()))) if size_gb <= options.data_memory_budget_gb else None
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        return iter(self._kept) if self._kept is not None else self._read()
+
+    def _read(self):
+        first = 0
+        for arrays, weights in evaluation_chunks(self._arrays, self._batch_size):
+            num_batches = weights.shape[1]
+            index = np.broadcast_to(np.arange(first, first + num_batches), (len(weights), num_batches))
+            first += num_batches
+            yield arrays, weights, index
+
+
+class _Log:
+    """Progress bar, TensorBoard and `metrics.jsonl`; only process 0 writes."""
+
+    def __init__(self, run: runs.Run, model: nnx.Module, trainable: nnx.State, step: int, options: TrainingOptions):
+        self._run, self._options = run, options
+        self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []
+        self._training: dict[str, float] = {}
+        self._writes = jax.process_index() == 0
+        self._writer = self._progress = None
+        self._steps_timed, self._clock = 0, time.perf_counter()
+        if not self._writes:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.path / "tb"), purge_step=step + 1 if step else None)
+        total, ours = (
+            sum(math.prod(a.shape) for a in jax.tree.leaves(s)) for s in (nnx.state(model, nnx.Param), trainable)
+        )
+        (run.path / "parameters.txt").write_text(parameter_overview(model))
+        print(f"run directory: {run.path}")
+        print(
+            f"{jax.device_count()} {jax.devices()[0].platform} device(s), global batch "
+            f"{options.batch_size * jax.device_count()}; {total:,} parameters, {ours:,} of them trained; "
+            f"starting at step {step} of {options.steps}",
+            flush=True,
+        )
+        interval = 1 if sys.stderr.isatty() else 30
+        self._progress = tqdm(
+            total=options.steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.1
+        )
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._writes:
+            self._progress.close()
+            self._writer.close()
+
+    def add(self, step: int, num_steps: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a dispatch, without waiting for them."""
+        self._pending.append((step, num_steps, metrics))
+        self._steps_timed += num_steps
+        if len(self._pending) > 2:  # at most two dispatches ahead of the devices, so that Ctrl-C and the bar are honest
+            jax.block_until_ready(self._pending[-3][2]["loss"])
+        if self._writes:
+            self._progress.update(num_steps)
+
+    def write_training(self) -> None:
+        """Writes the means since the last write; raises UserError if a step was not finite."""
+        if not self._pending:
+            return
+        values: dict[str, list[np.ndarray]] = {}
+        for _, _, metrics in self._pending:
+            for name, value in parallel.unreplicate(metrics).items():
+                values.setdefault(name, []).append(value)
+        step = self._pending[-1][0]
+        self._pending = []
+        series = {name: np.concatenate(parts) for name, parts in values.items()}
+        self._refuse_nonfinite(step, series)
+        kept = series["skipped_in_a_row"] == 0
+        skipped = float(series.pop("skipped_updates")[-1])
+        series.pop("skipped_in_a_row")
+        means = {
+            name: float(np.mean(v[kept], dtype=np.float64)) if kept.any() else math.nan for name, v in series.items()
+        }
+        if self._options.skip_nonfinite_updates:
+            means["skipped_updates"] = skipped
+        now = time.perf_counter()
+        means["steps_per_second"] = self._steps_timed / (now - self._clock)
+        self.restart_clock()
+        self._training = means
+        self._write("train", step, means)
+        if self._writes:
+            self._progress.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
+
+    def write_validation(self, step: int, values: dict[str, float]) -> None:
+        """Writes one row of `metrics.jsonl`."""
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"the validation loss is {values['loss']} at step {step}; {self._last_good()}")
+        self._write("val", step, values)
+        if not self._writes:
+            return
+        rate = self._training["steps_per_second"]
+        row = {f"train_{k}": v for k, v in self._training.items() if k != "steps_per_second"}
+        self._run.append_metrics(
+            {"step": step, **row, **{f"val_{k}": v for k, v in values.items()}, "steps_per_second": rate}
+        )
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._progress.write(f"step {step}: validation {terms}", file=sys.stderr)
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Writes images `[H, W, C]` in [0, 1]."""
+        for name, image in images.items():
+            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def restart_clock(self) -> None:
+        """Starts timing steps afresh, so that validation and saving do not count."""
+        self._steps_timed, self._clock = 0, time.perf_counter()
+
+    def _write(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        if self._writes:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+    def _refuse_nonfinite(self, step: int, series: dict[str, np.ndarray]) -> None:
+        in_a_row = series["skipped_in_a_row"]
+        if not in_a_row.any():
+            return
+        if not self._options.skip_nonfinite_updates:
+            bad = int(np.argmax(in_a_row > 0))
+            names = [n for n, v in series.items() if not np.isfinite(v[bad])]
+            at = step - len(in_a_row) + bad + 1
+            raise UserError(f"{', '.join(names)} not finite at step {at}; {self._last_good()}")
+        if in_a_row.max() >= _MAX_CONSECUTIVE_SKIPS:
+            count = int(in_a_row.max())
+            raise UserError(f"{count} updates in a row not finite and skipped, up to step {step}; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        saved = f"the last good checkpoint is step {self._run.step}" if self._run.step else "no checkpoint was saved"
+        return f"{saved} in {self._run.path}; try a lower config.optimizer.learning_rate or config.optimizer.clip_norm"
+
+
+def parameter_overview(model: nnx.Module) -> str:
+    """Returns a table of the parameters: name, shape, size, mean, standard deviation."""
+    from clu import parameter_overview as overview
+
+    weights = runs.flat_weights(nnx.state(model, nnx.Param))
+    return overview.get_parameter_overview(weights, include_stats=True) + "\n"
+
+
+def steps_per_dispatch(options: TrainingOptions) -> int:
+    """How many steps go into one compiled call: one on CPU, else a divisor of all intervals."""
+    if jax.default_backend() == "cpu":
+        return 1
+    intervals = math.gcd(options.log_every, options.validation_every, options.checkpoint_every or 0)
+    return max(d for d in range(1, min(intervals, _MAX_STEPS_PER_DISPATCH) + 1) if intervals % d == 0)
+
+
+def _steps_in_dispatch(step: int, options: TrainingOptions) -> int:
+    """Steps of the call that begins at `step`; after an interruption or at the end, fewer than usual."""
+    usual = steps_per_dispatch(options)
+    return max(0, min(usual - step % usual, options.steps - step))
+
+
+def _streams(key: jax.Array) -> nnx.Rngs:
+    return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)})
+
+
+def _to_save(state: TrainState, best_loss: float) -> dict[str, Any]:
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return {"leaves": {str(i): leaf for i, leaf in enumerate(leaves)}, "best_loss": np.float64(best_loss)}
+
+
+def _restore(run: runs.Run, state: TrainState) -> tuple[TrainState, float]:
+    saved = run.restore(_to_save(state, math.inf))
+    leaves = [saved["leaves"][str(i)] for i in range(len(saved["leaves"]))]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), float(saved["best_loss"])
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM and Ctrl-C into a question that the loop asks between dispatches; a second Ctrl-C kills."""
+    received = []
+
+    def receive(number, _frame):
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in previous:
+            signal.signal(number, receive)
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,547 @@
+"""Mask generators against their distributions, enumerated by brute force, and the contract that all of them share."""
+
+import itertools
+import math
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import scipy.stats
+
+from posterior_matching import masking
+from posterior_matching.errors import UserError
+from posterior_matching.masking import (
+    BernoulliMaskGenerator,
+    CelebAMaskGenerator,
+    Cifar10MaskGenerator,
+    FixedRectangleMaskGenerator,
+    GCFMaskGenerator,
+    ImageBernoulliMaskGenerator,
+    MixtureMaskGenerator,
+    MNISTMaskGenerator,
+    OmniglotMaskGenerator,
+    RandomPatternMaskGenerator,
+    RectangleMaskGenerator,
+    SIIDGMMaskGenerator,
+    SquareMaskGenerator,
+    UniformMaskGenerator,
+    build_mask_generator,
+    mask_shape,
+)
+
+# One of each, with a shape that it fits.
+EVERY_GENERATOR = [
+    (BernoulliMaskGenerator(), (7,)),
+    (BernoulliMaskGenerator(0.3), (4, 5, 1)),
+    (UniformMaskGenerator(), (7,)),
+    (UniformMaskGenerator((0.2, 0.6)), (4, 5, 1)),
+    (ImageBernoulliMaskGenerator(), (4, 5, 1)),
+    (RectangleMaskGenerator(), (5, 8, 1)),
+    (FixedRectangleMaskGenerator(1, 2, 3, 8), (5, 8, 1)),
+    (SquareMaskGenerator(3), (5, 8, 1)),
+    (RandomPatternMaskGenerator(), (40, 24, 1)),
+    (MixtureMaskGenerator((BernoulliMaskGenerator(), UniformMaskGenerator()), (1, 0.5)), (7,)),
+    (MNISTMaskGenerator(), (28, 28, 1)),
+    (MNISTMaskGenerator(dim=16), (16, 16, 1)),
+    (OmniglotMaskGenerator(), (28, 28, 1)),
+    (Cifar10MaskGenerator(), (32, 32, 1)),
+    (GCFMaskGenerator(), (64, 64, 1)),
+    (SIIDGMMaskGenerator(), (64, 64, 1)),
+    (CelebAMaskGenerator(), (64, 64, 1)),
+]
+each_generator = pytest.mark.parametrize(
+    ("generator", "event_shape"), EVERY_GENERATOR, ids=[f"{type(g).__name__}-{s}" for g, s in EVERY_GENERATOR]
+)
+
+
+def sample(generator, n, event_shape, seed=0):
+    """Draws [n, *event_shape] masks as a uint8 numpy array."""
+    masks = jax.jit(generator, static_argnums=1)(jax.random.key(seed), (n, *event_shape))
+    return np.asarray(masks).astype(np.uint8)
+
+
+def assert_distribution(masks, distribution):
+    """Asserts that masks follow `distribution`, a dict from the bytes of each possible mask to its probability."""
+    assert sum(distribution.values()) == pytest.approx(1)
+    counts = Counter(mask.tobytes() for mask in masks)
+    assert counts.keys() <= distribution.keys(), "impossible masks"
+    expected = np.array([p * len(masks) for p in distribution.values()])
+    assert expected.min() > 5, "too few draws for the test"
+    observed = [counts[mask] for mask in distribution]
+    if len(distribution) > 1:
+        assert scipy.stats.chisquare(observed, expected).pvalue > 1e-6
+
+
+def assert_means(values, probabilities):
+    """Asserts that the means of 0/1 `values` [n, ...] agree with `probabilities` [...] within 5 standard errors."""
+    probabilities = np.broadcast_to(probabilities, values.shape[1:])
+    error = np.sqrt(probabilities * (1 - probabilities) / len(values))
+    assert np.all(np.abs(values.mean(axis=0, dtype=np.float64) - probabilities) <= 5 * error + 1e-12)
+
+
+def mix(*weighted):
+    """Mixes (weight, distribution) pairs."""
+    mixture = Counter()
+    for weight, distribution in weighted:
+        for mask, p in distribution.items():
+            mixture[mask] += p * weight / sum(w for w, _ in weighted)
+    return mixture
+
+
+def bernoulli_distribution(d, p):
+    masks = itertools.product((0, 1), repeat=d)
+    return {bytes(mask): p ** sum(mask) * (1 - p) ** (d - sum(mask)) for mask in masks}
+
+
+def subset_distribution(d, sizes):
+    masks = itertools.product((0, 1), repeat=d)
+    return {bytes(mask): 1 / (len(sizes) * math.comb(d, sum(mask))) for mask in masks if sum(mask) in sizes}
+
+
+def without(height, width, y1, x1, y2, x2):
+    mask = np.ones((height, width), np.uint8)
+    mask[y1:y2, x1:x2] = 0
+    return mask.tobytes()
+
+
+def rectangle_distribution(height, width, low, high):
+    """Every pair of corner pixels, kept if the area fits; with exact integer arithmetic in tenths."""
+    counts = Counter()
+    for ya, yb in itertools.product(range(height), repeat=2):
+        for xa, xb in itertools.product(range(width), repeat=2):
+            y1, y2, x1, x2 = min(ya, yb), max(ya, yb) + 1, min(xa, xb), max(xa, xb) + 1
+            if round(10 * low) * height * width <= 10 * (y2 - y1) * (x2 - x1) <= round(10 * high) * height * width:
+                counts[without(height, width, y1, x1, y2, x2)] += 1
+    return {mask: count / counts.total() for mask, count in counts.items()}
+
+
+def square_distribution(height, width, size):
+    corners = list(itertools.product(range(height - size + 1), range(width - size + 1)))
+    return {without(height, width, y, x, y + size, x + size): 1 / len(corners) for y, x in corners}
+
+
+def halves(dim):
+    """The masks without the left, top, right and bottom half."""
+    half = dim // 2
+    corners = [(0, 0, dim, half), (0, 0, half, dim), (0, half, dim, dim), (half, 0, dim, dim)]
+    return [without(dim, dim, *c) for c in corners]
+
+
+# --- distributions ---
+
+
+@pytest.mark.parametrize("event_shape", [(4,), (2, 2, 1)])
+@pytest.mark.parametrize("p", [0.5, 0.2, 0.0, 1.0])
+def test_bernoulli_distribution(event_shape, p):
+    distribution = {mask: q for mask, q in bernoulli_distribution(4, p).items() if q > 0}
+    assert_distribution(sample(BernoulliMaskGenerator(p), 20000, event_shape), distribution)
+    if len(event_shape) == 3:
+        assert_distribution(sample(ImageBernoulliMaskGenerator(p), 20000, event_shape, seed=1), distribution)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "event_shape", "sizes"),
+    [
+        (None, (5,), range(5)),  # 0 to d - 1: something is always unobserved.
+        (None, (2, 3, 1), range(6)),
+        ((0.25, 0.75), (8,), range(2, 6)),
+        ((0.0, 0.2), (2, 3, 1), range(1)),
+        ((0.5, 0.99), (5,), range(2, 4)),  # int(4.95) - 1 = 3
+        ((0.5, 1.0), (5,), range(2, 5)),
+    ],
+)
+def test_uniform_distribution(bounds, event_shape, sizes):
+    masks = sample(UniformMaskGenerator(bounds), 40000, event_shape)
+    assert_distribution(masks, subset_distribution(math.prod(event_shape), sizes))
+
+
+def test_uniform_sizes_of_mnist16():
+    sizes = sample(UniformMaskGenerator((0.0, 0.2)), 20000, (16, 16, 1)).sum(axis=(1, 2, 3))
+    counts = np.bincount(sizes)
+    assert len(counts) == 51  # 0 to int(51.2) - 1
+    assert scipy.stats.chisquare(counts).pvalue > 1e-6
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 4), (1, 6), (3, 3)])
+@pytest.mark.parametrize(("low", "high"), [(0.3, 1.0), (0.1, 0.6), (0.0, 1.0)])
+def test_rectangle_distribution(height, width, low, high):
+    masks = sample(RectangleMaskGenerator(low, high), 40000, (height, width, 1))
+    assert_distribution(masks, rectangle_distribution(height, width, low, high))
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 4, 2), (3, 3, 3), (2, 7, 1)])
+def test_square_distribution(height, width, size):
+    distribution = square_distribution(height, width, size)
+    masks = sample(SquareMaskGenerator(size), 20000, (height, width, 1))
+    assert_distribution(masks, distribution)
+    assert {mask.tobytes() for mask in masks} == distribution.keys()  # The last row and column too.
+
+
+def test_square_positions_are_independent_across_the_batch():
+    pairs = sample(SquareMaskGenerator(3), 40000, (5, 5, 1)).reshape(20000, -1)  # Two examples a row.
+    single = square_distribution(5, 5, 3)
+    assert_distribution(pairs, {a + b: p * q for a, p in single.items() for b, q in single.items()})
+
+
+def test_fixed_rectangle():
+    assert_distribution(sample(FixedRectangleMaskGenerator(1, 2, 3, 8), 9, (5, 8, 1)), {without(5, 8, 1, 2, 3, 8): 1})
+
+
+def test_mixture_distribution():
+    generators = (FixedRectangleMaskGenerator(0, 0, 1, 1), SquareMaskGenerator(2), ImageBernoulliMaskGenerator(0.3))
+    parts = [{without(2, 3, 0, 0, 1, 1): 1}, square_distribution(2, 3, 2), bernoulli_distribution(6, 0.3)]
+    masks = sample(MixtureMaskGenerator(generators, (1, 0.5, 2)), 200_000, (2, 3, 1))
+    assert_distribution(masks, mix(*zip((1, 0.5, 2), parts, strict=True)))
+
+
+def test_mixture_picks_are_independent_across_the_batch():
+    generators = (BernoulliMaskGenerator(0.0), BernoulliMaskGenerator(1.0), BernoulliMaskGenerator(1.0))
+    masks = sample(MixtureMaskGenerator(generators, (3, 1, 0)), 40000, (1,)).reshape(-1, 2)
+    assert_distribution(masks, bernoulli_distribution(2, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("generator", "p", "low", "high"),
+    [
+        (MNISTMaskGenerator(dim=3), 0.5, 0.3, 1.0),
+        (OmniglotMaskGenerator(dim=3), 0.5, 0.1, 0.6),
+        (Cifar10MaskGenerator(dim=3), 0.3, 0.1, 0.5),
+    ],
+    ids=["mnist", "omniglot", "cifar10"],
+)
+def test_composite_distribution(generator, p, low, high):
+    distribution = mix(
+        (2, bernoulli_distribution(9, p)),
+        *[(1, {mask: 1}) for mask in halves(3)],
+        (2, square_distribution(3, 3, 1)),
+        (2, rectangle_distribution(3, 3, low, high)),
+    )
+    n = math.ceil(10 / min(distribution.values()))
+    assert_distribution(sample(generator, max(n, 100_000), (3, 3, 1)), distribution)
+
+
+@pytest.mark.parametrize(
+    ("generator", "p", "low", "high"),
+    [
+        (MNISTMaskGenerator(), 0.5, 0.3, 1.0),
+        (OmniglotMaskGenerator(), 0.5, 0.1, 0.6),
+        (Cifar10MaskGenerator(), 0.3, 0.1, 0.5),
+    ],
+    ids=["mnist", "omniglot", "cifar10"],
+)
+def test_composite_marginals_and_parts(generator, p, low, high):
+    dim, half = generator.dim, generator.dim // 2
+    # covering[l - 1, i]: the number of ordered coordinate pairs on an axis that span l pixels, pixel i among them.
+    covering, spans = np.zeros((dim, dim)), np.zeros(dim)
+    for a, b in itertools.product(range(dim), repeat=2):
+        covering[abs(a - b), min(a, b) : max(a, b) + 1] += 1
+        spans[abs(a - b)] += 1
+    tenths = 10 * np.outer(np.arange(1, dim + 1), np.arange(1, dim + 1))
+    fits = (tenths >= round(10 * low) * dim**2) & (tenths <= round(10 * high) * dim**2)
+    rectangle = 1 - covering.T @ fits @ covering / (spans @ fits @ spans)
+    in_square = np.zeros(dim)
+    for start in range(dim - half + 1):
+        in_square[start : start + half] += 1 / (dim - half + 1)
+    half_masks = [np.frombuffer(mask, np.uint8).reshape(dim, dim) for mask in halves(dim)]
+    expected = (2 * p + sum(half_masks) + 2 * (1 - np.outer(in_square, in_square)) + 2 * rectangle) / 10
+
+    masks = sample(generator, 20000, (dim, dim, 1))[..., 0]
+    assert_means(masks, expected)
+    for mask in half_masks:  # Some rectangles are halves too, but rarely.
+        is_half = (masks == mask).all(axis=(1, 2))
+        assert abs(is_half.mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 20000) + 0.001
+
+
+def test_gcf_distribution():
+    corners = [
+        (26, 17, 58, 36), (26, 29, 58, 48), (26, 15, 37, 50), (26, 15, 37, 34), (26, 31, 37, 50), (43, 20, 62, 44),
+    ]  # fmt: skip
+    masks = sample(GCFMaskGenerator(), 3000, (64, 64, 1))
+    assert_distribution(masks, {without(64, 64, *c): 1 / 6 for c in corners})
+
+
+def classify_64(masks):
+    """Names the part of SIIDGM, GCF or the rectangles that each [64, 64, 1] mask comes from."""
+    known = {without(64, 64, 16, 16, 48, 48): "centre"} | dict.fromkeys(halves(64), "half")
+    names = []
+    for mask in masks:
+        rows, columns = np.nonzero(mask[..., 0] == 0)
+        area = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+        share = len(rows) / 4096
+        if mask.tobytes() in known:
+            names.append(known[mask.tobytes()])
+        elif len(rows) == area:
+            names.append("rectangle" if share >= 0.3 else "gcf")
+        elif 0.2 <= share <= 0.3:
+            names.append("pattern")
+        else:
+            assert abs(share - 0.8) < 0.05
+            names.append("pixels")
+    return Counter(names)
+
+
+@pytest.mark.parametrize(
+    ("generator", "proportions"),
+    [
+        (SIIDGMMaskGenerator(), {"pattern": 0.2, "pixels": 0.2, "centre": 0.2, "half": 0.4}),
+        (
+            CelebAMaskGenerator(),
+            {"pattern": 0.05, "pixels": 0.05, "centre": 0.05, "half": 0.1, "gcf": 0.25, "rectangle": 0.5},
+        ),
+    ],
+    ids=["siidgm", "celeb_a"],
+)
+def test_composites_of_64_pixels(generator, proportions):
+    counts = classify_64(sample(generator, 2000, (64, 64, 1)))
+    assert counts.keys() == proportions.keys()
+    for name, p in proportions.items():
+        assert abs(counts[name] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
+
+
+def test_halves_are_complementary():
+    left, top, right, bottom = (np.asarray(g(jax.random.key(0), (1, 7, 7, 1))) for g in masking._halves(7))
+    np.testing.assert_array_equal(left + right, np.ones((1, 7, 7, 1)))
+    np.testing.assert_array_equal(top + bottom, np.ones((1, 7, 7, 1)))
+    assert left[0, 3, 2:4, 0].tolist() == [0, 1]
+    assert top[0, 2:4, 3, 0].tolist() == [0, 1]
+
+
+# --- random patterns ---
+
+
+@pytest.mark.parametrize(("cells", "size"), [(6, 100), (7, 23), (5, 5), (1, 9)])
+def test_cubic_weights_equal_image_resize(cells, size):
+    noise = jax.random.uniform(jax.random.key(0), (cells,))
+    pattern = np.asarray(jax.image.resize(noise, (size,), method="cubic"))
+    length = min(size, 9)
+    starts = jnp.arange(size - length + 1)  # All windows, those at the border included.
+    weights = masking._cubic_weights(starts, length, cells, size)
+    first = np.floor((np.arange(size - length + 1) + 0.5) * cells / size - 0.5).astype(int) - 1
+    index = first[:, None] + np.arange(weights.shape[2])
+    windows = np.einsum("bhi,bi->bh", weights, np.asarray(noise)[np.clip(index, 0, cells - 1)])
+    expected = np.stack([pattern[start : start + length] for start in range(size - length + 1)])
+    np.testing.assert_allclose(windows, expected, atol=1e-5)
+
+
+def test_random_pattern_windows_are_windows_of_whole_patterns():
+    generator = RandomPatternMaskGenerator(max_size=30, resolution=0.3, density=0.25)
+    n, height, width = 10000, 7, 5
+    masks = sample(generator, n, (height, width, 1))[..., 0]
+
+    @jax.jit
+    def whole_pattern_windows(key):
+        def one(key):
+            noise_key, y_key, x_key = jax.random.split(key, 3)
+            pattern = jax.image.resize(jax.random.uniform(noise_key, (9, 9)), (30, 30), method="cubic")
+            corner = jax.random.randint(y_key, (), 0, 24), jax.random.randint(x_key, (), 0, 26)
+            return jax.lax.dynamic_slice(pattern, corner, (height, width)) >= 0.25
+
+        return jax.vmap(one)(jax.random.split(key, 8 * n))
+
+    reference = np.asarray(whole_pattern_windows(jax.random.key(1)))
+    reference = reference[np.abs(1 - reference.mean(axis=(1, 2)) - 0.25) <= 0.05]
+    assert len(reference) > 1000
+
+    # The first moments, E b_i, and the second ones, E b_i b_j, agree within 5 standard errors of their difference.
+    a, b = (m.reshape(len(m), -1).astype(np.float64) for m in (masks, reference))
+    second_a, second_b = a.T @ a / len(a), b.T @ b / len(b)
+    error = np.sqrt(second_a * (1 - second_a) / len(a) + second_b * (1 - second_b) / len(b))
+    assert np.all(np.abs(second_a - second_b) < 5 * error)
+
+
+@pytest.mark.parametrize("density", [0.25, 0.6])
+def test_random_pattern_share(density):
+    unobserved = 1 - sample(RandomPatternMaskGenerator(density=density), 500, (64, 64, 1))
+    shares = unobserved.mean(axis=(1, 2, 3))
+    assert np.all(np.abs(shares - density) <= 0.05 + 1e-6)
+    assert shares.std() > 0.01
+    # Blobs, not pixel noise: cells are about 17 pixels wide, so that neighbours rarely differ.
+    assert np.abs(np.diff(unobserved.astype(int), axis=1)).mean() < 0.05
+
+
+def test_random_pattern_first_checked_while_tracing():
+    generator = RandomPatternMaskGenerator(density=0.26)  # In no cache yet.
+    masks = jax.jit(lambda key: generator(key, (3, 16, 16, 1)))(jax.random.key(0))
+    assert masks.shape == (3, 16, 16, 1)
+
+
+# --- the contract of every generator ---
+
+
+def test_every_generator_is_registered_and_tested():
+    assert set(masking.MASK_GENERATORS.values()) == {type(generator) for generator, _ in EVERY_GENERATOR}
+    assert all(name == cls.__name__ for name, cls in masking.MASK_GENERATORS.items())
+    assert len(masking.MASK_GENERATORS) == 14
+
+
+@each_generator
+def test_contract(generator, event_shape):
+    traces = []
+
+    def traced(key, shape):
+        traces.append(shape)
+        return generator(key, shape)
+
+    jitted = jax.jit(traced, static_argnums=1)
+    shape = (6, *event_shape)
+    masks = jitted(jax.random.key(3), shape)
+    assert masks.shape == shape
+    assert masks.dtype == jnp.float32
+    assert set(np.unique(masks)) <= {0.0, 1.0}
+    np.testing.assert_array_equal(masks, jitted(jax.random.key(3), shape))
+    others = [np.asarray(jitted(jax.random.key(seed), shape)) for seed in range(4, 8)]
+    if not isinstance(generator, FixedRectangleMaskGenerator):
+        assert all((other != masks).any() for other in others)
+        assert len(np.unique(masks, axis=0)) > 1
+    assert len(traces) == 1
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(masks, generator(jax.random.key(3), shape))  # Eager.
+
+
+@each_generator
+def test_examples_are_independent(generator, event_shape):
+    """A random projection of the mask is uncorrelated between neighbours in the batch."""
+    if isinstance(generator, FixedRectangleMaskGenerator):
+        pytest.skip("not random")
+    projection = np.random.default_rng(0).normal(size=event_shape)
+    values = np.tensordot(sample(generator, 1000, event_shape, seed=2), projection, axes=len(event_shape))
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 / math.sqrt(1000)
+
+
+@pytest.mark.parametrize("generator", [MNISTMaskGenerator(dim=16), RandomPatternMaskGenerator()], ids=str)
+def test_transformations(generator):
+    """A generator draws the same masks in scan, vmap and pmap, and takes keys of both kinds."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (4, 16, 16, 1)
+    draw = jax.jit(generator, static_argnums=1)
+    expected = np.stack([draw(key, shape) for key in keys])
+    _, scanned = jax.lax.scan(lambda carry, key: (carry, generator(key, shape)), 0, keys)
+    np.testing.assert_array_equal(scanned, expected)
+    np.testing.assert_array_equal(jax.vmap(lambda key: generator(key, shape))(keys), expected)
+    np.testing.assert_array_equal(jax.pmap(lambda key: generator(key, shape))(keys[:1]), expected[:1])
+    np.testing.assert_array_equal(draw(jax.random.key_data(keys[0]), shape), expected[0])
+    np.testing.assert_array_equal(draw(keys[0], (1, 16, 16, 1)).shape, (1, 16, 16, 1))
+
+
+# --- errors and configs ---
+
+
+@pytest.mark.parametrize(
+    ("generator", "event_shape", "remedy"),
+    [
+        (BernoulliMaskGenerator(1.5), (8,), "p must lie in [0, 1]"),
+        (BernoulliMaskGenerator(math.nan), (8,), "p must lie in [0, 1]"),
+        (ImageBernoulliMaskGenerator(-0.1), (8, 8, 1), "p must lie in [0, 1]"),
+        (UniformMaskGenerator((0.5, 0.5)), (8,), "0 <= l < h <= 1"),
+        (UniformMaskGenerator((-0.1, 0.5)), (8,), "0 <= l < h <= 1"),
+        (UniformMaskGenerator((0.1, 1.5)), (8,), "0 <= l < h <= 1"),
+        (UniformMaskGenerator((0.5,)), (8,), "0 <= l < h <= 1"),
+        (UniformMaskGenerator((0.0, 0.2)), (4,), "widen"),
+        (RectangleMaskGenerator(0.6, 0.3), (8, 8, 1), "widen"),
+        (RectangleMaskGenerator(0.51, 0.52), (2, 2, 3), "widen"),
+        (RectangleMaskGenerator(1.1, 2.0), (8, 8, 1), "widen"),
+        (FixedRectangleMaskGenerator(0, 0, 9, 4), (8, 8, 1), "inside the image"),
+        (FixedRectangleMaskGenerator(0, 0, 4, 9), (8, 8, 1), "inside the image"),
+        (FixedRectangleMaskGenerator(-1, 0, 4, 4), (8, 8, 1), "inside the image"),
+        (FixedRectangleMaskGenerator(0, 4, 4, 4), (8, 8, 1), "non-empty"),
+        (SquareMaskGenerator(9), (8, 12, 1), "1..8"),
+        (SquareMaskGenerator(0), (8, 8, 1), "1..8"),
+        (RandomPatternMaskGenerator(max_size=60), (64, 64, 3), "at least 64"),
+        (RandomPatternMaskGenerator(resolution=0.0), (64, 64, 3), "resolution"),
+        (RandomPatternMaskGenerator(resolution=1.2), (64, 64, 3), "resolution"),
+        (RandomPatternMaskGenerator(density=1.2), (64, 64, 3), "density"),
+        (RandomPatternMaskGenerator(), (1, 1, 1), "none of 128 windows"),  # Its share is 0 or 1.
+        (RandomPatternMaskGenerator(max_size=64, resolution=1 / 64), (64, 64, 1), "none of 128 windows"),
+        (MixtureMaskGenerator((), ()), (8,), "weights"),
+        (MixtureMaskGenerator((BernoulliMaskGenerator(),), (1, 1)), (8,), "weights"),
+        (MixtureMaskGenerator((BernoulliMaskGenerator(),), (-1,)), (8,), "weights"),
+        (MixtureMaskGenerator((BernoulliMaskGenerator(),), (0,)), (8,), "weights"),
+        (MNISTMaskGenerator(), (16, 16, 1), "28x28 pixels; set dim"),
+        (MNISTMaskGenerator(), (28, 27, 1), "28x28 pixels"),
+        (Cifar10MaskGenerator(), (28, 28, 1), "32x32 pixels; set dim"),
+        (GCFMaskGenerator(), (32, 32, 3), "64x64 pixels; resize"),
+        (CelebAMaskGenerator(), (128, 128, 3), "64x64 pixels; resize"),
+    ],
+    ids=str,
+)
+def test_errors(generator, event_shape, remedy):
+    with pytest.raises(UserError) as error:
+        generator.check(event_shape)
+    message = str(error.value)
+    assert type(generator).__name__ in message
+    assert str(event_shape) in message
+    assert remedy in message
+    assert "\n" not in message
+    with pytest.raises(UserError):  # Drawing checks as well, so that no mask is silently wrong.
+        generator(jax.random.key(0), (2, *mask_shape(event_shape)))
+
+
+def test_mixture_checks_its_parts():
+    generator = MixtureMaskGenerator((BernoulliMaskGenerator(), SquareMaskGenerator(9)), (1, 1))
+    with pytest.raises(UserError, match=r"^SquareMaskGenerator\(size=9\) does not fit data of shape \(8, 8, 1\)"):
+        generator.check((8, 8, 1))
+    with pytest.raises(UserError, match=r"^SquareMaskGenerator\(size=0\)"):
+        MNISTMaskGenerator(dim=1).check((1, 1, 1))
+
+
+@each_generator
+def test_shapes_that_fit(generator, event_shape):
+    generator.check(event_shape)
+    if len(event_shape) == 3:
+        generator.check((*event_shape[:2], 3))  # Colour images are as good,
+        with pytest.raises(ValueError, match="one channel"):  # but their masks have one channel.
+            generator(jax.random.key(0), (2, *event_shape[:2], 3))
+    if generator.images_only:
+        with pytest.raises(UserError, match="BernoulliMaskGenerator or UniformMaskGenerator"):
+            generator.check((8,))
+
+
+def test_mask_shape():
+    assert mask_shape((28, 28, 3)) == (28, 28, 1)
+    assert mask_shape((28, 20, 1)) == (28, 20, 1)
+    assert mask_shape((6,)) == (6,)
+
+
+def test_build():
+    mixture = {
+        "name": "MixtureMaskGenerator",
+        "generators": [{"name": "UniformMaskGenerator", "bounds": [0.1, 0.5]}, {"name": "BernoulliMaskGenerator"}],
+        "weights": [1, 2],
+    }
+    expected = MixtureMaskGenerator((UniformMaskGenerator((0.1, 0.5)), BernoulliMaskGenerator(0.5)), (1, 2))
+    for config in (mixture, ml_collections.ConfigDict(mixture)):
+        assert build_mask_generator(config) == expected
+        assert hash(build_mask_generator(config)) == hash(expected)
+    assert mixture["name"] == "MixtureMaskGenerator"  # The config is left as it was.
+    uniform = ml_collections.FrozenConfigDict({"name": "UniformMaskGenerator", "bounds": (0.0, 0.2)})
+    assert build_mask_generator(uniform) == UniformMaskGenerator((0.0, 0.2))
+    assert build_mask_generator({"name": "MNISTMaskGenerator", "dim": 16}) == MNISTMaskGenerator(dim=16)
+    assert build_mask_generator({"name": "CelebAMaskGenerator"}) == CelebAMaskGenerator()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"p": 0.5}, "missing key 'config.mask_generator.name'"),
+        ({"name": "BernouliMaskGenerator"}, "did you mean 'BernoulliMaskGenerator'"),
+        ({"name": "BernoulliMaskGenerator", "q": 0.5}, "unknown key 'config.mask_generator.q'"),
+        ({"name": "SquareMaskGenerator"}, "missing key 'config.mask_generator.size'"),
+        ({"name": "GCFMaskGenerator", "dim": 32}, "unknown key 'config.mask_generator.dim'"),
+        ({"name": "OmniglotMaskGenerator", "rectangles": 1}, "unknown key 'config.mask_generator.rectangles'"),
+        (
+            {
+                "name": "MixtureMaskGenerator",
+                "generators": [{"name": "BernoulliMaskGenerator", "q": 1}],
+                "weights": [1],
+            },
+            r"unknown key 'config.mask_generator.generators\[0\].q'",
+        ),
+    ],
+)
+def test_build_errors(config, message):
+    with pytest.raises(UserError, match=message):
+        build_mask_generator(config)

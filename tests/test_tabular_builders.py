@@ -1,0 +1,226 @@
+"""The TFDS builders under datasets/: prepared from text files on disk, or downloaded by a stand-in for gdown."""
+
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posterior_matching import data
+from posterior_matching.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+FEATURES = {"gas": 8, "power": 6, "hepmass": 21, "miniboone": 43, "bsds": 63}
+ROWS = {"train": 30, "val": 5, "test": 7}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def manual_folder(name):
+    return Path(os.environ["TFDS_DATA_DIR"]) / "downloads" / "manual" / name
+
+
+def write_files(name, num_features, seed=0):
+    folder = manual_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = {split: rng.normal(size=(size, num_features)).astype(np.float32) for split, size in ROWS.items()}
+    for split, x in rows.items():
+        np.savetxt(folder / f"{split}.txt", x)
+    return rows
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_manual_files_come_back_exactly_and_in_order(name):
+    rows = write_files(name, FEATURES[name])
+    for split, own_name in {"train": "train", "validation": "val", "test": "test"}.items():
+        dataset = data.load(name, split)
+        assert (dataset.split, dataset.input_shape, dataset.x.dtype) == (own_name, (FEATURES[name],), np.float32)
+        np.testing.assert_array_equal(dataset.x, rows[own_name])
+    assert "tensorflow" not in sys.modules
+
+
+def test_facts_of_the_builders():
+    # The rows of the paper's table; the features are checked above.
+    rows = {
+        "gas": (852_174, 94_685, 105_206),
+        "power": (1_659_917, 184_435, 204_928),
+        "hepmass": (315_123, 35_013, 174_987),
+        "miniboone": (29_556, 3_284, 3_648),
+        "bsds": (1_000_000, 50_000, 250_000),
+    }
+    ids = set()
+    for name in rows:
+        spec = importlib.util.spec_from_file_location(f"facts_{name}", ROOT / "datasets" / name / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        builder = getattr(module, name.capitalize())
+        assert (builder.name, builder.ROWS, builder.NUM_FEATURES) == (name, rows[name], FEATURES[name])
+        ids |= set(builder.DRIVE_IDS)
+    assert len(ids) == 15 and {len(drive_id) for drive_id in ids} == {33}
+
+
+def test_download_then_reuse(monkeypatch, caplog):
+    import gdown
+
+    rows = np.arange(12, dtype=np.float32).reshape(2, 6)
+    fetched = []
+
+    def download(id, output):
+        fetched.append(id)
+        np.savetxt(output, rows)
+        return output
+
+    monkeypatch.setattr(gdown, "download", download)
+    with caplog.at_level("WARNING", logger="absl"):
+        np.testing.assert_array_equal(data.load("power", "train").x, rows)
+    assert "has 2 rows" in caplog.text and "1659917" in caplog.text
+    np.testing.assert_array_equal(data.load("power", "test").x, rows)
+    assert len(fetched) == len(set(fetched)) == 3
+    assert sorted(p.name for p in manual_folder("power").iterdir()) == ["test.txt", "train.txt", "val.txt"]
+
+
+def test_no_network_says_which_files_to_put_where(monkeypatch):
+    import gdown
+    import requests
+
+    def download(id, output):
+        Path(output).write_text("half a fi")
+        raise requests.exceptions.ConnectionError("name resolution")
+
+    monkeypatch.setattr(gdown, "download", download)
+    with pytest.raises(UserError, match=r"train\.txt, val\.txt and test\.txt") as error:
+        data.load("gas", "train")
+    assert "\n" not in str(error.value) and str(manual_folder("gas")) in str(error.value)
+    assert "1rhhLpGY5-5YZ-GQaZq_FniAMK9cqvxW7" in str(error.value)
+    assert list(manual_folder("gas").iterdir()) == []  # nothing that a second try would take for the whole file
+    rows = write_files("gas", 8)
+    np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 2 3\n", "3 columns"),
+        ("1 2 3 4 5 6\n1 2 3\n", "cannot read"),
+        ("<html> quota exceeded </html>\n", "cannot read"),
+        ("1 2 3 4 5 6\n1 2 inf 4 5 6\n", "row 2"),
+        ("1 2 3 4 5 6\n1 2 nan 4 5 6\n", "row 2"),
+        ("1 2 3 4 5 1e60\n", "not finite"),
+        ("", "columns"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_malformed_file(text, message):
+    write_files("power", 6)
+    (manual_folder("power") / "val.txt").write_text(text)
+    for _ in range(2):  # the failed preparation leaves nothing that looks prepared
+        with pytest.raises(UserError, match=message) as error:
+            data.load("power", "train")
+        assert "\n" not in str(error.value) and "val.txt" in str(error.value)
+    rows = write_files("power", 6)
+    np.testing.assert_array_equal(data.load("power", "val").x, rows["val"])
+
+
+def test_killed_while_preparing():
+    rows = write_files("gas", 8)
+    killed = """
+import os, signal
+import numpy as np
+from posterior_matching import data
+from posterior_matching.data import tabular_builder
+def rows_then_death(self, path, num_rows):
+    yield 0, {"features": np.zeros(8, np.float32)}
+    if path.name == "val.txt":
+        os.kill(os.getpid(), signal.SIGKILL)
+tabular_builder.TabularBuilder._generate_examples = rows_then_death
+data.load("gas", "train")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", killed], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+    )
+    assert result.returncode == -9, result.stderr.decode()
+    assert any(manual_folder("gas").parents[2].joinpath("gas").iterdir())  # it had begun to write
+    np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
+
+
+def test_cache_is_used_follows_its_sources_and_is_optional(folders, monkeypatch):
+    rows = write_files("gas", 8)
+    data.load("gas", "train")
+    from posterior_matching.data import tfds_reader
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds_reader, "_decode_all", lambda *_: pytest.fail("decoded again"))
+        np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
+    shutil.rmtree(folders / "tfds" / "gas")  # prepared anew from other files
+    rows = write_files("gas", 8, seed=1)
+    np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
+    entry = max((folders / "cache").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for damage in (b"", b"PK\x03\x04 not a zip", entry.read_bytes()[:-40]):
+        entry.write_bytes(damage)
+        np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
+    (folders / "a file").write_text("")
+    monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(folders / "a file" / "cache"))
+    np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
+
+
+def test_slices_and_unknown_splits():
+    rows = write_files("gas", 8)
+    np.testing.assert_array_equal(data.load("gas", "train[:10%]").x, rows["train"][:3])
+    np.testing.assert_array_equal(data.load("gas", "train[10:]").x, rows["train"][10:])
+    for split in ("training", "train[:x]"):
+        with pytest.raises(UserError, match="train, val, test"):
+            data.load("gas", split)
+    with pytest.raises(UserError, match="empty"):
+        data.load("gas", "train[:0]")
+
+
+def as_tfrecord(name, shards):
+    """Rewrites the prepared dataset as TFDS would have with TensorFlow: `shards` TFRecord files for split train."""
+    import tensorflow_datasets as tfds
+
+    folder = Path(os.environ["TFDS_DATA_DIR"]) / name / "1.0.0"
+    source = tfds.builder_from_directory(folder).as_data_source(
+        "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    info["splits"] = [split for split in info["splits"] if split["name"] == "train"]
+    parts = np.array_split(np.arange(len(source)), shards)
+    info["splits"][0]["shardLengths"] = [str(len(part)) for part in parts]
+    for path in folder.glob("*array_record*"):
+        path.unlink()
+    paths = []
+    for shard, part in enumerate(parts):
+        paths.append(folder / f"{name}-train.tfrecord-{shard:05}-of-{shards:05}")
+        with open(paths[-1], "wb") as file:
+            for index in part:
+                record = source[index]
+                file.write(struct.pack("<Q", len(record)) + b"crc1" + record + b"crc2")
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return paths
+
+
+def test_data_prepared_as_tfrecord():
+    rows = write_files("gas", 8)
+    data.load("gas", "val")
+    paths = as_tfrecord("gas", shards=3)
+    np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
+    np.testing.assert_array_equal(data.load("gas", "train[5:22]").x, rows["train"][5:22])
+    whole = paths[1].read_bytes()
+    for damaged in (whole[:-5], whole[: len(whole) // 2], b"\xff" * 100, b"", whole[:12] + b"\xff" * 50 + whole[62:]):
+        paths[1].write_bytes(damaged)
+        with pytest.raises(UserError, match="prepare it anew") as error:
+            data.load("gas", "train")
+        assert "\n" not in str(error.value)
