@@ -121,19 +121,26 @@ class AutoregressiveMixture:
         return _mixture(parameters + bias).log_prob(z).sum(0)
 
     def sample(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> jax.Array:
-        """Draws `[*sample_shape, B, e]`: one dimension after the other, every draw with randomness of its own."""
+        """Draws `[*sample_shape, B, e]`."""
+        return self.sample_and_log_prob(key, sample_shape)[0]
+
+    def sample_and_log_prob(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
+        """Draws z `[*sample_shape, B, e]` and returns it with its log-density `[*sample_shape, B]`, for one price.
+
+        One dimension after the other; every draw has randomness of its own.
+        """
 
         def draw(hidden, inputs):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
             key, first_z, first_m, output, bias = inputs
-            features = self._head.network.after_input(hidden)
-            z = _mixture(features @ output + bias[0]).sample(key)  # [*sample_shape, B]
-            return hidden + z[..., None] * first_z + first_m, z
+            conditional = _mixture(self._head.network.after_input(hidden) @ output + bias[0])
+            z = conditional.sample(key)  # [*sample_shape, B]
+            return hidden + z[..., None] * first_z + first_m, (z, conditional.log_prob(z))
 
         hidden = jnp.broadcast_to(self._from_context, (*sample_shape, *self._from_context.shape))
         keys = jax.random.split(key, self._head.event_size)
         per_dimension = (keys, self._first_z, self._first_m, self._output, self._output_bias)
-        _, z = jax.lax.scan(draw, hidden, per_dimension)
-        return jnp.moveaxis(z, 0, -1)
+        _, (z, log_prob) = jax.lax.scan(draw, hidden, per_dimension)
+        return jnp.moveaxis(z, 0, -1), log_prob.sum(0)
 
 
 def _mixture(parameters: jax.Array) -> dist.Distribution:
@@ -197,10 +204,20 @@ def kl_to_standard_normal(q: dist.Distribution) -> jax.Array:
     return 0.5 * (variance + jnp.square(loc) - 1.0).sum(-1) - log_scale.sum(-1)  # sums over e
 
 
+def sample_and_log_prob(
+    q: dist.Distribution | AutoregressiveMixture, key: jax.Array, sample_shape: Sequence[int] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """Draws z `[*sample_shape, B, e]` from `q` and returns it with its log-density `[*sample_shape, B]` in nats."""
+    if isinstance(q, AutoregressiveMixture):
+        return q.sample_and_log_prob(key, sample_shape)
+    z = q.sample(key, sample_shape)
+    return z, q.log_prob(z)
+
+
 def entropy(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_samples: int) -> jax.Array:
     """Entropy of `q` in nats, `[B]`: in closed form for Gaussians, else by Monte Carlo with `num_samples` draws."""
     if isinstance(q, AutoregressiveMixture):
-        return -q.log_prob(q.sample(key, (num_samples,))).mean(0)
+        return -q.sample_and_log_prob(key, (num_samples,))[1].mean(0)
     return q.entropy()
 
 

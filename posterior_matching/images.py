@@ -1,5 +1,7 @@
 """Pictures of images and their imputations, as arrays; no plotting library."""
 
+import os
+
 import numpy as np
 
 _GREY = 0.5  # what is not observed
@@ -26,3 +28,12 @@ def imputation_grid(x: np.ndarray, b: np.ndarray | None, imputations: np.ndarray
         rows = np.stack([x, observed, *np.asarray(imputations)], axis=1)
     padded = [np.pad(row, ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=1.0) for row in rows]
     return np.clip(np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0), 0.0, 1.0)
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray, min_width: int = 800) -> None:
+    """Writes an image `[H, W, C]` in [0, 1], enlarged by a whole factor to at least `min_width` pixels."""
+    from PIL import Image
+
+    factor = -(-min_width // image.shape[1])
+    pixels = np.round(image * 255).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posterior_matching.distributions import sample_and_log_prob
+
 
 def log_prob_of_observed(p: Any, x: jax.Array, b: jax.Array) -> jax.Array:
     """log p(x_o | z): the independent features' log-probabilities, summed where observed.
@@ -42,7 +44,7 @@ def importance_log_prob(
 
     Args:
         log_joint: Maps `z: [S, B, e]` to log p(x_o | z) + log p(z), `[S, B]`, nats.
-        proposal: q, with `sample(key, (S,)) -> [S, B, e]` and `log_prob`.
+        proposal: q, a distribution over `[B, e]`.
         key: Random key.
         num_samples: K.
         chunk_size: Most samples held at once.
@@ -51,8 +53,8 @@ def importance_log_prob(
 
     def add_chunk(sums, inputs):
         index, key = inputs
-        z = proposal.sample(key, (chunk_size,))
-        log_weight = log_joint(z) - proposal.log_prob(z)  # [S, B]
+        z, log_q = sample_and_log_prob(proposal, key, (chunk_size,))
+        log_weight = log_joint(z) - log_q  # [S, B]
         counted = index * chunk_size + jnp.arange(chunk_size) < num_samples  # the last chunk may overhang
         log_weight = jnp.where(counted[:, None], log_weight, -jnp.inf)
         log_sum, log_sum_squares = sums

@@ -270,7 +270,8 @@ class RandomPatternMaskGenerator(MaskGenerator):
     @functools.lru_cache  # noqa: B019 (generators are few and small)
     def _any_accepted(self, height, width):
         with jax.ensure_compile_time_eval():  # `check` may run while jit traces.
-            return bool(self._accepted(self._windows(jax.random.key(0), 128, height, width)).any())
+            windows = jax.jit(self._windows, static_argnums=(1, 2, 3))(jax.random.key(0), 128, height, width)
+            return bool(self._accepted(windows).any())
 
     def _accepted(self, observed):
         return jnp.abs(1 - observed.mean(axis=(1, 2)) - self.density) <= 0.05
@@ -281,9 +282,9 @@ class RandomPatternMaskGenerator(MaskGenerator):
 
     def _windows(self, key, batch, height, width):
         """Draws windows without regard to their share: bool [batch, height, width], True = observed."""
-        y_key, x_key, noise_key = jax.random.split(key, 3)
-        y = jax.random.randint(y_key, (batch,), 0, self.max_size - height + 1)
-        x = jax.random.randint(x_key, (batch,), 0, self.max_size - width + 1)
+        corner_key, noise_key = jax.random.split(key)
+        ends = jnp.array([[self.max_size - height + 1], [self.max_size - width + 1]])
+        y, x = jax.random.randint(corner_key, (2, batch), 0, ends)
         rows = _cubic_weights(y, height, self._cells, self.max_size)
         columns = _cubic_weights(x, width, self._cells, self.max_size)
         noise = jax.random.uniform(noise_key, (batch, rows.shape[2], columns.shape[2]), jnp.float32)

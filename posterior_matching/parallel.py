@@ -46,3 +46,11 @@ def local_devices() -> range:
     """Global indices of this process's devices, as `jax.lax.axis_index(AXIS)` counts them."""
     first = jax.process_index() * jax.local_device_count()
     return range(first, first + jax.local_device_count())
+
+
+def any_process(flag: bool) -> bool:
+    """Returns whether `flag` holds on any process; all processes must ask."""
+    if jax.process_count() == 1:
+        return flag
+    flags = np.full(jax.local_device_count(), flag, np.int32)
+    return bool(unreplicate(pmap(lambda f: jax.lax.pmax(f, AXIS))(flags)))

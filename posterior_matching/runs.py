@@ -120,7 +120,8 @@ def open_run(
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{run_dir} exists and is not a run directory: choose another --run_dir")
     if jax.process_index() == 0:
-        path.mkdir(parents=True, exist_ok=True)
+        for name in ("latest", "best"):
+            (path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
         _write_atomically(path / "config.json", json.dumps(description, indent=2) + "\n")
     return Run(path, description)
 
@@ -188,7 +189,7 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
 
 def flat_weights(state: nnx.State) -> dict[str, Any]:
     """Flattens a model state to arrays by path: `{"vae.encoder.linear_in.kernel": [d, h], ...}`."""
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def unflatten_weights(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State:
@@ -206,11 +207,9 @@ def versions() -> dict[str, str]:
 
 
 def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=False, enable_background_delete=False)
-    directory = path / "checkpoints" / name
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    return ocp.CheckpointManager(directory, options=options, item_names=("model", "train"))
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=False)
+    handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "train")}
+    return ocp.CheckpointManager(path / "checkpoints" / name, options=options, item_handlers=handlers)
 
 
 def _check_same_run(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -158,7 +158,7 @@ def fit(
         weights = runs.flat_weights(nnx.state(evaluation_model()))
         run.save(step, jax.tree.map(np.asarray, weights), _to_save(parallel.unreplicate(state), best_loss), best)
 
-    with log, _interruptible() as interrupted:
+    with log, _interruptible() as signalled:
         while step < options.steps:
             num_steps = _steps_in_dispatch(step, options)
             next_num_steps = _steps_in_dispatch(step + num_steps, options)
@@ -168,7 +168,10 @@ def fit(
             log.add(step, num_steps, metrics)
             validate = step % options.validation_every == 0 or step == options.steps
             checkpoint = options.checkpoint_every is not None and step % options.checkpoint_every == 0
-            if step % options.log_every == 0 or validate or checkpoint or interrupted():
+            # Several processes have to stop at the same step, so they ask each other, though not at every step.
+            ask = jax.process_count() == 1 or step % options.log_every == 0
+            interrupted = ask and parallel.any_process(signalled())
+            if step % options.log_every == 0 or validate or checkpoint or interrupted:
                 log.write_training()  # also refuses to go on after a non-finite step, before anything is saved
             if validate:
                 weights = state.trainable if state.ema is None else state.ema
@@ -180,10 +183,10 @@ def fit(
                 if experiment.images is not None and jax.process_index() == 0:
                     log.write_images(step, experiment.images(evaluation_model()))
                 log.restart_clock()
-            elif checkpoint or interrupted():
+            elif checkpoint or interrupted:
                 save(best=False)
                 log.restart_clock()
-            if interrupted() and step < options.steps:
+            if interrupted and step < options.steps:
                 run.finish_saving()
                 raise UserError(
                     f"interrupted: saved at step {step}; the same command with --run_dir={run.path} goes on"

@@ -1,5 +1,6 @@
 """Mask generators against their distributions, enumerated by brute force, and the contract that all of them share."""
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -34,18 +35,16 @@ from posterior_matching.masking import (
 
 # One of each, with a shape that it fits.
 EVERY_GENERATOR = [
-    (BernoulliMaskGenerator(), (7,)),
-    (BernoulliMaskGenerator(0.3), (4, 5, 1)),
-    (UniformMaskGenerator(), (7,)),
-    (UniformMaskGenerator((0.2, 0.6)), (4, 5, 1)),
-    (ImageBernoulliMaskGenerator(), (4, 5, 1)),
-    (RectangleMaskGenerator(), (5, 8, 1)),
+    (BernoulliMaskGenerator(0.2), (4,)),
+    (UniformMaskGenerator(), (5,)),
+    (UniformMaskGenerator((0.0, 0.2)), (16, 16, 1)),
+    (ImageBernoulliMaskGenerator(0.2), (2, 2, 1)),
+    (RectangleMaskGenerator(), (5, 4, 1)),
     (FixedRectangleMaskGenerator(1, 2, 3, 8), (5, 8, 1)),
-    (SquareMaskGenerator(3), (5, 8, 1)),
-    (RandomPatternMaskGenerator(), (40, 24, 1)),
-    (MixtureMaskGenerator((BernoulliMaskGenerator(), UniformMaskGenerator()), (1, 0.5)), (7,)),
+    (SquareMaskGenerator(2), (5, 4, 1)),
+    (RandomPatternMaskGenerator(), (64, 64, 1)),
+    (MixtureMaskGenerator((BernoulliMaskGenerator(0.0), BernoulliMaskGenerator(1.0)), (3, 1)), (1,)),
     (MNISTMaskGenerator(), (28, 28, 1)),
-    (MNISTMaskGenerator(dim=16), (16, 16, 1)),
     (OmniglotMaskGenerator(), (28, 28, 1)),
     (Cifar10MaskGenerator(), (32, 32, 1)),
     (GCFMaskGenerator(), (64, 64, 1)),
@@ -56,11 +55,25 @@ each_generator = pytest.mark.parametrize(
     ("generator", "event_shape"), EVERY_GENERATOR, ids=[f"{type(g).__name__}-{s}" for g, s in EVERY_GENERATOR]
 )
 
+CHUNK = 1000
+traces = Counter()
+
+
+@functools.cache
+def compiled(generator):
+    """Returns `generator` under jit, which counts in `traces` how often it is traced."""
+
+    def traced(key, shape):
+        traces[generator, shape] += 1
+        return generator(key, shape)
+
+    return jax.jit(traced, static_argnums=1)
+
 
 def sample(generator, n, event_shape, seed=0):
-    """Draws [n, *event_shape] masks as a uint8 numpy array."""
-    masks = jax.jit(generator, static_argnums=1)(jax.random.key(seed), (n, *event_shape))
-    return np.asarray(masks).astype(np.uint8)
+    """Draws [n, *event_shape] masks as a uint8 numpy array, in batches of one size: compiling takes longest."""
+    keys = jax.random.split(jax.random.key(seed), math.ceil(n / CHUNK))
+    return np.concatenate([compiled(generator)(key, (CHUNK, *event_shape)).astype(jnp.uint8) for key in keys])[:n]
 
 
 def assert_distribution(masks, distribution):
@@ -133,24 +146,23 @@ def halves(dim):
 # --- distributions ---
 
 
-@pytest.mark.parametrize("event_shape", [(4,), (2, 2, 1)])
-@pytest.mark.parametrize("p", [0.5, 0.2, 0.0, 1.0])
-def test_bernoulli_distribution(event_shape, p):
-    distribution = {mask: q for mask, q in bernoulli_distribution(4, p).items() if q > 0}
-    assert_distribution(sample(BernoulliMaskGenerator(p), 20000, event_shape), distribution)
-    if len(event_shape) == 3:
-        assert_distribution(sample(ImageBernoulliMaskGenerator(p), 20000, event_shape, seed=1), distribution)
+def test_bernoulli_distribution():
+    assert BernoulliMaskGenerator() == BernoulliMaskGenerator(0.5)
+    assert_distribution(sample(BernoulliMaskGenerator(0.2), 20000, (4,)), bernoulli_distribution(4, 0.2))
+
+
+def test_image_bernoulli_distribution():
+    assert ImageBernoulliMaskGenerator() == ImageBernoulliMaskGenerator(0.2)
+    assert_distribution(sample(ImageBernoulliMaskGenerator(), 20000, (2, 2, 1)), bernoulli_distribution(4, 0.2))
 
 
 @pytest.mark.parametrize(
     ("bounds", "event_shape", "sizes"),
     [
         (None, (5,), range(5)),  # 0 to d - 1: something is always unobserved.
-        (None, (2, 3, 1), range(6)),
         ((0.25, 0.75), (8,), range(2, 6)),
         ((0.0, 0.2), (2, 3, 1), range(1)),
         ((0.5, 0.99), (5,), range(2, 4)),  # int(4.95) - 1 = 3
-        ((0.5, 1.0), (5,), range(2, 5)),
     ],
 )
 def test_uniform_distribution(bounds, event_shape, sizes):
@@ -165,14 +177,13 @@ def test_uniform_sizes_of_mnist16():
     assert scipy.stats.chisquare(counts).pvalue > 1e-6
 
 
-@pytest.mark.parametrize(("height", "width"), [(5, 4), (1, 6), (3, 3)])
-@pytest.mark.parametrize(("low", "high"), [(0.3, 1.0), (0.1, 0.6), (0.0, 1.0)])
+@pytest.mark.parametrize(("height", "width", "low", "high"), [(5, 4, 0.3, 1.0), (4, 5, 0.1, 0.6), (1, 6, 0.0, 1.0)])
 def test_rectangle_distribution(height, width, low, high):
     masks = sample(RectangleMaskGenerator(low, high), 40000, (height, width, 1))
     assert_distribution(masks, rectangle_distribution(height, width, low, high))
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(5, 4, 2), (3, 3, 3), (2, 7, 1)])
+@pytest.mark.parametrize(("height", "width", "size"), [(5, 4, 2), (3, 3, 3)])
 def test_square_distribution(height, width, size):
     distribution = square_distribution(height, width, size)
     masks = sample(SquareMaskGenerator(size), 20000, (height, width, 1))
@@ -181,8 +192,8 @@ def test_square_distribution(height, width, size):
 
 
 def test_square_positions_are_independent_across_the_batch():
-    pairs = sample(SquareMaskGenerator(3), 40000, (5, 5, 1)).reshape(20000, -1)  # Two examples a row.
-    single = square_distribution(5, 5, 3)
+    pairs = sample(SquareMaskGenerator(2), 40000, (5, 4, 1)).reshape(20000, -1)  # Two examples a row.
+    single = square_distribution(5, 4, 2)
     assert_distribution(pairs, {a + b: p * q for a, p in single.items() for b, q in single.items()})
 
 
@@ -198,29 +209,18 @@ def test_mixture_distribution():
 
 
 def test_mixture_picks_are_independent_across_the_batch():
-    generators = (BernoulliMaskGenerator(0.0), BernoulliMaskGenerator(1.0), BernoulliMaskGenerator(1.0))
-    masks = sample(MixtureMaskGenerator(generators, (3, 1, 0)), 40000, (1,)).reshape(-1, 2)
-    assert_distribution(masks, bernoulli_distribution(2, 0.25))
+    generator = MixtureMaskGenerator((BernoulliMaskGenerator(0.0), BernoulliMaskGenerator(1.0)), (3, 1))
+    assert_distribution(sample(generator, 40000, (1,)).reshape(-1, 2), bernoulli_distribution(2, 0.25))
 
 
-@pytest.mark.parametrize(
-    ("generator", "p", "low", "high"),
-    [
-        (MNISTMaskGenerator(dim=3), 0.5, 0.3, 1.0),
-        (OmniglotMaskGenerator(dim=3), 0.5, 0.1, 0.6),
-        (Cifar10MaskGenerator(dim=3), 0.3, 0.1, 0.5),
-    ],
-    ids=["mnist", "omniglot", "cifar10"],
-)
-def test_composite_distribution(generator, p, low, high):
+def test_composite_distribution():
     distribution = mix(
-        (2, bernoulli_distribution(9, p)),
+        (2, bernoulli_distribution(9, 0.5)),
         *[(1, {mask: 1}) for mask in halves(3)],
         (2, square_distribution(3, 3, 1)),
-        (2, rectangle_distribution(3, 3, low, high)),
+        (2, rectangle_distribution(3, 3, 0.3, 1.0)),
     )
-    n = math.ceil(10 / min(distribution.values()))
-    assert_distribution(sample(generator, max(n, 100_000), (3, 3, 1)), distribution)
+    assert_distribution(sample(MNISTMaskGenerator(dim=3), 100_000, (3, 3, 1)), distribution)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_gcf_distribution():
     corners = [
         (26, 17, 58, 36), (26, 29, 58, 48), (26, 15, 37, 50), (26, 15, 37, 34), (26, 31, 37, 50), (43, 20, 62, 44),
     ]  # fmt: skip
-    masks = sample(GCFMaskGenerator(), 3000, (64, 64, 1))
+    masks = sample(GCFMaskGenerator(), 2000, (64, 64, 1))
     assert_distribution(masks, {without(64, 64, *c): 1 / 6 for c in corners})
 
 
@@ -283,19 +283,23 @@ def classify_64(masks):
     return Counter(names)
 
 
-@pytest.mark.parametrize(
-    ("generator", "proportions"),
-    [
-        (SIIDGMMaskGenerator(), {"pattern": 0.2, "pixels": 0.2, "centre": 0.2, "half": 0.4}),
-        (
-            CelebAMaskGenerator(),
-            {"pattern": 0.05, "pixels": 0.05, "centre": 0.05, "half": 0.1, "gcf": 0.25, "rectangle": 0.5},
-        ),
-    ],
-    ids=["siidgm", "celeb_a"],
-)
-def test_composites_of_64_pixels(generator, proportions):
-    counts = classify_64(sample(generator, 2000, (64, 64, 1)))
+def test_siidgm_and_celeb_a():
+    weighted = zip(SIIDGMMaskGenerator().mixture().weights, SIIDGMMaskGenerator().mixture().generators, strict=True)
+    assert sorted(weighted, key=str) == sorted(
+        [
+            (2, RandomPatternMaskGenerator(max_size=10000, resolution=0.06, density=0.25)),
+            (2, ImageBernoulliMaskGenerator(0.2)),
+            (2, FixedRectangleMaskGenerator(16, 16, 48, 48)),
+            (1, FixedRectangleMaskGenerator(0, 0, 32, 64)),
+            (1, FixedRectangleMaskGenerator(32, 0, 64, 64)),
+            (1, FixedRectangleMaskGenerator(0, 0, 64, 32)),
+            (1, FixedRectangleMaskGenerator(0, 32, 64, 64)),
+        ],
+        key=str,
+    )
+    # One part of the CelebA masks in four is from SIIDGM.
+    proportions = {"pattern": 0.05, "pixels": 0.05, "centre": 0.05, "half": 0.1, "gcf": 0.25, "rectangle": 0.5}
+    counts = classify_64(sample(CelebAMaskGenerator(), 2000, (64, 64, 1)))
     assert counts.keys() == proportions.keys()
     for name, p in proportions.items():
         assert abs(counts[name] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
@@ -312,23 +316,24 @@ def test_halves_are_complementary():
 # --- random patterns ---
 
 
-@pytest.mark.parametrize(("cells", "size"), [(6, 100), (7, 23), (5, 5), (1, 9)])
+@pytest.mark.parametrize(("cells", "size"), [(6, 100), (7, 23), (1, 9)])
 def test_cubic_weights_equal_image_resize(cells, size):
     noise = jax.random.uniform(jax.random.key(0), (cells,))
     pattern = np.asarray(jax.image.resize(noise, (size,), method="cubic"))
     length = min(size, 9)
     starts = jnp.arange(size - length + 1)  # All windows, those at the border included.
     weights = masking._cubic_weights(starts, length, cells, size)
-    first = np.floor((np.arange(size - length + 1) + 0.5) * cells / size - 0.5).astype(int) - 1
-    index = first[:, None] + np.arange(weights.shape[2])
+    # In float32 as there: a centre that falls on a cell may round to either side, whose weights differ in alignment.
+    first = np.floor((np.arange(size - length + 1, dtype=np.float32) + 0.5) * np.float32(cells / size) - 0.5) - 1
+    index = first[:, None].astype(int) + np.arange(weights.shape[2])
     windows = np.einsum("bhi,bi->bh", weights, np.asarray(noise)[np.clip(index, 0, cells - 1)])
     expected = np.stack([pattern[start : start + length] for start in range(size - length + 1)])
     np.testing.assert_allclose(windows, expected, atol=1e-5)
 
 
 def test_random_pattern_windows_are_windows_of_whole_patterns():
-    generator = RandomPatternMaskGenerator(max_size=30, resolution=0.3, density=0.25)
-    n, height, width = 10000, 7, 5
+    generator = RandomPatternMaskGenerator(max_size=30, resolution=0.3, density=0.3)
+    n, height, width = 5000, 7, 5
     masks = sample(generator, n, (height, width, 1))[..., 0]
 
     @jax.jit
@@ -337,12 +342,12 @@ def test_random_pattern_windows_are_windows_of_whole_patterns():
             noise_key, y_key, x_key = jax.random.split(key, 3)
             pattern = jax.image.resize(jax.random.uniform(noise_key, (9, 9)), (30, 30), method="cubic")
             corner = jax.random.randint(y_key, (), 0, 24), jax.random.randint(x_key, (), 0, 26)
-            return jax.lax.dynamic_slice(pattern, corner, (height, width)) >= 0.25
+            return jax.lax.dynamic_slice(pattern, corner, (height, width)) >= 0.3
 
-        return jax.vmap(one)(jax.random.split(key, 8 * n))
+        return jax.vmap(one)(jax.random.split(key, 4 * n))
 
     reference = np.asarray(whole_pattern_windows(jax.random.key(1)))
-    reference = reference[np.abs(1 - reference.mean(axis=(1, 2)) - 0.25) <= 0.05]
+    reference = reference[np.abs(1 - reference.mean(axis=(1, 2)) - 0.3) <= 0.05]
     assert len(reference) > 1000
 
     # The first moments, E b_i, and the second ones, E b_i b_j, agree within 5 standard errors of their difference.
@@ -352,20 +357,14 @@ def test_random_pattern_windows_are_windows_of_whole_patterns():
     assert np.all(np.abs(second_a - second_b) < 5 * error)
 
 
-@pytest.mark.parametrize("density", [0.25, 0.6])
-def test_random_pattern_share(density):
-    unobserved = 1 - sample(RandomPatternMaskGenerator(density=density), 500, (64, 64, 1))
+def test_random_pattern_share():
+    density = 0.25
+    unobserved = 1 - sample(RandomPatternMaskGenerator(), 1000, (64, 64, 1))
     shares = unobserved.mean(axis=(1, 2, 3))
     assert np.all(np.abs(shares - density) <= 0.05 + 1e-6)
     assert shares.std() > 0.01
     # Blobs, not pixel noise: cells are about 17 pixels wide, so that neighbours rarely differ.
     assert np.abs(np.diff(unobserved.astype(int), axis=1)).mean() < 0.05
-
-
-def test_random_pattern_first_checked_while_tracing():
-    generator = RandomPatternMaskGenerator(density=0.26)  # In no cache yet.
-    masks = jax.jit(lambda key: generator(key, (3, 16, 16, 1)))(jax.random.key(0))
-    assert masks.shape == (3, 16, 16, 1)
 
 
 # --- the contract of every generator ---
@@ -379,52 +378,43 @@ def test_every_generator_is_registered_and_tested():
 
 @each_generator
 def test_contract(generator, event_shape):
-    traces = []
-
-    def traced(key, shape):
-        traces.append(shape)
-        return generator(key, shape)
-
-    jitted = jax.jit(traced, static_argnums=1)
-    shape = (6, *event_shape)
-    masks = jitted(jax.random.key(3), shape)
-    assert masks.shape == shape
-    assert masks.dtype == jnp.float32
-    assert set(np.unique(masks)) <= {0.0, 1.0}
-    np.testing.assert_array_equal(masks, jitted(jax.random.key(3), shape))
-    others = [np.asarray(jitted(jax.random.key(seed), shape)) for seed in range(4, 8)]
-    if not isinstance(generator, FixedRectangleMaskGenerator):
-        assert all((other != masks).any() for other in others)
-        assert len(np.unique(masks, axis=0)) > 1
-    assert len(traces) == 1
-
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        np.testing.assert_array_equal(masks, generator(jax.random.key(3), shape))  # Eager.
-
-
-@each_generator
-def test_examples_are_independent(generator, event_shape):
-    """A random projection of the mask is uncorrelated between neighbours in the batch."""
+        masks = jax.eval_shape(lambda key: generator(key, (3, *event_shape)), jax.random.key(0))
+    assert (masks.shape, masks.dtype) == ((3, *event_shape), jnp.float32)
+    if isinstance(generator, SIIDGMMaskGenerator):
+        pytest.skip("a part of CelebAMaskGenerator, and slow to compile")
+    draw, shape = compiled(generator), (CHUNK, *event_shape)
+    masks = np.asarray(draw(jax.random.key(3), shape))
+    other = np.asarray(draw(jax.random.key(4), shape))
+    assert masks.shape == shape
+    assert masks.dtype == np.float32
+    assert set(np.unique(masks)) == {0.0, 1.0}
+    np.testing.assert_array_equal(masks, draw(jax.random.key(3), shape))
+    assert traces[generator, shape] == 1
     if isinstance(generator, FixedRectangleMaskGenerator):
-        pytest.skip("not random")
-    projection = np.random.default_rng(0).normal(size=event_shape)
-    values = np.tensordot(sample(generator, 1000, event_shape, seed=2), projection, axes=len(event_shape))
-    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 / math.sqrt(1000)
+        return
+    assert (masks != other).any()
+    # Examples are independent: a random projection of the masks is uncorrelated between neighbours in the batch.
+    values = np.tensordot(masks, np.random.default_rng(0).normal(size=event_shape), axes=len(event_shape))
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 / math.sqrt(len(values))
 
 
-@pytest.mark.parametrize("generator", [MNISTMaskGenerator(dim=16), RandomPatternMaskGenerator()], ids=str)
-def test_transformations(generator):
-    """A generator draws the same masks in scan, vmap and pmap, and takes keys of both kinds."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shape = (4, 16, 16, 1)
-    draw = jax.jit(generator, static_argnums=1)
-    expected = np.stack([draw(key, shape) for key in keys])
+@pytest.mark.parametrize(
+    ("generator", "event_shape"),
+    [(UniformMaskGenerator(), (5,)), (RectangleMaskGenerator(), (5, 4, 1)), (SquareMaskGenerator(2), (5, 4, 1))],
+)
+def test_jit_equals_eager(generator, event_shape):
+    key, shape = jax.random.key(5), (CHUNK, *event_shape)
+    np.testing.assert_array_equal(compiled(generator)(key, shape), generator(key, shape))
+
+
+def test_scan_equals_pmap():
+    generator, shape = RandomPatternMaskGenerator(), (4, 64, 64, 1)
+    keys = jax.random.split(jax.random.key(0), 2)
     _, scanned = jax.lax.scan(lambda carry, key: (carry, generator(key, shape)), 0, keys)
-    np.testing.assert_array_equal(scanned, expected)
-    np.testing.assert_array_equal(jax.vmap(lambda key: generator(key, shape))(keys), expected)
-    np.testing.assert_array_equal(jax.pmap(lambda key: generator(key, shape))(keys[:1]), expected[:1])
-    np.testing.assert_array_equal(draw(jax.random.key_data(keys[0]), shape), expected[0])
-    np.testing.assert_array_equal(draw(keys[0], (1, 16, 16, 1)).shape, (1, 16, 16, 1))
+    old_keys = jax.random.key_data(keys[:1])
+    np.testing.assert_array_equal(jax.pmap(lambda key: generator(key, shape))(old_keys), scanned[:1])
+    assert (scanned[0] != scanned[1]).any()
 
 
 # --- errors and configs ---
@@ -484,7 +474,7 @@ def test_mixture_checks_its_parts():
     generator = MixtureMaskGenerator((BernoulliMaskGenerator(), SquareMaskGenerator(9)), (1, 1))
     with pytest.raises(UserError, match=r"^SquareMaskGenerator\(size=9\) does not fit data of shape \(8, 8, 1\)"):
         generator.check((8, 8, 1))
-    with pytest.raises(UserError, match=r"^SquareMaskGenerator\(size=0\)"):
+    with pytest.raises(UserError, match=r"^FixedRectangleMaskGenerator\(y1=0, x1=0, y2=1, x2=0\)"):
         MNISTMaskGenerator(dim=1).check((1, 1, 1))
 
 

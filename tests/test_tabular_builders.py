@@ -95,7 +95,7 @@ def test_no_network_says_which_files_to_put_where(monkeypatch):
     import gdown
     import requests
 
-    def download(id, output):
+    def download(output, **_):
         Path(output).write_text("half a fi")
         raise requests.exceptions.ConnectionError("name resolution")
 
@@ -194,10 +194,11 @@ def as_tfrecord(name, shards):
     source = tfds.builder_from_directory(folder).as_data_source(
         "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
+    records = source.__getitems__(range(len(source)))
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     info["splits"] = [split for split in info["splits"] if split["name"] == "train"]
-    parts = np.array_split(np.arange(len(source)), shards)
+    parts = np.array_split(np.arange(len(records)), shards)
     info["splits"][0]["shardLengths"] = [str(len(part)) for part in parts]
     for path in folder.glob("*array_record*"):
         path.unlink()
@@ -206,8 +207,7 @@ def as_tfrecord(name, shards):
         paths.append(folder / f"{name}-train.tfrecord-{shard:05}-of-{shards:05}")
         with open(paths[-1], "wb") as file:
             for index in part:
-                record = source[index]
-                file.write(struct.pack("<Q", len(record)) + b"crc1" + record + b"crc2")
+                file.write(struct.pack("<Q", len(records[index])) + b"crc1" + records[index] + b"crc2")
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return paths
 
@@ -224,3 +224,46 @@ def test_data_prepared_as_tfrecord():
         with pytest.raises(UserError, match="prepare it anew") as error:
             data.load("gas", "train")
         assert "\n" not in str(error.value)
+
+
+def test_a_prepared_dataset_without_code():
+    rows = write_files("gas", 8)
+    data.load("gas", "train")
+    root = Path(os.environ["TFDS_DATA_DIR"])
+    (root / "gas").rename(root / "own_rows")
+    folder = root / "own_rows" / "1.0.0"
+    for path in folder.glob("gas-*"):
+        path.rename(folder / path.name.replace("gas", "own_rows"))
+    info = (folder / "dataset_info.json").read_text().replace('"gas"', '"own_rows"')
+    (folder / "dataset_info.json").write_text(info)
+    np.testing.assert_array_equal(data.load("own_rows", "train").x, rows["train"])
+    np.testing.assert_array_equal(data.load("own_rows:1.0.0", "test").x, rows["test"])
+
+    (folder / "dataset_info.json").write_text(info.replace("array_record", "riegeli"))
+    with pytest.raises(UserError, match="stored as riegeli: delete it"):
+        data.load("own_rows", "train")
+    (folder / "dataset_info.json").write_text(info)
+    features = (folder / "features.json").read_text()
+    (folder / "features.json").write_text(
+        features.replace('"features": {\n            "features"', '"features": {\n            "inputs"')
+    )
+    with pytest.raises(UserError, match=r"neither a uint8 'image' nor 'features'.*inputs \(8,\)"):
+        data.load("own_rows", "train")
+
+
+def test_folder_that_is_not_a_dataset():
+    folder = Path(os.environ["TFDS_DATA_DIR"]) / "gas" / "1.0.0"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=str(folder)) as error:
+        data.load("gas", "train")
+    assert "\n" not in str(error.value)
+    rows = write_files("gas", 8)
+    folder.rmdir()
+    data.load("gas", "train")
+    as_tfrecord("gas", shards=1)
+    info = (folder / "dataset_info.json").read_text()
+    (folder / "dataset_info.json").write_text(info.replace('"30"', '"31"'))  # one more than there are
+    with pytest.raises(UserError, match="examples are missing"):
+        data.load("gas", "train")
+    (folder / "dataset_info.json").write_text(info)
+    np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])

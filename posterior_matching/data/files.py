@@ -1,7 +1,6 @@
 """The user's own table: a `.npy`, `.npz` or `.csv` file of numbers, NaN = missing."""
 
 import csv
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def _table(path: str, array: np.ndarray, what: str = "") -> np.ndarray:
 def _read_npy(path: str) -> tuple[dict[str, np.ndarray], None]:
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:
         raise UserError(f"cannot read '{path}' as an array of numbers: {error}") from error
     if not isinstance(array, np.ndarray):  # np.load looks at the content, not at the name
         raise UserError(f"'{path}' is a zip archive of arrays: rename it to end in .npz")
@@ -81,7 +80,7 @@ def _read_npz(path: str) -> tuple[dict[str, np.ndarray], None]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of NumPy, zipfile or zlib
         raise UserError(f"cannot read '{path}' as arrays of numbers: {error}") from error
     if len(arrays) == 1 and "train" not in arrays:
         return {"all": _table(path, *arrays.values())}, None

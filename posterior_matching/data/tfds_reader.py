@@ -41,6 +41,8 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
     if not builder.data_path.exists():
         _prepare(builder)
         builder = _builder(base)
+    if not builder.info.splits:
+        raise UserError(f"'{builder.data_path}' is not a whole TFDS dataset: delete it to prepare it anew")
     split = resolve_split(split, builder.info.splits)
     try:
         builder.info.splits[split]
@@ -61,30 +63,20 @@ def _builder(name: str) -> Any:
     import tensorflow_datasets as tfds
 
     data_dir = os.environ.get("TFDS_DATA_DIR")  # TFDS itself reads it once, at import
-    if name in TABULAR:
-        return _tabular_builder_class(name)(data_dir=data_dir)
     try:
-        builder_class = tfds.builder_cls(name)
-    except ValueError:  # perhaps prepared on disk without code, or "name/config"
-        builder_class = None
+        own_class = _tabular_builder_class(name) if name in TABULAR else _idx_builder_class(tfds.builder_cls(name))
+    except ValueError:  # unknown to TFDS; perhaps "name/config", or prepared on disk by a builder that is not here
+        own_class = None
     try:
-        if builder_class and (without_tensorflow := _idx_builder_class(builder_class)):
-            return without_tensorflow(data_dir=data_dir)
-        return tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        known = [
-            "digits",
-            "mixture",
-            "patches",
-            *TABULAR,
-            *_DERIVED,
-            *tfds.list_builders(with_community_datasets=False),
-        ]
-        close = difflib.get_close_matches(name, known, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "take digits, mixture, patches, mnist, ..."
-        raise UserError(f"unknown dataset '{name}': {hint} (own data: a path to .npy, .npz or .csv)") from error
+        return own_class(data_dir=data_dir) if own_class else tfds.builder(name, data_dir=data_dir)
     except Exception as error:
-        raise UserError(f"TFDS cannot open dataset '{name}': {_first_line(error)}") from error
+        builtin = ("digits", "mixture", "patches", *TABULAR, *_DERIVED)
+        known = (*builtin, *tfds.list_builders(with_community_datasets=False))
+        if name in known:
+            raise UserError(f"TFDS cannot open dataset '{name}': {_first_line(error)}") from error
+        close = difflib.get_close_matches(name, known, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(builtin)}, the names of TFDS"
+        raise UserError(f"unknown dataset '{name}': {hint} (own data: a path to .npy, .npz or .csv)") from error
 
 
 def _tabular_builder_class(name: str) -> type:
@@ -102,11 +94,13 @@ def _tabular_builder_class(name: str) -> type:
 
 
 def _idx_builder_class(parent: type) -> type | None:
-    """Returns TFDS's MNIST builder, or one of its kind, reading the idx files with NumPy; None for other builders.
+    """Returns TFDS's MNIST builder, or one of its kind, without TensorFlow; None for other builders.
 
-    TFDS opens them through TensorFlow. Same name, URLs and checksums, hence the same dataset on disk.
+    TFDS opens the idx files and compresses the images through TensorFlow. Here NumPy and Pillow do; name, URLs and
+    checksums stay, hence the dataset on disk is the same.
     """
     import tensorflow_datasets as tfds
+    from PIL import Image
     from tensorflow_datasets.image_classification import mnist
 
     if not issubclass(parent, mnist.MNIST):
@@ -118,7 +112,10 @@ def _idx_builder_class(parent: type) -> type | None:
         if not num_examples == len(images) == len(labels):
             raise UserError(f"'{data_path}' has {len(images)} images and {len(labels)} labels, not {num_examples}")
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield index, {"image": image[..., None], "label": int(label)}
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "png")
+            png.seek(0)
+            yield index, {"image": png, "label": int(label)}
 
     with tfds.core.registered.skip_registration():
         body = {"name": parent.name, "url_infos": parent.url_infos, "_generate_examples": generate_examples}
@@ -131,10 +128,8 @@ def _read_idx(path: Any) -> np.ndarray:
     data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     if not data.startswith(b"\0\0\x08"):
         raise UserError(f"'{path}' is not an idx file of bytes: delete it to download it again")
-    axes = data[3]
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(
-        struct.unpack(f">{axes}I", data[4 : 4 + 4 * axes])
-    )
+    start = 4 + 4 * data[3]
+    return np.frombuffer(data, np.uint8, offset=start).reshape(struct.unpack(f">{data[3]}I", data[4:start]))
 
 
 def _prepare(builder: Any) -> None:
@@ -145,7 +140,7 @@ def _prepare(builder: Any) -> None:
 
     logging.info("preparing dataset '%s' in %s", builder.name, builder.data_path)
     downloader.MAX_RETRIES = 4  # of 10, which take minutes to say that there is no network
-    remedy = f"prepare it where that works and copy its folder to '{builder.data_path}'"
+    remedy = f"try again, or copy the folder from a machine that has it to '{builder.data_path}'"
     try:
         # Asking for copies in Google's cloud would only add waiting: those are TFRecord files.
         config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -155,7 +150,8 @@ def _prepare(builder: Any) -> None:
     except requests.exceptions.ConnectionError as error:
         raise UserError(f"cannot download dataset '{builder.name}' (no network?): {remedy}") from error
     except ImportError as error:
-        raise UserError(f"TFDS cannot prepare dataset '{builder.name}' without {error.name}: {remedy}") from error
+        missing = "a package that is not installed, most likely TensorFlow"
+        raise UserError(f"TFDS prepares dataset '{builder.name}' with {missing}: {remedy}") from error
     except Exception as error:
         if builder.data_path.exists():  # another process was faster
             return
@@ -203,12 +199,14 @@ def _tfrecords(path: str) -> Iterator[bytes]:
 
 def _decoder(builder: Any) -> tuple[str, Callable[[list[Any]], np.ndarray]]:
     """Returns `image` or `features`, and what turns a list of n stored values into an array [n, ...]."""
-    features = builder.info.features
-    if "image" in features and features["image"].np_dtype == np.uint8 and None not in features["image"].shape:
-        shape = features["image"].shape
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features.items())
+    image, row = features.get("image"), features.get("features")
+    if isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8 and None not in image.shape:
         transform = _crop_faces if builder.name == "celeb_a" else lambda images: images
-        return "image", lambda values: transform(np.stack([_decode_image(value[0], shape) for value in values]))
-    if "features" in features and len(features["features"].shape) == 1 and None not in features["features"].shape:
+        return "image", lambda values: transform(np.stack([_decode_image(value[0], image.shape) for value in values]))
+    if isinstance(row, tfds.features.Tensor) and len(row.shape) == 1 and None not in row.shape:
         return "features", lambda values: np.array(values, np.float32)
     found = ", ".join(f"{key} {feature.shape}" for key, feature in features.items())
     raise UserError(f"dataset '{builder.name}' has neither a uint8 'image' nor 'features' of one fixed shape: {found}")
@@ -223,21 +221,25 @@ def _decode_image(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
     """Decodes every example of a split: only the wanted fields, many times as fast as TFDS decodes whole examples."""
+    import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
     from tqdm import tqdm
 
     key, decode = _decoder(builder)
     total = builder.info.splits[split].num_examples
-    label = np.empty(total, np.int32) if "label" in builder.info.features else None
+    labelled = isinstance(dict(builder.info.features.items()).get("label"), tfds.features.ClassLabel)
+    label = np.empty(total, np.int32) if labelled else None
     records, x = _records(builder, split), None
     try:
         for start in tqdm(range(0, total, _CHUNK), desc=f"decoding {builder.name} {split}", delay=5):
             rows = slice(start, min(start + _CHUNK, total))
             chunk = [tf_example_pb2.Example.FromString(r).features.feature for r in itertools.islice(records, _CHUNK)]
+            if len(chunk) != rows.stop - rows.start:
+                raise ValueError("examples are missing")
             decoded = decode([_value(example[key]) for example in chunk])
             x = np.empty((total, *decoded.shape[1:]), decoded.dtype) if x is None else x
             x[rows] = decoded
-            if label is not None:
+            if labelled:
                 label[rows] = [_value(example["label"])[0] for example in chunk]
     except UserError:
         raise
@@ -246,7 +248,7 @@ def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read '{builder.data_path}' ({_first_line(error)}): {remedy}") from error
     if x is None:
         raise UserError(f"split '{split}' of dataset '{builder.name}' is empty")
-    return {"x": x} if label is None else {"x": x, "label": label}
+    return {"x": x, "label": label} if labelled else {"x": x}
 
 
 def _value(feature: Any) -> Any:

@@ -79,10 +79,9 @@ class VAE(nnx.Module):
         x, b = (jnp.broadcast_to(a, (s, *a.shape)).reshape(s * n, *a.shape[1:]) for a in (x, b))
         return likelihood.log_prob_of_observed(p, x, b).reshape(s, n)
 
-    def decode_mean(self, z: jax.Array) -> jax.Array:
-        """E[x | z], `[S, B, *input_shape]`, for `z: [S, B, e]`."""
-        mean = self.decode(z.reshape(-1, z.shape[-1])).mean
-        return mean.reshape(*z.shape[:2], *mean.shape[1:])
+    def decode_mean(self, z: jax.Array, chunk_size: int = 128) -> jax.Array:
+        """E[x | z], `[S, B, *input_shape]`, for `z: [S, B, e]`, decoding `chunk_size` samples at once."""
+        return jax.lax.map(lambda z: self.decode(z).mean, z, batch_size=chunk_size)
 
 
 class PartialPosterior(nnx.Module):

@@ -1,0 +1,30 @@
+"""Imputation by scikit-learn, to see what a model is worth."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+Imputer = Callable[[np.ndarray], np.ndarray]
+
+
+def fit(train: np.ndarray, max_rows: int = 10_000) -> dict[str, Imputer]:
+    """Fits mean, k-nearest-neighbour (k = 5) and iterative (Bayesian ridge) imputers.
+
+    Args:
+        train: `[N, d]`, NaN = missing.
+        max_rows: The latter two see at most this many rows, evenly spaced: their cost grows with rows.
+
+    Returns:
+        By name, functions from rows `[N, d]` with NaN where unobserved to the same rows filled.
+    """
+    # The iterative imputer has to be enabled by this import.
+    from sklearn.experimental import enable_iterative_imputer  # noqa: F401
+    from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
+
+    some = train[:: -(-len(train) // max_rows)]
+    imputers = {
+        "mean": SimpleImputer(keep_empty_features=True).fit(train),
+        "knn": KNNImputer(keep_empty_features=True).fit(some),
+        "iterative": IterativeImputer(random_state=0, keep_empty_features=True).fit(some),
+    }
+    return {name: imputer.transform for name, imputer in imputers.items()}

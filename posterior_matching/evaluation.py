@@ -1,0 +1,138 @@
+"""Evaluation over whole datasets: every example once, whatever the batch size, and the results folder."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+from tqdm import tqdm
+
+from posterior_matching import data, parallel, runs
+from posterior_matching.batching import padded_batches
+from posterior_matching.errors import UserError
+
+ExampleFn = Callable[[nnx.Module, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
+
+
+def load_dataset(
+    description: Mapping[str, Any], name: str | None, split: str, num_instances: int | None
+) -> data.Dataset:
+    """Loads the data to evaluate a run on, in the units that the run was trained in.
+
+    Args:
+        description: The run's `config.json`.
+        name: Dataset; None: the one the run was trained on.
+        split: Its split.
+        num_instances: Evaluate only this many examples, the first ones; None: all.
+
+    Raises:
+        UserError: The data do not have the shape the run was trained on, or there are fewer examples than asked for.
+    """
+    name = name or description["config"]["dataset"]
+    saved = description["standardisation"]
+    standardisation = data.Standardisation.from_json(saved) if saved else None
+    dataset = data.load(name, split, standardisation=standardisation)
+    expected = tuple(description["input_shape"])
+    if dataset.input_shape != expected:
+        raise UserError(
+            f"dataset {name} has examples of shape {dataset.input_shape}, the run was trained on {expected}"
+        )
+    if num_instances is None:
+        return dataset
+    if not 1 <= num_instances <= len(dataset):
+        raise UserError(f"--num_instances={num_instances}: the {split} split of {name} has {len(dataset)} examples")
+    label = None if dataset.label is None else dataset.label[:num_instances]
+    return dataclasses.replace(dataset, x=dataset.x[:num_instances], label=label)
+
+
+class ExampleMap:
+    """Maps a function of one example over a dataset, in batches, on all local devices.
+
+    Every example has a random key of its own, a function of the base key and its row, so that results do not depend on
+    how examples fall into batches.
+
+    Args:
+        fn: `fn(model, key, x, available) -> {name: array}` for one example, `x: [*input_shape]` and its `available`
+            mask; must be traceable.
+        model: The model.
+        dataset: The examples.
+        batch_size: Examples at once on each device.
+    """
+
+    def __init__(self, fn: ExampleFn, model: nnx.Module, dataset: data.Dataset, batch_size: int):
+        graphdef, state = nnx.split(model)
+        self._state = parallel.replicate(state)
+        self._dataset = dataset
+        self._indices, self._weights = padded_batches(len(dataset), batch_size * jax.local_device_count())
+
+        def run_batch(state, key, rows, indices):
+            model = nnx.merge(graphdef, state)
+            x, available = data.decode(rows, dataset.max_value)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+            return jax.vmap(lambda *example: fn(model, *example))(keys, x, available)
+
+        self._run_batch = parallel.pmap(run_batch, in_axes=(0, None, 0, 0))
+
+    def __call__(self, key: jax.Array, description: str = "") -> dict[str, np.ndarray]:
+        """Returns the results of all examples in order, `{name: [N, ...]}`."""
+        parts = []
+        for indices, weights in tqdm(
+            zip(self._indices, self._weights, strict=True), description, len(self._indices), unit="batch", leave=False
+        ):
+            indices = indices.reshape(jax.local_device_count(), -1)
+            results = self._run_batch(self._state, key, self._dataset.x[indices], indices)
+            real = weights > 0
+            parts.append({k: np.asarray(v).reshape(-1, *v.shape[2:])[real] for k, v in results.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Results:
+    """Collects trials and writes `results.json`, the same for every evaluation script."""
+
+    def __init__(self, folder: pathlib.Path, num_examples: int, seed: int):
+        self.folder = folder
+        self._num_examples, self._seed = num_examples, seed
+        self._trials: dict[str, list[float]] = {}
+        self._start = time.perf_counter()
+
+    def add(self, **metrics: float) -> None:
+        """Adds one trial of each metric; names carry their units."""
+        for name, value in metrics.items():
+            self._trials.setdefault(name, []).append(float(value))
+
+    def trials(self, name: str) -> np.ndarray:
+        """Returns the trials of a metric."""
+        return np.array(self._trials[name])
+
+    def write(self, **arrays: np.ndarray) -> None:
+        """Prints mean and standard deviation over trials, writes `results.json` and `<name>.npy` for every array."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            np.save(self.folder / f"{name}.npy", array, allow_pickle=False)
+        metrics = {
+            name: {"mean": float(np.mean(trials)), "std": float(np.std(trials)), "trials": trials}
+            for name, trials in self._trials.items()
+        }
+        own = ("posterior_matching", "eval_")
+        modules = {
+            m: f for m, f in flags.FLAGS.flags_by_module_dict().items() if m.endswith(".py") or m.startswith(own)
+        }
+        description = {
+            "metrics": metrics,
+            "num_examples": self._num_examples,
+            "seed": self._seed,
+            "flags": {flag.name: flag.value for found in modules.values() for flag in found},
+            "versions": runs.versions(),
+            "seconds": round(time.perf_counter() - self._start, 1),
+        }
+        (self.folder / "results.json").write_text(json.dumps(description, indent=2) + "\n")
+        width = max(map(len, metrics))
+        for name, values in metrics.items():
+            print(f"{name:{width}}  {values['mean']:.4f} ± {values['std']:.4f}  ({len(values['trials'])} trials)")
+        print(f"{self._num_examples} examples; written to {self.folder}")
