@@ -1,7 +1,6 @@
 """What all scripts share on the command line: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
 import os
-import pathlib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -12,15 +11,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from posterior_matching import parallel
+from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
 
 FLAGS = flags.FLAGS
-
-
-def cache_dir() -> pathlib.Path:
-    """Where decoded data and compiled programs are kept: `$POSTERIOR_MATCHING_CACHE`, else in the user's cache."""
-    default = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(os.environ.get("POSTERIOR_MATCHING_CACHE") or pathlib.Path(default) / "posterior_matching")
 
 
 def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
@@ -123,5 +117,5 @@ def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str:
 def _use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the second start of a script takes seconds."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import math
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
 
 from posterior_matching import parallel, runs
 from posterior_matching.batching import Arrays, TrainingFeed, evaluation_chunks
 from posterior_matching.config import call
 from posterior_matching.errors import UserError
+from posterior_matching.training_log import TrainingLog
 
 Batch = dict[str, jax.Array]
 Loss = Callable[..., dict[str, jax.Array]]
@@ -37,7 +35,6 @@ Loss = Callable[..., dict[str, jax.Array]]
 STREAMS = ("noise", "mask", "sample", "dropout")
 
 _MAX_STEPS_PER_DISPATCH = 1000
-_MAX_CONSECUTIVE_SKIPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +139,14 @@ def fit(
         state, best_loss = _restore(run, state)
     first_step, step = run.step, run.step
     run.forget_metrics_after(step)
-    log = _Log(run, experiment.model, state.trainable, step, options)
+    log = TrainingLog(
+        run,
+        experiment.model,
+        state.trainable,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        skip_nonfinite=options.skip_nonfinite_updates,
+    )
     feed = TrainingFeed(train, options.batch_size, options.seed, options.data_memory_budget_gb)
     chunks = _ValidationChunks(validation, options)
     state, frozen_everywhere = parallel.replicate((state, frozen))
@@ -313,137 +317,6 @@ class _ValidationChunks:
             index = np.broadcast_to(np.arange(first, first + num_batches), (len(weights), num_batches))
             first += num_batches
             yield arrays, weights, index
-
-
-class _Log:
-    """Progress bar, TensorBoard and `metrics.jsonl`; only process 0 writes."""
-
-    def __init__(self, run: runs.Run, model: nnx.Module, trainable: nnx.State, step: int, options: TrainingOptions):
-        self._run, self._options = run, options
-        self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []
-        self._training: dict[str, float] = {}
-        self._writes = jax.process_index() == 0
-        self._writer = self._progress = None
-        self._steps_timed, self._clock = 0, time.perf_counter()
-        if not self._writes:
-            return
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(run.path / "tb"), purge_step=step + 1 if step else None)
-        total, ours = (
-            sum(math.prod(a.shape) for a in jax.tree.leaves(s)) for s in (nnx.state(model, nnx.Param), trainable)
-        )
-        (run.path / "parameters.txt").write_text(parameter_overview(model))
-        print(f"run directory: {run.path}")
-        print(
-            f"{jax.device_count()} {jax.devices()[0].platform} device(s), global batch "
-            f"{options.batch_size * jax.device_count()}; {total:,} parameters, {ours:,} of them trained; "
-            f"starting at step {step} of {options.steps}",
-            flush=True,
-        )
-        interval = 1 if sys.stderr.isatty() else 30
-        self._progress = tqdm(
-            total=options.steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.1
-        )
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._writes:
-            self._progress.close()
-            self._writer.close()
-
-    def add(self, step: int, num_steps: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a dispatch, without waiting for them."""
-        self._pending.append((step, num_steps, metrics))
-        self._steps_timed += num_steps
-        if len(self._pending) > 2:  # at most two dispatches ahead of the devices, so that Ctrl-C and the bar are honest
-            jax.block_until_ready(self._pending[-3][2]["loss"])
-        if self._writes:
-            self._progress.update(num_steps)
-
-    def write_training(self) -> None:
-        """Writes the means since the last write; raises UserError if a step was not finite."""
-        if not self._pending:
-            return
-        values: dict[str, list[np.ndarray]] = {}
-        for _, _, metrics in self._pending:
-            for name, value in parallel.unreplicate(metrics).items():
-                values.setdefault(name, []).append(value)
-        step = self._pending[-1][0]
-        self._pending = []
-        series = {name: np.concatenate(parts) for name, parts in values.items()}
-        self._refuse_nonfinite(step, series)
-        kept = series["skipped_in_a_row"] == 0
-        skipped = float(series.pop("skipped_updates")[-1])
-        series.pop("skipped_in_a_row")
-        means = {
-            name: float(np.mean(v[kept], dtype=np.float64)) if kept.any() else math.nan for name, v in series.items()
-        }
-        if self._options.skip_nonfinite_updates:
-            means["skipped_updates"] = skipped
-        now = time.perf_counter()
-        means["steps_per_second"] = self._steps_timed / (now - self._clock)
-        self.restart_clock()
-        self._training = means
-        self._write("train", step, means)
-        if self._writes:
-            self._progress.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
-
-    def write_validation(self, step: int, values: dict[str, float]) -> None:
-        """Writes one row of `metrics.jsonl`."""
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"the validation loss is {values['loss']} at step {step}; {self._last_good()}")
-        self._write("val", step, values)
-        if not self._writes:
-            return
-        rate = self._training["steps_per_second"]
-        row = {f"train_{k}": v for k, v in self._training.items() if k != "steps_per_second"}
-        self._run.append_metrics(
-            {"step": step, **row, **{f"val_{k}": v for k, v in values.items()}, "steps_per_second": rate}
-        )
-        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._progress.write(f"step {step}: validation {terms}", file=sys.stderr)
-
-    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Writes images `[H, W, C]` in [0, 1]."""
-        for name, image in images.items():
-            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
-
-    def restart_clock(self) -> None:
-        """Starts timing steps afresh, so that validation and saving do not count."""
-        self._steps_timed, self._clock = 0, time.perf_counter()
-
-    def _write(self, prefix: str, step: int, values: dict[str, float]) -> None:
-        if self._writes:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
-
-    def _refuse_nonfinite(self, step: int, series: dict[str, np.ndarray]) -> None:
-        in_a_row = series["skipped_in_a_row"]
-        if not in_a_row.any():
-            return
-        if not self._options.skip_nonfinite_updates:
-            bad = int(np.argmax(in_a_row > 0))
-            names = [n for n, v in series.items() if not np.isfinite(v[bad])]
-            at = step - len(in_a_row) + bad + 1
-            raise UserError(f"{', '.join(names)} not finite at step {at}; {self._last_good()}")
-        if in_a_row.max() >= _MAX_CONSECUTIVE_SKIPS:
-            count = int(in_a_row.max())
-            raise UserError(f"{count} updates in a row not finite and skipped, up to step {step}; {self._last_good()}")
-
-    def _last_good(self) -> str:
-        saved = f"the last good checkpoint is step {self._run.step}" if self._run.step else "no checkpoint was saved"
-        return f"{saved} in {self._run.path}; try a lower config.optimizer.learning_rate or config.optimizer.clip_norm"
-
-
-def parameter_overview(model: nnx.Module) -> str:
-    """Returns a table of the parameters: name, shape, size, mean, standard deviation."""
-    from clu import parameter_overview as overview
-
-    weights = runs.flat_weights(nnx.state(model, nnx.Param))
-    return overview.get_parameter_overview(weights, include_stats=True) + "\n"
 
 
 def steps_per_dispatch(options: TrainingOptions) -> int:

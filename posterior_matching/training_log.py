@@ -1,0 +1,164 @@
+"""What a run shows and writes while it trains: progress bar, TensorBoard, `metrics.jsonl`; only process 0 writes."""
+
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from posterior_matching import parallel, runs
+from posterior_matching.errors import UserError
+
+_MAX_CONSECUTIVE_SKIPS = 100
+
+
+class TrainingLog:
+    """The log of one run, from the run's step on.
+
+    Args:
+        run: The run.
+        model: The model, for the table of its parameters.
+        trainable: Its trained part.
+        steps: Where training will end.
+        batch_size: Per device.
+        skip_nonfinite: Whether non-finite updates were skipped (and are counted), or are an error.
+    """
+
+    def __init__(
+        self,
+        run: runs.Run,
+        model: nnx.Module,
+        trainable: nnx.State,
+        *,
+        steps: int,
+        batch_size: int,
+        skip_nonfinite: bool,
+    ):
+        self._run, self._skip_nonfinite = run, skip_nonfinite
+        self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []
+        self._training: dict[str, float] = {}
+        self._writes = jax.process_index() == 0
+        self._writer = self._progress = None
+        self._steps_timed, self._clock = 0, time.perf_counter()
+        if not self._writes:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.path / "tb"), purge_step=run.step + 1 if run.step else None)
+        total, ours = (
+            sum(math.prod(a.shape) for a in jax.tree.leaves(s)) for s in (nnx.state(model, nnx.Param), trainable)
+        )
+        (run.path / "parameters.txt").write_text(parameter_overview(model))
+        devices = f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
+        print(f"run directory: {run.path}")
+        print(
+            f"{devices}, global batch {batch_size * jax.device_count()}; {total:,} parameters, {ours:,} of them trained"
+        )
+        print(f"training from step {run.step} to {steps}", flush=True)
+        interval = 1 if sys.stderr.isatty() else 30
+        self._progress = tqdm(
+            total=steps, initial=run.step, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.1
+        )
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._writes:
+            self._progress.close()
+            self._writer.close()
+
+    def add(self, step: int, num_steps: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a dispatch, without waiting for them."""
+        self._pending.append((step, num_steps, metrics))
+        self._steps_timed += num_steps
+        if len(self._pending) > 2:  # at most two dispatches ahead of the devices, so that Ctrl-C and the bar are honest
+            jax.block_until_ready(self._pending[-3][2]["loss"])
+        if self._writes:
+            self._progress.update(num_steps)
+
+    def write_training(self) -> None:
+        """Writes the means since the last write; raises UserError if a step was not finite."""
+        if not self._pending:
+            return
+        values: dict[str, list[np.ndarray]] = {}
+        for _, _, metrics in self._pending:
+            for name, value in parallel.unreplicate(metrics).items():
+                values.setdefault(name, []).append(value)
+        step = self._pending[-1][0]
+        self._pending = []
+        series = {name: np.concatenate(parts) for name, parts in values.items()}
+        self._refuse_nonfinite(step, series)
+        kept = series["skipped_in_a_row"] == 0
+        skipped = float(series.pop("skipped_updates")[-1])
+        series.pop("skipped_in_a_row")
+        means = {
+            name: float(np.mean(v[kept], dtype=np.float64)) if kept.any() else math.nan for name, v in series.items()
+        }
+        if self._skip_nonfinite:
+            means["skipped_updates"] = skipped
+        now = time.perf_counter()
+        means["steps_per_second"] = self._steps_timed / (now - self._clock)
+        self.restart_clock()
+        self._training = means
+        self._write("train", step, means)
+        if self._writes:
+            self._progress.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
+
+    def write_validation(self, step: int, values: dict[str, float]) -> None:
+        """Writes one row of `metrics.jsonl`."""
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"the validation loss is {values['loss']} at step {step}; {self._last_good()}")
+        self._write("val", step, values)
+        if not self._writes:
+            return
+        rate = self._training["steps_per_second"]
+        row = {f"train_{k}": v for k, v in self._training.items() if k != "steps_per_second"}
+        self._run.append_metrics(
+            {"step": step, **row, **{f"val_{k}": v for k, v in values.items()}, "steps_per_second": rate}
+        )
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._progress.write(f"step {step}: validation {terms}", file=sys.stderr)
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Writes images `[H, W, C]` in [0, 1]."""
+        for name, image in images.items():
+            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def restart_clock(self) -> None:
+        """Starts timing steps afresh, so that validation and saving do not count."""
+        self._steps_timed, self._clock = 0, time.perf_counter()
+
+    def _write(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        if self._writes:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+    def _refuse_nonfinite(self, step: int, series: dict[str, np.ndarray]) -> None:
+        in_a_row = series["skipped_in_a_row"]
+        if not in_a_row.any():
+            return
+        if not self._skip_nonfinite:
+            bad = int(np.argmax(in_a_row > 0))
+            names = [n for n, v in series.items() if not np.isfinite(v[bad])]
+            at = step - len(in_a_row) + bad + 1
+            raise UserError(f"{', '.join(names)} not finite at step {at}; {self._last_good()}")
+        if in_a_row.max() >= _MAX_CONSECUTIVE_SKIPS:
+            count = int(in_a_row.max())
+            raise UserError(f"{count} updates in a row not finite and skipped, up to step {step}; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        saved = f"the last good checkpoint is step {self._run.step}" if self._run.step else "no checkpoint was saved"
+        return f"{saved} in {self._run.path}; try a lower config.optimizer.learning_rate or config.optimizer.clip_norm"
+
+
+def parameter_overview(model: nnx.Module) -> str:
+    """Returns a table of the parameters: name, shape, size, mean, standard deviation."""
+    from clu import parameter_overview as overview
+
+    weights = runs.flat_weights(nnx.state(model, nnx.Param))
+    return overview.get_parameter_overview(weights, include_stats=True) + "\n"
