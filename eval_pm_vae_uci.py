@@ -11,6 +11,7 @@ import pathlib
 import jax
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from posterior_matching import baselines, cli, data, masking, metrics, runs
 from posterior_matching.evaluation import ExampleMap, Results, load_dataset
@@ -84,8 +85,11 @@ def main() -> None:
     if len(dataset.input_shape) == 3:
         path = results.folder / "imputations.png"
         shown = slice(0, min(10, len(dataset)))
-        draws = model.impute(x[shown], found["b"][shown], 6, key=jax.random.key(_SEED.value))
-        save_png(path, imputation_grid(x[shown], found["b"][shown], draws))
+        key_mask, key_impute = jax.random.split(jax.random.key(_SEED.value))
+        trained_on = masking.build_mask_generator(description["config"]["mask_generator"])
+        b = trained_on(key_mask, (len(x[shown]), *event_shape))
+        draws = nnx.jit(lambda model: model.impute(x[shown], b, 6, key=key_impute))(model)
+        save_png(path, imputation_grid(x[shown], b, draws))
         print(f"original, observed part, six imputations: {path}")
 
 

@@ -3,9 +3,9 @@
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py [--config.key=value ...] [--seconds 20]
 
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, the
-floating-point operations per step that XLA counts in the compiled program, the rate at which they are done, and the rate
-of a large matrix product measured in the same run, before and after. The share of the two is what to compare between
-machines. (Transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies.)
+floating-point operations per step that XLA counts in the compiled program, the rate at which they are done, and the
+rate of a large matrix product measured in the same run. All are medians. The share of the two rates is what to compare
+between machines. (Strided transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies.)
 """
 
 import importlib
@@ -74,29 +74,29 @@ def main() -> None:
     compile_seconds = time.perf_counter() - start
     state, metrics = jax.block_until_ready(step(state, frozen, arrays, indices))
     first_step_seconds = time.time() - psutil.Process().create_time()
-    step_flops = step.cost_analysis()["flops"] / per_dispatch if per_dispatch == 1 else None
+    step_flops = step.cost_analysis()["flops"]  # XLA counts the body of a loop over steps once
 
+    # The machine may be shared: every sample of the step stands between two samples of the matrix product.
     rates, matrix_rates = [], [matrix_product_flops_per_second()]
     end = time.perf_counter() + _SECONDS.value
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0
-        while time.perf_counter() - start < _SECONDS.value / 8 or dispatches < 2:
+        while time.perf_counter() - start < _SECONDS.value / 10 or dispatches < 2:
+            jax.block_until_ready(metrics)  # as in training: one dispatch runs, one waits
             state, metrics = step(state, frozen, arrays, indices)
             dispatches += 1
-            if dispatches % 2 == 0:
-                jax.block_until_ready(metrics)
         jax.block_until_ready(state)
         rates.append(dispatches * per_dispatch / (time.perf_counter() - start))
-    matrix_rates.append(matrix_product_flops_per_second())
+        matrix_rates.append(matrix_product_flops_per_second())
+    beside = (np.array(matrix_rates[:-1]) + np.array(matrix_rates[1:])) / 2
+    shares = step_flops * np.array(rates) / beside
 
-    rate, matrix_rate = float(np.median(rates)), float(np.mean(matrix_rates))
-    if step_flops is None:  # XLA counts the body of a loop once
-        step_flops = step.cost_analysis()["flops"]
+    rate, matrix_rate = float(np.median(rates)), float(np.median(matrix_rates))
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(f"device                 {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"config                 {cli.config_path()}, batch {options.batch_size} per device")
-    print(f"steps per second       {rate:.4g}  (median of {len(rates)}, {min(rates):.4g} to {max(rates):.4g})")
+    print(f"steps per second       {rate:.4g}  ({spread(rates)})")
     print(f"steps per dispatch     {per_dispatch}")
     print(f"time to first step     {first_step_seconds:.1f} s from process start")
     print(f"compile time           {compile_seconds:.1f} s (less when the compilation cache is warm)")
@@ -105,10 +105,13 @@ def main() -> None:
         print(f"peak device memory     {device_memory / 1e9:.2f} GB")
     print(f"operations per step    {step_flops / 1e9:.4g} GFLOP on each device")
     print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
-    print(
-        f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({', '.join(f'{r / 1e9:.4g}' for r in matrix_rates)})"
-    )
-    print(f"share                  {step_flops * rate / matrix_rate:.0%}")
+    print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)})")
+    print(f"share                  {np.median(shares):.0%}  ({min(shares):.0%} to {max(shares):.0%})")
+
+
+def spread(values: list[float], unit: float = 1.0) -> str:
+    """Returns how many values there are, and the least and the greatest."""
+    return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
 
 
 def synthetic(name: str, rows: int) -> data.Dataset:
@@ -121,7 +124,7 @@ def synthetic(name: str, rows: int) -> data.Dataset:
     return data.Dataset(name, "train", rng.standard_normal((rows, *shape), np.float32))
 
 
-def matrix_product_flops_per_second(size: int = 4096, repeats: int = 5) -> float:
+def matrix_product_flops_per_second(size: int = 4096, repeats: int = 3) -> float:
     """Best rate of `repeats` products of two `size` x `size` float32 matrices."""
     product = jax.jit(lambda a: a @ a)
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)

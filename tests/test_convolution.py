@@ -1,0 +1,207 @@
+"""Convolutions and their gradients against loops in NumPy and against XLA's own, exactly: the data are whole numbers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.test_util import check_grads
+
+from posterior_matching.convolution import conv, conv_transpose
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+CASES = [(k, stride, padding) for k in (1, 2, 3, 5) for stride in (1, 2, 3) for padding in ("SAME", "VALID")]
+each_case = pytest.mark.parametrize(("k", "stride", "padding"), CASES)
+
+
+def integers(rng, *shape):
+    """Whole numbers, so that float32 sums are exact whatever their order."""
+    return rng.integers(-4, 5, shape).astype(np.float32)
+
+
+def geometry(size, k, stride, padding):
+    """Output size and zeros before the first entry of one axis, by the definitions of SAME and VALID."""
+    if padding == "VALID":
+        return math.ceil((size - k + 1) / stride), 0
+    out = math.ceil(size / stride)
+    return out, max((out - 1) * stride + k - size, 0) // 2
+
+
+def pairs(size, k, stride, padding):
+    """All (output, input, tap) of one axis that a convolution connects."""
+    out, before = geometry(size, k, stride, padding)
+    return [
+        (o, o * stride + t - before, t) for o in range(out) for t in range(k) if 0 <= o * stride + t - before < size
+    ]
+
+
+def connections(x_shape, kernel, stride, padding):
+    rows = pairs(x_shape[1], len(kernel), stride, padding)
+    columns = pairs(x_shape[2], len(kernel), stride, padding)
+    return [(p, q, i, j, s, t) for p, i, s in rows for q, j, t in columns]
+
+
+def naive_conv(x, kernel, stride, padding):
+    sizes = [geometry(n, len(kernel), stride, padding)[0] for n in x.shape[1:3]]
+    y = np.zeros((len(x), *sizes, kernel.shape[3]), np.float32)
+    for p, q, i, j, s, t in connections(x.shape, kernel, stride, padding):
+        y[:, p, q] += x[:, i, j] @ kernel[s, t]
+    return y
+
+
+def naive_transpose(y, kernel, stride, padding, size):
+    x = np.zeros((len(y), *size, kernel.shape[2]), np.float32)
+    for p, q, i, j, s, t in connections(x.shape, kernel, stride, padding):
+        x[:, i, j] += y[:, p, q] @ kernel[s, t].T
+    return x
+
+
+def naive_kernel_gradient(x, y, kernel, stride, padding):
+    gradient = np.zeros_like(kernel)
+    for p, q, i, j, s, t in connections(x.shape, kernel, stride, padding):
+        gradient[s, t] += x[:, i, j].T @ y[:, p, q]
+    return gradient
+
+
+def value_and_gradients(fn, cotangent, *args):
+    """Compiled, as in training."""
+
+    @jax.jit
+    def run(cotangent, *args):
+        value, pullback = jax.vjp(fn, *args)
+        return value, *pullback(cotangent)
+
+    return [np.asarray(a) for a in run(cotangent, *args)]
+
+
+# Multiples of the stride, and every remainder.
+SIZES = {1: [(5, 4)], 2: [(7, 6)], 3: [(7, 6), (5, 8)]}
+
+
+@pytest.mark.parametrize(
+    ("k", "stride", "padding", "size"), [(*case, size) for case in CASES for size in SIZES[case[1]]]
+)
+def test_conv_and_its_gradients_equal_loops(k, stride, padding, size):
+    rng = np.random.default_rng(k)
+    x, kernel = integers(rng, 2, *size, 3), integers(rng, k, k, 3, 2)
+    expected = naive_conv(x, kernel, stride, padding)
+    if 0 in expected.shape:
+        pytest.skip("nothing comes out")
+    g = integers(rng, *expected.shape)
+    value, x_gradient, kernel_gradient = value_and_gradients(lambda x, w: conv(x, w, stride, padding), g, x, kernel)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(x_gradient, naive_transpose(g, kernel, stride, padding, size))
+    np.testing.assert_array_equal(kernel_gradient, naive_kernel_gradient(x, g, kernel, stride, padding))
+
+
+@pytest.mark.parametrize(
+    ("k", "stride", "padding", "size"),
+    [
+        (5, 2, "SAME", (28, 28)),
+        (4, 2, "SAME", (13, 12)),
+        (3, 3, "SAME", (10, 11)),
+        (7, 1, "VALID", (7, 7)),
+        (4, 3, "VALID", (12, 9)),
+        (5, 1, "SAME", (6, 3)),
+    ],
+)
+def test_conv_and_its_gradients_equal_xlas_own(k, stride, padding, size):
+    rng = np.random.default_rng(k)
+    x, kernel = integers(rng, 3, *size, 4), integers(rng, k, k, 4, 8)
+
+    def xla(x, w):
+        return lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=LAYOUT)
+
+    g = integers(rng, *jax.eval_shape(xla, x, kernel).shape)
+    expected = value_and_gradients(xla, g, x, kernel)
+    ours = value_and_gradients(lambda x, w: conv(x, w, stride, padding), g, x, kernel)
+    for our, xlas in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(our, xlas)
+    # The transposed convolution is what XLA derives from the convolution.
+    if padding == "SAME" and all(n % stride == 0 for n in size):
+        np.testing.assert_array_equal(conv_transpose(g, kernel, stride, padding), expected[1])
+
+
+@each_case
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_conv_transpose_and_its_gradients_equal_loops_on_every_backend(k, stride, padding, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(k)
+    y, kernel = integers(rng, 2, 3, 4, 3), integers(rng, k, k, 2, 3)
+    size = (3 * stride, 4 * stride) if padding == "SAME" else (2 * stride + k, 3 * stride + k)
+    g = integers(rng, 2, *size, 2)
+    value, y_gradient, kernel_gradient = value_and_gradients(
+        lambda y, w: conv_transpose(y, w, stride, padding), g, y, kernel
+    )
+    np.testing.assert_array_equal(value, naive_transpose(y, kernel, stride, padding, size))
+    np.testing.assert_array_equal(y_gradient, naive_conv(g, kernel, stride, padding))
+    np.testing.assert_array_equal(kernel_gradient, naive_kernel_gradient(g, y, kernel, stride, padding))
+
+
+@pytest.mark.parametrize(("k", "stride", "padding"), [c for c in CASES if c[1] > 1 and c[0] < 5])
+def test_input_gradient_of_conv_is_the_same_on_every_backend(k, stride, padding, monkeypatch):
+    rng = np.random.default_rng(k)
+    x, kernel = integers(rng, 1, 7, 5, 2), integers(rng, k, k, 2, 3)
+    g = integers(rng, *naive_conv(x, kernel, stride, padding).shape)
+    gradients = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        gradients.append(value_and_gradients(lambda x, w: conv(x, w, stride, padding), g, x, kernel)[1])
+    np.testing.assert_array_equal(*gradients)
+
+
+@pytest.mark.parametrize(("backend", "dilates"), [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_only_accelerators_dilate(backend, dilates, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    program = str(
+        jax.make_jaxpr(lambda y, w: conv_transpose(y, w, 2, "SAME"))(jnp.ones((1, 3, 3, 2)), jnp.ones((3, 3, 4, 2)))
+    )
+    assert ("lhs_dilation=(2, 2)" in program) is dilates
+    assert ("lhs_dilation=(1, 1)" in program) is not dilates
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_one_position_is_a_matrix_product_with_the_flattened_kernel(padding):
+    """The first decoder layer and the last encoder layer."""
+    rng = np.random.default_rng(0)
+    z, kernel = integers(rng, 4, 1, 1, 5), integers(rng, 3, 3, 2, 5)
+    expected = np.tensordot(z[:, 0, 0], kernel, (1, 3)) if padding == "VALID" else (z @ kernel[1, 1].T)
+    np.testing.assert_array_equal(conv_transpose(z, kernel, 1, padding), expected)
+    x = integers(rng, 4, 3, 3, 2)
+    centre = np.asarray(conv(x, kernel, 1, padding))[:, -1 if padding == "VALID" else 1, 0 if padding == "VALID" else 1]
+    np.testing.assert_array_equal(centre, x.reshape(4, -1) @ kernel.reshape(-1, 5))
+
+
+@pytest.mark.parametrize(("k", "stride", "padding"), [(5, 2, "SAME"), (4, 3, "SAME"), (7, 1, "VALID"), (3, 2, "VALID")])
+def test_conv_transpose_is_the_adjoint_of_conv(k, stride, padding):
+    """<conv(x), y> = <x, conv_transpose(y)> on arbitrary numbers."""
+    rng = np.random.default_rng(0)
+    y, kernel = rng.normal(size=(3, 4, 5, 6)), rng.normal(size=(k, k, 2, 6))
+    back = np.asarray(conv_transpose(jnp.float32(y), jnp.float32(kernel), stride, padding), np.float64)
+    x = rng.normal(size=back.shape)
+    forth = np.asarray(conv(jnp.float32(x), jnp.float32(kernel), stride, padding), np.float64)
+    left, right = forth * y, x * back
+    np.testing.assert_allclose(left.sum(), right.sum(), atol=1e-5 * np.abs(left).sum())
+
+
+@pytest.mark.parametrize("fn", [conv, conv_transpose])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_gradients_agree_with_finite_differences(fn, padding):
+    rng = np.random.default_rng(0)
+    channels = 2 if fn is conv else 3
+    x = jnp.float32(rng.normal(size=(1, 4, 5, channels)))
+    kernel = jnp.float32(rng.normal(size=(3, 3, 2, 3)))
+    check_grads(lambda x, w: jnp.tanh(0.3 * fn(x, w, 2, padding)), (x, kernel), 1, ("rev",), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("fn", [conv, conv_transpose])
+def test_vmap_equals_a_loop(fn):
+    rng = np.random.default_rng(0)
+    x, kernel = integers(rng, 3, 2, 5, 4, 2), integers(rng, 3, 3, 2, 2)
+    mapped = jax.vmap(lambda x: fn(x, jnp.asarray(kernel), 2, "SAME"))(x)
+    np.testing.assert_array_equal(mapped, np.stack([fn(part, kernel, 2, "SAME") for part in x]))
+    total = jax.grad(lambda w: (jax.vmap(lambda x: fn(x, w, 2, "SAME"))(x) ** 2).sum())(jnp.asarray(kernel))
+    parts = [jax.grad(lambda w, part=part: (fn(part, w, 2, "SAME") ** 2).sum())(jnp.asarray(kernel)) for part in x]
+    np.testing.assert_array_equal(total, sum(parts))
