@@ -57,10 +57,15 @@ def residual_mlp(residual_blocks: int, layer_norm: bool = False, dropout: float 
     )
 
 
-def autoregressive_gmm(residual_blocks: int) -> ConfigDict:
-    """An AutoregressiveGMM of 256 units and 10 components."""
+def autoregressive_gmm(residual_blocks: int, hidden_units: int = 256) -> ConfigDict:
+    """An AutoregressiveGMM of 10 components."""
     return ConfigDict(
-        {"name": "AutoregressiveGMM", "num_components": 10, "residual_blocks": residual_blocks, "hidden_units": 256}
+        {
+            "name": "AutoregressiveGMM",
+            "num_components": 10,
+            "residual_blocks": residual_blocks,
+            "hidden_units": hidden_units,
+        }
     )
 
 

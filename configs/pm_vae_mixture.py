@@ -9,7 +9,8 @@ from configs import common
 def get_config():
     config = common.pm_vae_tabular(latent_dim=8)
     config.dataset = "mixture"
-    config.steps = 3000
-    config.validation_every = 500
-    config.optimizer.transition_steps = 300
+    config.model.partial_posterior = common.autoregressive_gmm(residual_blocks=2, hidden_units=128)
+    config.steps = 6000
+    config.validation_every = 1000
+    config.optimizer.transition_steps = 400
     return config

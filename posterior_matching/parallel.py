@@ -1,5 +1,6 @@
 """The one home of pmap: one program on every local device of every process, batches split along `AXIS`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -52,5 +53,9 @@ def any_process(flag: bool) -> bool:
     """Returns whether `flag` holds on any process; all processes must ask."""
     if jax.process_count() == 1:
         return flag
-    flags = np.full(jax.local_device_count(), flag, np.int32)
-    return bool(unreplicate(pmap(lambda f: jax.lax.pmax(f, AXIS))(flags)))
+    return bool(unreplicate(_any_process()(np.full(jax.local_device_count(), flag, np.int32))))
+
+
+@functools.cache
+def _any_process() -> Callable[[jax.Array], jax.Array]:
+    return pmap(lambda flags: jax.lax.pmax(flags, AXIS))

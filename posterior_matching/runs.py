@@ -49,12 +49,23 @@ class Run:
         self.step = self._managers["latest"].latest_step() or 0
 
     def save(self, step: int, model: dict[str, np.ndarray], train: Any, best: bool) -> None:
-        """Writes a checkpoint in the background, replacing the last one only once the new one is complete."""
-        for name in ("latest", "best") if best else ("latest",):
-            items = {"model": ocp.args.StandardSave(model)}
-            if name == "latest":
-                items["train"] = ocp.args.StandardSave(train)
-            self._managers[name].save(step, args=ocp.args.Composite(**items), force=True)
+        """Writes a checkpoint in the background; the last one goes only when the new one is complete.
+
+        Args:
+            step: The step.
+            model: Weights ready for use, `flat_weights`.
+            train: Everything else that continuing needs.
+            best: Whether to keep it as the best one, too.
+        """
+        weights = ocp.args.StandardSave(model)
+        manager = self._managers["best"]
+        # The best one comes first and is on disk before the latest one, which records the loss to beat, begins: a run
+        # killed in between comes here again, with the same weights.
+        if best and manager.latest_step() != step:
+            manager.save(step, args=ocp.args.Composite(model=weights), force=True)
+            manager.wait_until_finished()
+        everything = ocp.args.Composite(model=weights, train=ocp.args.StandardSave(train))
+        self._managers["latest"].save(step, args=everything, force=True)
         self.step = step
 
     def restore(self, train: Any) -> Any:

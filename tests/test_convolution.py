@@ -1,4 +1,4 @@
-"""Convolutions and their gradients against loops in NumPy and against XLA's own, exactly: the data are whole numbers."""
+"""Convolutions and their gradients against loops in NumPy and against XLA's own, exactly: data are whole numbers."""
 
 import math
 
@@ -13,7 +13,6 @@ from posterior_matching.convolution import conv, conv_transpose
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 CASES = [(k, stride, padding) for k in (1, 2, 3, 5) for stride in (1, 2, 3) for padding in ("SAME", "VALID")]
-each_case = pytest.mark.parametrize(("k", "stride", "padding"), CASES)
 
 
 def integers(rng, *shape):
@@ -77,7 +76,7 @@ def value_and_gradients(fn, cotangent, *args):
 
 
 # Multiples of the stride, and every remainder.
-SIZES = {1: [(5, 4)], 2: [(7, 6)], 3: [(7, 6), (5, 8)]}
+SIZES = {1: [(5, 6)], 2: [(7, 6)], 3: [(6, 5), (7, 8)]}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +86,6 @@ def test_conv_and_its_gradients_equal_loops(k, stride, padding, size):
     rng = np.random.default_rng(k)
     x, kernel = integers(rng, 2, *size, 3), integers(rng, k, k, 3, 2)
     expected = naive_conv(x, kernel, stride, padding)
-    if 0 in expected.shape:
-        pytest.skip("nothing comes out")
     g = integers(rng, *expected.shape)
     value, x_gradient, kernel_gradient = value_and_gradients(lambda x, w: conv(x, w, stride, padding), g, x, kernel)
     np.testing.assert_array_equal(value, expected)
@@ -124,8 +121,10 @@ def test_conv_and_its_gradients_equal_xlas_own(k, stride, padding, size):
         np.testing.assert_array_equal(conv_transpose(g, kernel, stride, padding), expected[1])
 
 
-@each_case
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("k", "stride", "padding", "backend"),
+    [(*case, backend) for case in CASES for backend in ("cpu", "gpu") if backend == "cpu" or case[1] > 1],
+)
 def test_conv_transpose_and_its_gradients_equal_loops_on_every_backend(k, stride, padding, backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(k)

@@ -1,0 +1,456 @@
+"""Distribution heads against SciPy, numerical integration and a naive evaluation, and samplers against densities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+from numpyro import distributions as dist
+from scipy.special import expit, log_expit, logsumexp
+
+from posterior_matching.distributions import (
+    LATENT_HEADS,
+    LIKELIHOOD_HEADS,
+    AutoregressiveGMM,
+    Bernoulli,
+    DiagonalGaussian,
+    IdentityGaussian,
+    TriLGaussian,
+    entropy,
+    kl_to_standard_normal,
+    sample_and_log_prob,
+    standard_normal,
+)
+from posterior_matching.errors import UserError
+
+Z_LIMIT = 5.0  # standard errors
+
+
+def softplus(a):
+    return np.logaddexp(0.0, a)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def filled(make, seed=0, scale=1.0):
+    """A head with random parameters, biases too, of about the initial size; drawn by NumPy, which compiles nothing."""
+    head = nnx.eval_shape(make)
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = leaf.shape[0] if leaf.ndim == 2 else 1
+        return jnp.asarray(scale * rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+    nnx.update(head, jax.tree.map(draw, nnx.state(head)))
+    return head
+
+
+def latent_head(name, features_shape, event_size, seed=0, scale=1.0, **options):
+    if name == "AutoregressiveGMM":
+        options = {"num_components": 3, "residual_blocks": 1, "hidden_units": 8} | options
+    make = LATENT_HEADS[name]
+    return filled(lambda: make(features_shape, event_size, **options, rngs=nnx.Rngs(0)), seed, scale)
+
+
+def random_gmm(event_size, num_components=3, context_size=2, seed=0, blocks=1, hidden=12):
+    """A head whose conditionals are several-peaked, depend on what they are conditioned on, and are not too narrow."""
+    head = latent_head(
+        "AutoregressiveGMM",
+        (context_size,),
+        event_size,
+        seed,
+        num_components=num_components,
+        residual_blocks=blocks,
+        hidden_units=hidden,
+    )
+    factor = np.array([1.0, 1.0, 0.2], np.float32)[:, None]  # logits, means, scales
+    kernel = np.asarray(head.linear.kernel[...]).reshape(hidden, event_size, 3, num_components) * factor
+    head.linear.kernel[...] = jnp.asarray(kernel.reshape(hidden, -1))
+    head.linear.bias[...] = 1.3 * head.linear.bias[...]
+    return head
+
+
+def with_bias(head, bias):
+    """The head with another output bias, which may be traced."""
+    graphdef, state = nnx.split(head)
+    head = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    head.linear.bias = nnx.Param(bias)
+    return head
+
+
+def standard_errors(samples, expected):
+    """How many standard errors the mean over axis 0 is from `expected`."""
+    samples = np.asarray(samples, np.float64)
+    return (samples.mean(0) - expected) / (samples.std(0, ddof=1) / np.sqrt(len(samples)))
+
+
+def correlation_z(a, b):
+    """Correlation of two columns in standard errors."""
+    return np.corrcoef(a, b)[0, 1] * np.sqrt(len(a))
+
+
+# Gaussian heads
+
+
+def test_diagonal_gaussian_is_mean_and_softplus_scale_of_one_linear_layer():
+    head = latent_head("DiagonalGaussian", (2, 3), 4)
+    features, z = normal(5, 3, 2, 3), normal(6, 3, 4)
+    out = features.reshape(3, 6) @ np.asarray(head.linear.kernel[...]) + np.asarray(head.linear.bias[...])
+    mean, scale = out[:, :4], softplus(out[:, 4:]) + 1e-5
+    q = head(jnp.asarray(features))
+    assert (q.batch_shape, q.event_shape) == ((3,), (4,))
+    np.testing.assert_allclose(q.mean, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(q.variance, scale**2, rtol=1e-4)
+    expected = scipy.stats.norm.logpdf(z, mean, scale).sum(-1)
+    np.testing.assert_allclose(q.log_prob(jnp.asarray(z)), expected, rtol=1e-4)
+
+
+def test_tril_gaussian_log_prob_equals_scipy_and_its_cholesky_factor_is_one():
+    e = 4
+    head = latent_head("TriLGaussian", (2, 3), e)
+    q = head(jnp.asarray(normal(5, 3, 2, 3)))
+    assert (q.batch_shape, q.event_shape) == ((3,), (e,))
+    scale_tril = np.asarray(q.scale_tril, np.float64)
+    np.testing.assert_array_equal(scale_tril, np.tril(scale_tril))
+    assert (np.diagonal(scale_tril, axis1=1, axis2=2) > 0).all()
+    z = normal(6, 3, e)
+    for mean, factor, value, log_prob in zip(q.mean, scale_tril, z, q.log_prob(jnp.asarray(z)), strict=True):
+        expected = scipy.stats.multivariate_normal.logpdf(value, mean, factor @ factor.T)
+        np.testing.assert_allclose(log_prob, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("e", [1, 2, 5])
+def test_tril_gaussian_uses_every_output_once_with_softplus_on_the_diagonal(e):
+    head = latent_head("TriLGaussian", (1,), e)
+    outputs = e + e * (e + 1) // 2
+    assert head.linear.bias.shape == (outputs,)
+
+    def parameters(bias):
+        q = with_bias(head, bias)(jnp.zeros((1, 1)))
+        return jnp.concatenate([q.mean[0], q.scale_tril[0][jnp.tril_indices(e)]])
+
+    bias = jnp.asarray(normal(0, outputs))
+    values, jacobian = np.asarray(parameters(bias)), np.asarray(jax.jit(jax.jacobian(parameters))(bias))
+    used = jacobian != 0
+    np.testing.assert_array_equal(used.sum(0), 1)
+    np.testing.assert_array_equal(used.sum(1), 1)
+    raw = np.asarray(bias)[used.argmax(1)]
+    np.testing.assert_array_equal(used[:e].argmax(1), np.arange(e))  # the mean comes first
+    rows, columns = np.tril_indices(e)
+    on_diagonal = np.concatenate([np.zeros(e, bool), rows == columns])
+    np.testing.assert_allclose(values, np.where(on_diagonal, softplus(raw) + 1e-5, raw), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DiagonalGaussian", "TriLGaussian"])
+def test_gaussian_samples_match_their_density_and_are_independent_across_examples(name):
+    n, e = 20_000, 3
+    head = latent_head(name, (2,), e)
+    q = head(jnp.asarray(np.repeat(normal(5, 1, 2), 2, axis=0)))  # the same context twice
+    z = np.asarray(q.sample(jax.random.key(0), (n,)), np.float64)
+    assert z.shape == (n, 2, e)
+    covariance = getattr(q, "covariance_matrix", None)
+    covariance = np.asarray(jax.vmap(jnp.diag)(q.variance) if covariance is None else covariance, np.float64)
+    factor = np.linalg.cholesky(covariance)
+    white = np.linalg.solve(factor[None], (z - np.asarray(q.mean))[..., None])[..., 0]  # N(0, I) if all is well
+    assert np.abs(standard_errors(white, 0.0)).max() < Z_LIMIT
+    products = np.einsum("nbi,nbj->nbij", white, white)
+    assert np.abs(standard_errors(products, np.eye(e))).max() < Z_LIMIT
+    assert max(abs(correlation_z(z[:, 0, i], z[:, 1, j])) for i in range(e) for j in range(e)) < Z_LIMIT
+
+
+def test_standard_normal_is_the_product_of_unit_normals():
+    z = normal(0, 2, 5, 3)
+    expected = scipy.stats.norm.logpdf(z).sum(-1)
+    np.testing.assert_allclose(standard_normal(3).log_prob(jnp.asarray(z)), expected, rtol=1e-5)
+    sample = standard_normal(3).sample(jax.random.key(0), (20_000,))
+    assert np.abs(standard_errors(sample, 0.0)).max() < Z_LIMIT
+    assert np.abs(standard_errors(sample**2, 1.0)).max() < Z_LIMIT
+
+
+# KL and entropy
+
+
+@pytest.mark.parametrize("name", ["DiagonalGaussian", "TriLGaussian"])
+def test_kl_to_standard_normal_equals_monte_carlo_and_its_gradient_pulls_to_the_prior(name):
+    head = latent_head(name, (2,), 3)
+    q = head(jnp.asarray(normal(5, 2, 2)))
+    z = q.sample(jax.random.key(0), (50_000,))
+    log_ratio = q.log_prob(z) - jnp.asarray(scipy.stats.norm.logpdf(z).sum(-1))
+    kl = np.asarray(kl_to_standard_normal(q), np.float64)
+    assert kl.shape == (2,) and (kl > 0.1).all()
+    assert np.abs(standard_errors(log_ratio, kl)).max() < Z_LIMIT
+
+
+def test_kl_to_standard_normal_equals_the_matrix_formula():
+    e = 4
+    head = latent_head("TriLGaussian", (2,), e)
+    q = head(jnp.asarray(normal(5, 3, 2)))
+    for kl, mean, factor in zip(kl_to_standard_normal(q), q.mean, np.asarray(q.scale_tril, np.float64), strict=True):
+        covariance, mean = factor @ factor.T, np.asarray(mean, np.float64)
+        expected = 0.5 * (np.trace(covariance) + mean @ mean - e - np.linalg.slogdet(covariance)[1])
+        np.testing.assert_allclose(kl, expected, rtol=1e-3)
+
+
+def test_kl_to_standard_normal_is_zero_for_the_prior_itself_and_needs_a_gaussian():
+    np.testing.assert_allclose(kl_to_standard_normal(standard_normal(5)), 0.0, atol=1e-6)
+    identity = dist.MultivariateNormal(jnp.zeros((2, 3)), scale_tril=jnp.eye(3))
+    np.testing.assert_allclose(kl_to_standard_normal(identity), 0.0, atol=1e-6)
+    with pytest.raises(UserError, match="DiagonalGaussian or TriLGaussian"):
+        kl_to_standard_normal(random_gmm(2)(jnp.zeros((1, 2))))
+    with pytest.raises(UserError, match="closed form"):
+        kl_to_standard_normal(dist.Independent(dist.Laplace(jnp.zeros(3)), 1))
+
+
+def test_entropy_of_gaussians_is_exact():
+    key = jax.random.key(0)
+    q = latent_head("TriLGaussian", (2,), 3)(jnp.asarray(normal(5, 2, 2)))
+    covariance = np.asarray(q.covariance_matrix, np.float64)
+    expected = [scipy.stats.multivariate_normal(np.zeros(3), c).entropy() for c in covariance]
+    np.testing.assert_allclose(entropy(q, key, 1), expected, rtol=1e-3)
+    q = latent_head("DiagonalGaussian", (2,), 3)(jnp.asarray(normal(5, 2, 2)))
+    expected = scipy.stats.norm.entropy(scale=np.sqrt(q.variance)).sum(-1)
+    np.testing.assert_allclose(entropy(q, key, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+# AutoregressiveGMM: density
+
+
+def naive_conditionals(head, context, z):
+    """The parameters of every conditional `[B, e, 3K]`, by one run of the network per dimension."""
+    e, rows = z.shape[-1], []
+    run = jax.jit(lambda inputs: head.linear(head.network(inputs)))
+    for i in range(e):
+        mask = np.tile((np.arange(e) < i).astype(np.float32), (len(z), 1))
+        output = run(jnp.concatenate([z * mask, mask, context], axis=-1))
+        rows.append(np.asarray(output).reshape(len(z), e, -1)[:, i])
+    return np.stack(rows, axis=1)
+
+
+def naive_log_prob(head, context, z):
+    logits, mean, scale = np.split(naive_conditionals(head, context, z).astype(np.float64), 3, axis=-1)
+    weights = logits - logsumexp(logits, axis=-1, keepdims=True)
+    components = scipy.stats.norm.logpdf(z[..., None], mean, softplus(scale) + 1e-5)
+    return logsumexp(weights + components, axis=-1).sum(-1)
+
+
+@pytest.mark.parametrize(("e", "components", "blocks"), [(1, 2, 1), (3, 4, 0), (5, 1, 2)])
+def test_autoregressive_log_prob_equals_one_network_run_per_dimension(e, components, blocks):
+    head = random_gmm(e, components, context_size=6, blocks=blocks)
+    features, z = normal(7, 4, 2, 3), 2 * normal(8, 4, e)
+    log_prob = jax.jit(lambda z: head(jnp.asarray(features)).log_prob(z))
+    expected = naive_log_prob(head, jnp.asarray(features.reshape(4, 6)), z)
+    np.testing.assert_allclose(log_prob(jnp.asarray(z)), expected, rtol=1e-4, atol=1e-4)
+    # Leading sample axes.
+    many = normal(9, 2, 3, 4, e)
+    expected = [[naive_log_prob(head, features.reshape(4, 6), z) for z in row] for row in many]
+    np.testing.assert_allclose(log_prob(jnp.asarray(many)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_conditional_depends_on_no_later_dimension():
+    """Only conditional i uses slice i of the output bias: that part of the gradient may depend on z_0 .. z_i only."""
+    e, components = 4, 3
+    head = random_gmm(e, components)
+    context = jnp.asarray(normal(3, 1, 2))
+
+    def parts(z):
+        def log_prob(bias):
+            return with_bias(head, bias)(context).log_prob(z[None])[0]
+
+        return jax.grad(log_prob)(bias).reshape(e, 3 * components)
+
+    bias = head.linear.bias[...]
+    jacobian = np.abs(np.asarray(jax.jit(jax.jacfwd(parts))(jnp.asarray(normal(4, e))))).max(
+        1
+    )  # [conditional, dimension of z]
+    np.testing.assert_array_equal(jacobian[np.triu_indices(e, 1)], 0.0)
+    assert (jacobian[np.tril_indices(e)] > 0).all()
+
+
+def density_on_grid(head, context, limit=16.0, step=0.05):
+    """Density of a two-dimensional head at the centres of a grid's cells, and the centres."""
+    centres = np.arange(-limit + step / 2, limit, step)
+    grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
+    log_prob = jax.jit(lambda z: head(context[None]).log_prob(z[:, None])[:, 0])
+    return np.exp(np.asarray(log_prob(jnp.float32(grid)), np.float64)).reshape(len(centres), -1), centres, step
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_autoregressive_density_integrates_to_one(seed):
+    density, _, step = density_on_grid(random_gmm(2, seed=seed), jnp.asarray(normal(seed, 2)))
+    np.testing.assert_allclose(density.sum() * step**2, 1.0, atol=1e-3)
+
+
+def test_autoregressive_entropy_equals_numerical_integration():
+    head, context = random_gmm(2), jnp.asarray(normal(0, 2))
+    density, _, step = density_on_grid(head, context)
+    exact = -(density * np.log(np.maximum(density, 1e-300))).sum() * step**2
+    n = 20_000
+    spread = np.sqrt((density * (np.log(np.maximum(density, 1e-300)) + exact) ** 2).sum()) * step
+    estimate = np.asarray(jax.jit(lambda key: entropy(head(context[None]), key, n))(jax.random.key(2)))
+    assert estimate.shape == (1,)
+    assert abs(estimate[0] - exact) < Z_LIMIT * spread / np.sqrt(n)
+
+
+# AutoregressiveGMM: samples
+
+
+def chi_square_z(counts, expected):
+    """Pearson's statistic in standard deviations, cells with small expectation merged."""
+    counts, expected = counts.ravel(), expected.ravel()
+    small = expected < 20
+    counts = np.append(counts[~small], counts[small].sum())
+    expected = np.append(expected[~small], max(expected[small].sum(), 1e-9))
+    statistic = np.square(counts - expected)[expected > 1].__truediv__(expected[expected > 1]).sum()
+    df = (expected > 1).sum() - 1
+    return (statistic - df) / np.sqrt(2 * df)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_autoregressive_samples_match_the_density(seed):
+    head, contexts, n = random_gmm(2, seed=seed), jnp.asarray(2 * normal(seed + 20, 2, 2)), 50_000
+    z = np.asarray(jax.jit(lambda key: head(contexts).sample(key, (n,)))(jax.random.key(seed)))
+    assert z.shape == (n, 2, 2)
+    edges = np.concatenate([[-16.0], np.arange(-4, 4.01, 0.5), [16.0]])
+    for row, context in enumerate(contexts):
+        density, centres, step = density_on_grid(head, context)
+        cell = np.searchsorted(edges, centres) - 1
+        indicator = np.eye(len(edges) - 1)[cell]  # [centre, bin]
+        expected = n * step**2 * indicator.T @ density @ indicator
+        counts = np.histogram2d(z[:, row, 0], z[:, row, 1], [edges, edges])[0]
+        assert counts.sum() == n
+        assert abs(chi_square_z(counts, expected)) < Z_LIMIT
+        assert abs(chi_square_z(counts.sum(0), expected.sum(0))) < Z_LIMIT
+        assert abs(chi_square_z(counts.sum(1), expected.sum(1))) < Z_LIMIT
+        other = np.histogram2d(z[:, 1 - row, 0], z[:, 1 - row, 1], [edges, edges])[0]
+        assert chi_square_z(other, expected) > 2 * Z_LIMIT  # the contexts make a difference that this test sees
+
+
+def test_autoregressive_samples_of_one_dimension_follow_the_mixtures_distribution_function():
+    head, context = random_gmm(1, num_components=4), jnp.asarray(normal(0, 1, 2))
+    z = np.asarray(jax.jit(lambda key: head(context).sample(key, (20_000,)))(jax.random.key(0)))[:, 0, 0]
+    logits, mean, scale = np.split(naive_conditionals(head, context, np.zeros((1, 1), np.float32))[0, 0], 3)
+    weights = np.exp(logits - logsumexp(logits))
+
+    def distribution(value):
+        return scipy.stats.norm.cdf(value[:, None], mean, softplus(scale) + 1e-5) @ weights
+
+    assert scipy.stats.kstest(z, distribution).pvalue > 1e-6
+
+
+def test_every_draw_has_randomness_of_its_own():
+    """Examples with one context, and dimensions that the network makes independent, are uncorrelated."""
+    e, rows, n = 4, 3, 20_000
+    head = random_gmm(e)
+    head.linear.kernel[...] = jnp.zeros_like(head.linear.kernel[...])  # conditionals that depend on nothing
+    head.linear.bias[...] = jnp.tile(jnp.asarray(normal(0, 9)), e)  # and are all the same
+    sample = jax.jit(lambda key: head(jnp.zeros((rows, 2))).sample(key, (n,)))
+    z = np.asarray(sample(jax.random.key(0)), np.float64).reshape(n, -1)
+    correlation = np.corrcoef(z, rowvar=False) * np.sqrt(n)
+    assert np.abs(correlation[~np.eye(e * rows, dtype=bool)]).max() < Z_LIMIT
+    # Not even the choice of a component is shared.
+    correlation = np.corrcoef(np.abs(z - z.mean(0)), rowvar=False) * np.sqrt(n)
+    assert np.abs(correlation[~np.eye(e * rows, dtype=bool)]).max() < Z_LIMIT
+    # Nor do successive draws repeat.
+    assert max(abs(correlation_z(z[:-1, i], z[1:, i])) for i in range(e * rows)) < Z_LIMIT
+
+
+@pytest.mark.parametrize("name", ["AutoregressiveGMM", "TriLGaussian", "DiagonalGaussian"])
+@pytest.mark.parametrize("sample_shape", [(), (5,), (2, 3)])
+def test_sample_and_log_prob_returns_the_log_prob_of_its_samples(name, sample_shape):
+    head, features = latent_head(name, (2,), 3), jnp.asarray(normal(0, 4, 2))
+
+    @jax.jit
+    def run(key):
+        q = head(features)
+        z, log_prob = sample_and_log_prob(q, key, sample_shape)
+        return z, log_prob, q.log_prob(z), q.sample(key, sample_shape)
+
+    z, log_prob, log_prob_again, z_again = run(jax.random.key(0))
+    assert z.shape == (*sample_shape, 4, 3) and log_prob.shape == (*sample_shape, 4)
+    np.testing.assert_allclose(log_prob, log_prob_again, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(z, z_again)
+
+
+def test_autoregressive_log_prob_gradients_agree_with_finite_differences():
+    head, context = random_gmm(3), jnp.asarray(normal(0, 1, 2))
+    z = normal(1, 3)
+    log_prob = jax.jit(lambda z: head(context).log_prob(z[None])[0])
+    gradient = np.asarray(jax.grad(log_prob)(jnp.asarray(z)))
+    step = 1e-2
+    for i in range(3):
+        shift = step * np.eye(3, dtype=np.float32)[i]
+        difference = (float(log_prob(z + shift)) - float(log_prob(z - shift))) / (2 * step)
+        np.testing.assert_allclose(gradient[i], difference, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", sorted(LATENT_HEADS))
+@pytest.mark.parametrize(("z_size", "feature_size"), [(0.0, 0.0), (1e4, 1.0), (1.0, 1e3), (1e4, 1e3)])
+def test_latent_log_prob_and_gradients_stay_finite_at_extreme_inputs(name, z_size, feature_size):
+    head = latent_head(name, (4,), 3)
+    features, z = feature_size * normal(0, 5, 4), z_size * normal(1, 5, 3)
+    graphdef, state = nnx.split(head)
+
+    @jax.jit
+    def run(state, features, z):
+        return jax.value_and_grad(lambda *a: nnx.merge(graphdef, a[0])(a[1]).log_prob(a[2]).sum(), (0, 1, 2))(
+            state, features, z
+        )
+
+    for leaf in jax.tree.leaves(run(state, features, z)):
+        assert np.isfinite(leaf).all()
+
+
+# Likelihood heads
+
+
+def test_identity_gaussian_is_a_linear_mean_with_one_learned_scale():
+    head = filled(lambda: IdentityGaussian((4,), (2, 2, 3), rngs=nnx.Rngs(0)))
+    assert head.log_scale.shape == ()
+    features, x = normal(5, 6, 4), normal(6, 6, 2, 2, 3)
+    mean = (features @ np.asarray(head.linear.kernel[...]) + np.asarray(head.linear.bias[...])).reshape(x.shape)
+    p = head(jnp.asarray(features))
+    assert p.batch_shape == (6, 2, 2, 3) and p.event_shape == ()
+    expected = scipy.stats.norm.logpdf(x, mean, np.exp(float(head.log_scale[...])))
+    np.testing.assert_allclose(p.log_prob(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(p.mean, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_identity_gaussian_scale_starts_at_one():
+    p = IdentityGaussian((4,), (3,), rngs=nnx.Rngs(0))(jnp.ones((1, 4)))
+    np.testing.assert_array_equal(p.variance, np.ones((1, 3)))
+
+
+def test_bernoulli_takes_features_as_logits_and_scores_grey_values_by_cross_entropy():
+    shape = (3, 4, 4, 1)
+    logits, x = 3 * normal(0, *shape), np.random.default_rng(1).uniform(size=shape)
+    x[0], x[1] = 0.0, 1.0
+    p = Bernoulli(shape[1:], shape[1:])(jnp.asarray(logits))
+    assert p.batch_shape == shape
+    expected = x * log_expit(logits.astype(np.float64)) + (1 - x) * log_expit(-logits.astype(np.float64))
+    np.testing.assert_allclose(p.log_prob(jnp.float32(x)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(p.mean, expit(logits), rtol=1e-5)
+
+
+@pytest.mark.parametrize("x", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("logit", [-200.0, -17.0, 1e-3, 17.0, 200.0])
+def test_bernoulli_log_prob_and_gradient_are_exact_even_for_saturated_logits(x, logit):
+    head = Bernoulli((1,), (1,))
+    value, gradient = jax.value_and_grad(lambda f: head(f).log_prob(jnp.full((1, 1), x)).sum())(jnp.full((1, 1), logit))
+    np.testing.assert_allclose(value, x * log_expit(logit) + (1 - x) * log_expit(-logit), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, [[x - expit(logit)]], rtol=1e-4, atol=1e-6)
+
+
+def test_bernoulli_refuses_a_network_whose_output_is_not_of_the_datas_shape():
+    with pytest.raises(UserError, match=r"\(16, 16, 1\) is not that of the data, \(8, 8, 1\); .*decoder"):
+        Bernoulli((16, 16, 1), (8, 8, 1))
+
+
+def test_heads_are_listed_under_their_class_names():
+    for registry, heads in (
+        (LATENT_HEADS, (DiagonalGaussian, TriLGaussian, AutoregressiveGMM)),
+        (LIKELIHOOD_HEADS, (IdentityGaussian, Bernoulli)),
+    ):
+        assert {head.__name__: head for head in heads} == registry

@@ -1,0 +1,49 @@
+"""The one home of pmap, on the four fake devices that `conftest.py` sets up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posterior_matching import parallel
+
+TREE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": (np.int32(7), jnp.ones(()))}
+
+
+def test_replicate_puts_a_copy_on_every_device():
+    everywhere = parallel.replicate(TREE)
+    assert jax.tree.structure(everywhere) == jax.tree.structure(TREE)
+    for leaf, original in zip(jax.tree.leaves(everywhere), jax.tree.leaves(TREE), strict=True):
+        assert leaf.shape == (4, *np.shape(original)) and leaf.dtype == np.asarray(original).dtype
+        assert leaf.sharding.device_set == set(jax.local_devices())
+        np.testing.assert_array_equal(leaf, np.broadcast_to(original, leaf.shape))
+
+
+def test_unreplicate_outlives_its_source():
+    everywhere = parallel.replicate(TREE)
+    first = parallel.unreplicate(everywhere)
+    parallel.pmap(lambda t: jax.tree.map(lambda a: a + 1, t), donate_argnums=0)(everywhere)  # reuses the buffers
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(first))
+    jax.tree.map(np.testing.assert_array_equal, first, TREE)
+
+
+def test_shard_gives_device_d_slice_d():
+    x = np.arange(8, dtype=np.float32).reshape(4, 2)
+    sharded = parallel.shard({"x": x})["x"]
+    np.testing.assert_array_equal(sharded, x)
+    owned = {part.device: np.asarray(part.data).reshape(2) for part in sharded.addressable_shards}
+    for device, row in zip(jax.local_devices(), x, strict=True):
+        np.testing.assert_array_equal(owned[device], row)
+
+
+def test_local_devices_count_as_axis_index_does():
+    counted = parallel.pmap(lambda _: jax.lax.axis_index(parallel.AXIS))(np.zeros(4))
+    np.testing.assert_array_equal(counted, list(parallel.local_devices()))
+
+
+def test_pmap_reduces_over_the_axis():
+    mean = parallel.pmap(lambda x: jax.lax.pmean(x, parallel.AXIS))(np.array([1.0, 2.0, 3.0, 10.0]))
+    np.testing.assert_array_equal(mean, [4.0] * 4)
+
+
+def test_any_process_of_one():
+    assert parallel.any_process(True) and not parallel.any_process(False)

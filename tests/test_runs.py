@@ -1,0 +1,282 @@
+"""Run directories: what they hold, resuming, refusing, loading."""
+
+import json
+import pickletools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import train_pm_vae
+from configs import common
+from posterior_matching import runs
+from posterior_matching.errors import UserError
+
+STEPS = 6
+
+
+def make_config(**changes):
+    """A PM-VAE of a few hundred parameters."""
+    config = common.pm_vae_tabular(latent_dim=2, encoder_blocks=1, decoder_blocks=1)
+    for part in ("encoder", "decoder", "partial_encoder"):
+        config.model[part].hidden_units = 4
+    config.model.partial_posterior = {"name": "DiagonalGaussian"}
+    config.update({"dataset": "mixture", "train_split": "test", "batch_size": 4, "steps": STEPS})
+    config.update({"validation_every": 3, "log_every": 3, "seed": 7})
+    for key, value in changes.items():
+        node = config
+        *groups, last = key.split(".")
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run that no test changes."""
+    return train_pm_vae.train(make_config(), str(tmp_path_factory.mktemp("runs") / "finished"))
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of the finished run, elsewhere."""
+    return shutil.copytree(finished, tmp_path / "moved")
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def describe(run_dir, **changes):
+    path = run_dir / "config.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | changes))
+
+
+def state_of(model):
+    return {k: np.asarray(v) for k, v in runs.flat_weights(nnx.state(model)).items()}
+
+
+# Contents ------------------------------------------------------------------------------------------------------------
+
+
+def test_config_json_says_everything(run_dir):
+    description = json.loads((run_dir / "config.json").read_text())
+    assert description["model"] == "pm_vae" and description["input_shape"] == [8]
+    assert description["config"] == json.loads(make_config().to_json())
+    assert description["config"]["seed"] == 7 and description["num_devices"] == 4
+    assert description["standardisation"] is None
+    assert description["versions"]["jax"] == jax.__version__ and {"flax", "optax", "numpy"} <= set(
+        description["versions"]
+    )
+
+
+def test_config_json_is_written_before_the_first_step(tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def fit(*_):
+        raise Stopped
+
+    monkeypatch.setattr(train_pm_vae, "fit", fit)
+    with pytest.raises(Stopped):
+        train_pm_vae.train(make_config(), str(tmp_path / "run"))
+    assert runs.read_description(tmp_path / "run", "pm_vae")["config"]["steps"] == STEPS
+
+
+def test_metrics_jsonl_has_one_object_per_validation(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6]
+    terms = {"loss", "elbo_nats", "reconstruction_ll_nats", "kl_nats", "matching_ll_nats"}
+    training_only = {"beta", "gradient_norm", "learning_rate"}
+    for row in rows:
+        expected = {f"train_{name}" for name in terms | training_only} | {f"val_{name}" for name in terms}
+        assert set(row) == expected | {"step", "steps_per_second"}
+        assert all(np.isfinite(value) for value in row.values()) and row["steps_per_second"] > 0
+        for part in ("train", "val"):  # the terms fit together; beta and the matching coefficient are 1 here
+            elbo = row[f"{part}_reconstruction_ll_nats"] - row[f"{part}_kl_nats"]
+            np.testing.assert_allclose(row[f"{part}_elbo_nats"], elbo, rtol=1e-4)
+            np.testing.assert_allclose(row[f"{part}_loss"], -elbo - row[f"{part}_matching_ll_nats"], rtol=1e-4)
+
+
+def test_nothing_in_a_run_is_a_pickle(run_dir):
+    files = contents(run_dir)
+    assert len(files) > 5
+    for name, content in files.items():
+        assert not name.endswith((".pkl", ".pickle"))
+        assert b"numpy.core.multiarray" not in content and b"numpy._core.multiarray" not in content
+        try:
+            operations = [operation.name for operation, _, _ in pickletools.genops(content)]
+        except Exception:
+            continue  # no pickle
+        assert operations[:1] != ["PROTO"], name
+
+
+def test_parameters_txt_lists_all_parameters(run_dir):
+    table = (run_dir / "parameters.txt").read_text()
+    state = nnx.state(runs.load_model(run_dir), nnx.Param)
+    assert all(name in table for name in runs.flat_weights(state))
+    assert f"{sum(leaf.size for leaf in jax.tree.leaves(state)):,}" in table
+
+
+def test_the_default_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = runs.open_run(None, "pm_vae", make_config(dataset="some/where/wine.csv"), (8,))
+    assert run.path.parent == tmp_path / "runs" and run.path.name.startswith("pm_vae-wine-2")
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"optimizer.learning_rate": 0.5}, "config.optimizer.learning_rate: 0.001 -> 0.5"),
+        ({"model.latent_dim": 3}, "config.model.latent_dim: 2 -> 3"),
+        ({"seed": 8}, "config.seed: 7 -> 8"),
+        ({"batch_size": 5}, "config.batch_size: 4 -> 5"),
+        ({"ema_decay": 0.9}, "config.ema_decay: None -> 0.9"),
+        ({"mask_generator": {"name": "UniformMaskGenerator"}}, "config.mask_generator.name"),
+    ],
+)
+def test_resuming_with_another_config_is_refused(run_dir, changes, named):
+    before = contents(run_dir)
+    message = refusal(train_pm_vae.train, make_config(steps=12, **changes), str(run_dir))
+    assert named in message and str(run_dir) in message and "--run_dir" in message
+    assert "config.steps" not in message
+    assert contents(run_dir) == before
+
+
+def test_resuming_with_another_shape_model_or_device_count_is_refused(run_dir):
+    message = refusal(runs.open_run, str(run_dir), "pm_vae", make_config(), (9,))
+    assert "input_shape: [8] -> [9]" in message
+    message = refusal(runs.open_run, str(run_dir), "vqvae", make_config(), (8,))
+    assert "is a run of pm_vae, not of vqvae" in message
+    describe(run_dir, num_devices=8)
+    message = refusal(runs.open_run, str(run_dir), "pm_vae", make_config(), (8,))
+    assert "num_devices: 8 -> 4" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 9}, {"log_every": 1}, {"validation_every": 2}, {"checkpoint_every": 2}, {"data_memory_budget_gb": 0.0}],
+)
+def test_resuming_accepts_what_changes_no_step(run_dir, changes):
+    run = runs.open_run(str(run_dir), "pm_vae", make_config(**changes), (8,))
+    assert run.step == STEPS
+    assert json.loads((run_dir / "config.json").read_text())["config"].items() >= changes.items()
+
+
+def test_more_steps_continue_the_run_and_its_metrics(run_dir):
+    metrics = run_dir / "metrics.jsonl"
+    before = metrics.read_text()
+    with open(metrics, "a") as file:  # what a killed process wrote after its last checkpoint
+        file.write('{"step": 9, "val_loss": 1.0}\n{"step": 12, "val_lo')
+    train_pm_vae.train(make_config(steps=12), str(run_dir))
+    after = metrics.read_text()
+    assert after.startswith(before)
+    assert [json.loads(line)["step"] for line in after.splitlines()] == [3, 6, 9, 12]
+    assert "train_loss" in json.loads(after.splitlines()[2])
+    assert runs.open_run(str(run_dir), "pm_vae", make_config(), (8,)).step == 12
+
+
+def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
+    foreign = tmp_path / "holiday"
+    foreign.mkdir()
+    (foreign / "photo.txt").write_text("sea")
+    message = refusal(train_pm_vae.train, make_config(), str(foreign))
+    assert str(foreign) in message and "choose another --run_dir" in message
+    assert contents(foreign) == {"photo.txt": b"sea"}
+    message = refusal(train_pm_vae.train, make_config(), str(foreign / "photo.txt"))
+    assert "photo.txt" in message and (foreign / "photo.txt").read_text() == "sea"
+
+
+def test_an_empty_directory_is_taken(tmp_path):
+    assert runs.open_run(str(tmp_path), "pm_vae", make_config(), (8,)).step == 0
+
+
+DAMAGED = ["", "{", "[]", "null", "{}", '"text"', '{"model": "pm_vae"}', "\x00\x01", '{"model": "pm_vae", "config": 3}']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_config_json(run_dir, text):
+    (run_dir / "config.json").write_text(text)
+    before = contents(run_dir)
+    for message in (
+        refusal(runs.load_model, run_dir, "pm_vae"),
+        refusal(train_pm_vae.train, make_config(), str(run_dir)),
+    ):
+        assert "config.json" in message
+    assert contents(run_dir) == before
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_moved_run_loads(finished, run_dir):
+    model = runs.load_model(run_dir, "pm_vae")
+    expected = state_of(runs.load_model(finished))
+    jax.tree.map(np.testing.assert_array_equal, state_of(model), expected)
+    imputed = model.impute(np.zeros((2, 8), np.float32), np.ones((2, 8), np.float32), 3, key=jax.random.key(0))
+    assert imputed.shape == (3, 2, 8)
+
+
+def test_best_and_latest(run_dir):
+    run = runs.open_run(str(run_dir), "pm_vae", make_config(), (8,))
+    weights = state_of(runs.load_model(run_dir))
+    run.save(100, {k: v + 1 for k, v in weights.items()}, {}, best=False)
+    run.finish_saving()
+    for chosen, shift in ((None, 1), ("latest", 1), ("best", 0)):  # this config evaluates the latest
+        found = state_of(runs.load_model(run_dir, "pm_vae", chosen))
+        jax.tree.map(lambda a, b, s=shift: np.testing.assert_array_equal(a, b + s), found, weights)
+    description = json.loads((run_dir / "config.json").read_text())
+    describe(run_dir, config=description["config"] | {"evaluate_checkpoint": "best"})
+    jax.tree.map(np.testing.assert_array_equal, state_of(runs.load_model(run_dir)), weights)
+
+
+def test_missing_runs_and_checkpoints(run_dir, tmp_path):
+    assert "nowhere does not exist" in refusal(runs.load_model, tmp_path / "nowhere")
+    assert "is not a run directory" in refusal(runs.load_model, tmp_path)
+    assert "unknown checkpoint 'last'" in refusal(runs.load_model, run_dir, checkpoint="last")
+    shutil.rmtree(run_dir / "checkpoints" / "latest" / str(STEPS))
+    assert "holds no latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
+    shutil.rmtree(run_dir / "checkpoints")
+    assert "holds no best checkpoint" in refusal(runs.load_model, run_dir, checkpoint="best")
+    assert not (run_dir / "checkpoints").exists()  # reading makes no directories
+
+
+def test_a_run_of_another_model(run_dir):
+    describe(run_dir, model="vqvae")
+    message = refusal(runs.load_model, run_dir, "pm_vae")
+    assert "is a run of vqvae, not of pm_vae" in message
+    assert "vqvae" in refusal(runs.load_model, run_dir)  # which this version does not know
+
+
+def test_a_config_that_does_not_fit_the_checkpoint(run_dir):
+    description = json.loads((run_dir / "config.json").read_text())
+    config = description["config"]
+    describe(run_dir, config=config | {"model": config["model"] | {"latent_dim": 3}})
+    message = refusal(runs.load_model, run_dir)
+    assert "latest checkpoint" in message and "does not fit its config.json" in message
+    assert len(message) < 500  # not the whole model
+    describe(run_dir, config=config, input_shape=[9])
+    assert "does not fit its config.json" in refusal(runs.load_model, run_dir)
+    describe(run_dir, config=config | {"model": config["model"] | {"laten_dim": 3}}, input_shape=[8])
+    assert "config.model.laten_dim" in refusal(runs.load_model, run_dir)
+
+
+def test_a_damaged_checkpoint(run_dir):
+    files = [p for p in (run_dir / "checkpoints" / "latest").rglob("*") if p.is_file() and "model" in str(p)]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:10])
+    assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
