@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,11 +12,11 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
-from tqdm import tqdm
 
 from posterior_matching import data, parallel, runs
 from posterior_matching.batching import padded_batches
 from posterior_matching.errors import UserError
+from posterior_matching.progress import progress_bar
 
 ExampleFn = Callable[[nnx.Module, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 
@@ -82,9 +83,8 @@ class ExampleMap:
     def __call__(self, key: jax.Array, description: str = "") -> dict[str, np.ndarray]:
         """Returns the results of all examples in order, `{name: [N, ...]}`."""
         parts = []
-        for indices, weights in tqdm(
-            zip(self._indices, self._weights, strict=True), description, len(self._indices), unit="batch", leave=False
-        ):
+        batches = list(zip(self._indices, self._weights, strict=True))
+        for indices, weights in progress_bar(batches, description, unit="batch", leave=False):
             indices = indices.reshape(jax.local_device_count(), -1)
             results = self._run_batch(self._state, key, self._dataset.x[indices], indices)
             real = weights > 0
@@ -119,15 +119,11 @@ class Results:
             name: {"mean": float(np.mean(trials)), "std": float(np.std(trials)), "trials": trials}
             for name, trials in self._trials.items()
         }
-        own = ("posterior_matching", "eval_")
-        modules = {
-            m: f for m, f in flags.FLAGS.flags_by_module_dict().items() if m.endswith(".py") or m.startswith(own)
-        }
         description = {
             "metrics": metrics,
             "num_examples": self._num_examples,
             "seed": self._seed,
-            "flags": {flag.name: flag.value for found in modules.values() for flag in found},
+            "flags": {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])},
             "versions": runs.versions(),
             "seconds": round(time.perf_counter() - self._start, 1),
         }

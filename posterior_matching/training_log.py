@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from posterior_matching import parallel, runs
 from posterior_matching.errors import UserError
+from posterior_matching.progress import progress_bar
 
 _MAX_CONSECUTIVE_SKIPS = 100
 
@@ -59,10 +59,7 @@ class TrainingLog:
             f"{devices}, global batch {batch_size * jax.device_count()}; {total:,} parameters, {ours:,} of them trained"
         )
         print(f"training from step {run.step} to {steps}", flush=True)
-        interval = 1 if sys.stderr.isatty() else 30
-        self._progress = tqdm(
-            total=steps, initial=run.step, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.1
-        )
+        self._progress = progress_bar(total=steps, initial=run.step, unit="step")
 
     def __enter__(self) -> "TrainingLog":
         return self

@@ -1,0 +1,193 @@
+"""Scores, schedules, pictures and baselines against loops and values worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from posterior_matching import baselines, schedules
+from posterior_matching.images import imputation_grid, save_png
+from posterior_matching.metrics import finite_mean, nrmse
+
+# NRMSE
+
+
+def naive_nrmse(x, imputation, scored):
+    ratios = []
+    for i in range(x.shape[1]):
+        known = [value for value in x[:, i] if not np.isnan(value)]
+        errors = [(x[n, i] - imputation[n, i]) ** 2 for n in range(len(x)) if scored[n, i] and not np.isnan(x[n, i])]
+        mean = sum(known) / len(known)
+        std = (sum((value - mean) ** 2 for value in known) / len(known)) ** 0.5
+        if errors and std > 0:
+            ratios.append((sum(errors) / len(errors)) ** 0.5 / std)
+    return sum(ratios) / len(ratios)
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_nrmse_equals_loops(missing):
+    rng = np.random.default_rng(0)
+    x, imputation = rng.normal(size=(40, 5)) * np.arange(1, 6), rng.normal(size=(40, 5))
+    x[rng.uniform(size=x.shape) < missing] = np.nan
+    scored = (rng.uniform(size=x.shape) < 0.4).astype(np.float32)
+    np.testing.assert_allclose(nrmse(x, imputation, scored), naive_nrmse(x, imputation, scored), rtol=1e-10)
+
+
+def test_nrmse_of_imputing_the_mean_of_everything_is_one_and_does_not_depend_on_units():
+    x = np.random.default_rng(0).normal(size=(50, 3)) * [1.0, 10.0, 1e-3] + [0.0, 100.0, 5.0]
+    assert nrmse(x, np.broadcast_to(x.mean(0), x.shape), np.ones_like(x)) == pytest.approx(1.0)
+    assert nrmse(x, x, np.ones_like(x)) == 0.0
+
+
+def test_nrmse_leaves_out_constant_features_and_features_that_are_never_scored():
+    x = np.array([[0.1, 1.0, 5.0], [0.1, 3.0, 7.0], [0.1, 5.0, 9.0]], np.float32)
+    imputation, scored = np.zeros_like(x), np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0]])
+    assert nrmse(x, imputation, scored) == pytest.approx(1.0 / np.std([1.0, 3.0, 5.0]))
+
+
+def test_nrmse_ignores_what_is_imputed_where_nothing_is_scored_or_known():
+    x, scored = np.array([[0.0, np.nan], [2.0, 1.0], [4.0, 3.0]]), np.array([[1, 1], [0, 1], [1, 0]])
+    imputation = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
+    other = imputation.copy()
+    other[0, 1] = other[1, 0] = other[2, 1] = 1e6
+    assert nrmse(x, imputation, scored) == nrmse(x, other, scored) == naive_nrmse(x, imputation, scored)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 2.0, 6.0], (3.0, 0)), ([1.0, np.nan, np.inf, -np.inf, 2.0], (1.5, 3)), ([np.nan], (np.nan, 1))],
+)
+def test_finite_mean_leaves_out_and_counts_what_is_not_finite(values, expected):
+    np.testing.assert_equal(finite_mean(np.array(values, np.float32)), expected)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("kind", [int, jnp.int32, np.int32])
+def test_cyclic_beta_at_steps_worked_out_by_hand(kind):
+    beta = schedules.cyclic(low=0.0, high=1.0, period=10, delay=3)
+    by_hand = {
+        0: 0.0,
+        2: 0.0,
+        3: 0.0,
+        4: 0.2,
+        7: 0.8,
+        8: 1.0,
+        10: 1.0,
+        12: 1.0,
+        13: 0.0,
+        14: 0.2,
+        18: 1.0,
+        22: 1.0,
+        23: 0,
+    }
+    for step, value in by_hand.items():
+        assert float(beta(kind(step))) == pytest.approx(value, abs=1e-6), step
+
+
+def test_cyclic_beta_is_zero_before_the_delay_and_never_below_low_after_it():
+    beta = jax.jit(schedules.cyclic(low=0.5, high=2.0, period=4, delay=5))
+    np.testing.assert_allclose(beta(jnp.arange(12)), [0] * 5 + [0.5, 1.25, 2.0, 2.0, 0.5, 1.25, 2.0], rtol=1e-6)
+
+
+def test_cyclic_beta_of_the_gas_config():
+    beta = schedules.cyclic(low=0.0, high=1.0, period=50_000, delay=1000)
+    for step, value in {999: 0.0, 1000: 0.0, 13_500: 0.5, 26_000: 1.0, 50_999: 1.0, 51_000: 0.0, 63_500: 0.5}.items():
+        assert float(beta(jnp.int32(step))) == pytest.approx(value, abs=1e-6), step
+
+
+def test_monotonic_beta_at_steps_worked_out_by_hand():
+    beta = jax.jit(schedules.monotonic(low=0.0, high=1.0, transition_begin=30_000, transition_steps=200_000))
+    for step, value in {0: 0.0, 30_000: 0.0, 130_000: 0.5, 200_000: 0.85, 230_000: 1.0, 400_000: 1.0}.items():
+        assert float(beta(jnp.int32(step))) == pytest.approx(value, abs=1e-6), step
+    beta = schedules.monotonic(low=2.0, high=1.0, transition_begin=0, transition_steps=4)
+    np.testing.assert_allclose(beta(jnp.arange(6)), [2.0, 1.75, 1.5, 1.25, 1.0, 1.0])
+
+
+def test_constant_beta_is_constant():
+    np.testing.assert_array_equal(schedules.constant(0.3)(jnp.arange(3)), np.float32([0.3] * 3))
+    assert float(schedules.constant()(jnp.int32(7))) == 1.0
+    assert {"constant", "monotonic", "cyclic"} == set(schedules.SCHEDULES)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_imputation_grid_shows_original_observed_part_and_imputations_of_each_image_in_a_row(channels):
+    rng = np.random.default_rng(0)
+    x, b = rng.uniform(size=(3, 4, 5, channels)), rng.integers(0, 2, (3, 4, 5, 1))
+    imputations = rng.uniform(size=(2, 3, 4, 5, channels))
+    imputations[0, 0, 0, 0], imputations[1, 0, 0, 0] = -1.0, 2.0
+    grid = imputation_grid(x, b, imputations)
+    assert grid.shape == (3 * 6, 4 * 7, channels)  # images of 4 x 5 and gaps of 2
+    for n in range(3):
+        row = grid[6 * n : 6 * n + 4]
+        np.testing.assert_array_equal(grid[6 * n + 4 : 6 * n + 6], 1.0)
+        observed = np.where(b[n] == 1, x[n], 0.5)
+        for m, expected in enumerate([x[n], observed, *np.clip(imputations[:, n], 0.0, 1.0)]):
+            np.testing.assert_array_equal(row[:, 7 * m : 7 * m + 5], expected)
+            np.testing.assert_array_equal(row[:, 7 * m + 5 : 7 * m + 7], 1.0)
+
+
+def test_images_without_masks_are_laid_out_as_a_square_in_order():
+    x = np.arange(16).reshape(16, 1, 1, 1) * np.ones((1, 3, 2, 1)) / 16
+    grid = imputation_grid(x, None, None)
+    assert grid.shape == (4 * 5, 4 * 4, 1)
+    np.testing.assert_array_equal(grid[::5, ::4, 0], np.arange(16).reshape(4, 4) / 16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_save_png_enlarges_by_a_whole_factor_and_keeps_the_colours(channels, tmp_path):
+    image = np.random.default_rng(0).uniform(size=(3, 4, channels))
+    image[0, 0], image[0, 1] = 0.0, 1.0
+    save_png(tmp_path / "a.png", image, min_width=10)  # 4 pixels become 12
+    saved = np.asarray(Image.open(tmp_path / "a.png"))
+    assert saved.shape == ((9, 12) if channels == 1 else (9, 12, 3)) and saved.dtype == np.uint8
+    pixels = saved.reshape(3, 3, 4, 3, channels)
+    for i, j in np.ndindex(3, 3):
+        np.testing.assert_array_equal(pixels[:, i, :, j], np.round(255 * image))
+
+
+# Baselines
+
+
+def test_baselines_fill_only_what_is_missing_by_mean_nearest_neighbours_and_regression():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(400, 1))
+    train = z * [1.0, 2.0, -1.0] + 0.05 * rng.normal(size=(400, 3)) + [0.0, 5.0, 1.0]
+    x = train[:6] + 0.01
+    holes = x.copy()
+    holes[0, 1] = holes[1, 0] = holes[2, 2] = holes[3, 1] = np.nan
+    filled = {name: impute(holes) for name, impute in baselines.fit(train).items()}
+    assert set(filled) == {"mean", "knn", "iterative"}
+    known = ~np.isnan(holes)
+    for result in filled.values():
+        np.testing.assert_array_equal(result[known], holes[known])
+    np.testing.assert_allclose(filled["mean"][~known], np.broadcast_to(train.mean(0), x.shape)[~known])
+    for n, i in np.argwhere(~known):
+        others = [j for j in range(3) if j != i]
+        nearest = np.argsort(np.square(train[:, others] - holes[n, others]).sum(1))[:5]
+        assert filled["knn"][n, i] == pytest.approx(train[nearest, i].mean())
+        # The iterative imputer's ridge regression is as good as least squares here.
+        design = np.column_stack([np.ones(len(train)), train[:, others]])
+        weights = np.linalg.lstsq(design, train[:, i])[0]
+        assert filled["iterative"][n, i] == pytest.approx(weights @ [1.0, *holes[n, others]], abs=0.02)
+
+
+def test_costly_baselines_see_at_most_max_rows_evenly_spaced_and_the_mean_sees_all():
+    train = np.stack([np.arange(10.0), np.arange(10.0)], axis=1)
+    imputers = baselines.fit(train, max_rows=5)  # rows 0, 2, 4, 6, 8: mean 4
+    hole = np.array([[np.nan, 3.0]])
+    assert imputers["mean"](hole)[0, 0] == pytest.approx(4.5)
+    assert imputers["knn"](hole)[0, 0] == pytest.approx(4.0)  # 5 of 5 neighbours
+
+
+def test_baselines_keep_the_shape_when_a_feature_was_never_seen():
+    train = np.random.default_rng(0).normal(size=(30, 3))
+    train[:, 1] = np.nan
+    for name, impute in baselines.fit(train).items():
+        filled = impute(np.array([[np.nan, np.nan, 0.5]]))
+        assert filled.shape == (1, 3) and np.isfinite(filled).all(), name

@@ -1,0 +1,532 @@
+"""The PM-VAE against closed forms (a linear-Gaussian model), and what it must never do: look at unobserved values."""
+
+import functools
+import importlib
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+from numpyro import distributions as dist
+
+from posterior_matching.models.vae import PosteriorMatchingVAE, Terms
+
+KEY = jax.random.key(0)
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("pm_vae_*.py"))
+
+
+# A linear-Gaussian model: x = W z + mean + noise.
+
+
+class Exact:
+    """Everything about the model in closed form, in float64."""
+
+    def __init__(self, d=4, e=2, sigma=0.5, seed=0):
+        rng = np.random.default_rng(seed)
+        self.w, self.mean, self.sigma = rng.normal(size=(d, e)), rng.normal(size=d), sigma
+        self.covariance = self.w @ self.w.T + sigma**2 * np.eye(d)
+
+    def log_prob(self, x, observed):
+        """Log p(x_o) of one example; 0 where nothing is observed."""
+        o = np.flatnonzero(observed)
+        covariance = self.covariance[np.ix_(o, o)]
+        return scipy.stats.multivariate_normal.logpdf(x[o], self.mean[o], covariance) if len(o) else 0.0
+
+    def conditional(self, x, observed):
+        """Mean and covariance of all of x given x_o."""
+        o = np.flatnonzero(observed)
+        gain = self.covariance[:, o] @ np.linalg.inv(self.covariance[np.ix_(o, o)])
+        return self.mean + gain @ (x - self.mean)[o], self.covariance - gain @ self.covariance[o]
+
+    def model(self, widen=1.0):
+        """A PosteriorMatchingVAE that is this model; its posteriors are exact but for covariances times `widen`."""
+        (d, e), config = self.w.shape, {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": self.w.shape[1]}
+        model = nnx.eval_shape(
+            lambda: PosteriorMatchingVAE(
+                input_shape=(d,),
+                latent_dim=e,
+                encoder=config,
+                posterior={"name": "TriLGaussian"},
+                decoder=config,
+                likelihood={"name": "IdentityGaussian"},
+                rngs=nnx.Rngs(0),
+            )
+        )
+        vae, head = model.vae, model.vae.likelihood_head
+        head.linear.kernel, head.linear.bias = nnx.Param(jnp.float32(self.w.T)), nnx.Param(jnp.float32(self.mean))
+        head.log_scale = nnx.Param(jnp.float32(np.log(self.sigma)))
+        w, mean, sigma = jnp.float32(self.w), jnp.float32(self.mean), self.sigma
+
+        def posterior(x, b, rngs=None):  # noqa: ARG001
+            precision = jnp.eye(e) + jnp.einsum("de,bd,df->bef", w, b, w) / sigma**2
+            covariance = jnp.linalg.inv(precision)
+            loc = jnp.einsum("bef,df,bd->be", covariance, w, b * (x - mean)) / sigma**2
+            return dist.MultivariateNormal(loc, covariance_matrix=widen * covariance)
+
+        vae.encoder = lambda x, rngs=None: x  # noqa: ARG005
+        vae.posterior_head = lambda x: posterior(x, jnp.ones_like(x))
+        vae.decoder = lambda z, rngs=None: z  # noqa: ARG005
+        model.partial_posterior = posterior
+        return model
+
+
+EXACT = Exact()
+X = np.random.default_rng(1).normal(size=(5, 4))
+B = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]], np.float32)
+EXACT_X = np.array([EXACT.log_prob(x, np.ones(4)) for x in X])
+EXACT_XO = np.array([EXACT.log_prob(x, b) for x, b in zip(X, B, strict=True)])
+
+
+def test_is_log_prob_with_exact_posteriors_is_exact_even_with_few_samples():
+    model, n = EXACT.model(), 7
+    result = jax.jit(lambda key: model.is_log_prob(jnp.float32(X), jnp.asarray(B), n, key=key, chunk_size=3))(KEY)
+    np.testing.assert_allclose(result.log_p_x, EXACT_X, atol=1e-3)
+    np.testing.assert_allclose(result.log_p_xu_given_xo, EXACT_X - EXACT_XO, atol=1e-3)
+    np.testing.assert_allclose(result.ess_x, n, rtol=1e-2)
+    np.testing.assert_allclose(result.ess_xo, n, rtol=1e-2)
+
+
+def test_is_log_prob_with_other_posteriors_is_unbiased():
+    model, copies = EXACT.model(widen=1.7), 400
+    x, b = (jnp.repeat(jnp.float32(a), copies, axis=0) for a in (X, B))
+    result = jax.jit(lambda key: model.is_log_prob(x, b, 16, key=key))(KEY)
+    full = np.asarray(result.log_p_x, np.float64).reshape(len(X), copies)
+    observed = full - np.asarray(result.log_p_xu_given_xo).reshape(full.shape)
+    for estimate, exact in ((full, EXACT_X), (observed, EXACT_XO)):
+        ratio = np.exp(estimate - exact[:, None])
+        assert (ratio.std(1) > 1e-3).all()
+        assert (np.abs(ratio.mean(1) - 1) < 5 * ratio.std(1) / np.sqrt(copies)).all()
+    ess = np.stack([result.ess_x, result.ess_xo])
+    assert (ess > 1).all() and (ess < 16).all() and len(np.unique(ess)) > copies
+
+
+def test_is_log_prob_never_scores_what_is_not_available():
+    """Proposals that do not know better than the prior: then log p(x) is of the available features alone."""
+    model, available = EXACT.model(), np.array([[1, 1, 0, 1]] * 5, np.float32)
+    x, b = X * available, B * available
+    prior = lambda x, *_: dist.MultivariateNormal(jnp.zeros((len(x), 2)), jnp.eye(2))  # noqa: E731
+    model.vae.posterior_head = prior
+    result = jax.jit(
+        lambda key: model.is_log_prob(jnp.float32(x), jnp.asarray(b), 20_000, key=key, available=jnp.asarray(available))
+    )(KEY)
+    exact = np.array([EXACT.log_prob(row, a) for row, a in zip(x, available, strict=True)])
+    exact_xo = np.array([EXACT.log_prob(row, o) for row, o in zip(x, b, strict=True)])
+    error = 5 / np.sqrt(np.asarray(result.ess_x))
+    assert (np.abs(np.asarray(result.log_p_x) - exact) < error).all()
+    assert (error < 0.5).all()
+    assert (np.abs(np.asarray(result.log_p_xu_given_xo) - (exact - exact_xo)) < error).all()
+
+
+def test_expected_info_gain_is_the_mutual_information_and_minus_infinity_where_observed():
+    model = EXACT.model()
+    gains = jax.jit(lambda x, b, key: model.expected_info_gains(x, b, 3, key=key))
+    for x, b in zip(X, B, strict=True):
+        result = np.asarray(gains(jnp.float32(x), jnp.asarray(b), KEY))
+        # I(z; x_i | x_o) = H[x_i | x_o] - H[x_i | z]; the model's own way is through the entropies of z.
+        _, covariance = EXACT.conditional(x, b)
+        expected = 0.5 * np.log(np.diag(covariance) / EXACT.sigma**2, where=b == 0, out=np.full(4, -np.inf))
+        np.testing.assert_array_equal(np.isneginf(result), b == 1)
+        np.testing.assert_allclose(result[b == 0], expected[b == 0], atol=1e-3)
+
+
+def test_expected_info_gains_of_images_have_one_entry_per_mask_entry():
+    model = tiny("rgb")
+    x, b = example("rgb", 1)
+    gains = jax.jit(lambda key: model.expected_info_gains(x[0], b[0], 2, key=key))(KEY)
+    assert gains.shape == (64,)
+    np.testing.assert_array_equal(np.isneginf(gains), np.asarray(b[0]).reshape(-1) == 1)
+    assert np.isfinite(gains[np.asarray(b[0]).reshape(-1) == 0]).all()
+
+
+def test_imputations_average_to_the_conditional_mean_and_copy_what_is_observed():
+    model, n = EXACT.model(), 20_000
+    imputations = np.asarray(jax.jit(lambda key: model.impute(jnp.float32(X), jnp.asarray(B), n, key=key))(KEY))
+    assert imputations.shape == (n, 5, 4)
+    for row, (x, b) in enumerate(zip(X, B, strict=True)):
+        np.testing.assert_array_equal(imputations[:, row, b == 1], np.broadcast_to(np.float32(x), (n, 4))[:, b == 1])
+        mean, covariance = EXACT.conditional(x, b)
+        # Imputations are decoder means, so their covariance lacks the noise.
+        u = b == 0
+        spread = covariance[np.ix_(u, u)] - EXACT.sigma**2 * np.eye(u.sum())
+        error = np.sqrt(np.diag(spread) / n)
+        assert (np.abs(imputations[:, row, u].mean(0) - mean[u]) < 5 * error).all()
+        centred = imputations[:, row, u].astype(np.float64) - mean[u]
+        products = np.einsum("ni,nj->nij", centred, centred)
+        assert (np.abs(products.mean(0) - spread) < 5 * products.std(0) / np.sqrt(n) + 1e-6).all()
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_joint_samples_have_the_moments_of_the_model(mean):
+    model, n = EXACT.model(), 50_000
+    x = np.asarray(jax.jit(lambda key: model.sample(n, key=key, mean=mean))(KEY), np.float64)
+    assert x.shape == (n, 4)
+    covariance = EXACT.w @ EXACT.w.T if mean else EXACT.covariance
+    assert (np.abs(x.mean(0) - EXACT.mean) < 5 * np.sqrt(np.diag(covariance) / n)).all()
+    centred = x - EXACT.mean
+    products = np.einsum("ni,nj->nij", centred, centred)
+    assert (np.abs(products.mean(0) - covariance) < 5 * products.std(0) / np.sqrt(n)).all()
+
+
+def test_terms_average_to_an_elbo_that_is_tight_and_to_the_matching_closed_form():
+    """With the exact posterior the ELBO is log p(x); with all observed, E log q(z | x_o) is minus the entropy."""
+    model, n = EXACT.model(), 20_000
+    x, b = jnp.repeat(jnp.float32(X[:1]), n, axis=0), jnp.ones((n, 4))
+    terms = jax.jit(lambda key: model.terms(x, b, key))(KEY)
+    elbo = np.asarray(terms.elbo(), np.float64)
+    assert abs(elbo.mean() - EXACT_X[0]) < 5 * elbo.std() / np.sqrt(n)
+    matching = np.asarray(terms.matching_ll, np.float64)
+    covariance = np.linalg.inv(np.eye(2) + EXACT.w.T @ EXACT.w / EXACT.sigma**2)
+    negative_entropy = -scipy.stats.multivariate_normal(np.zeros(2), covariance).entropy()
+    assert abs(matching.mean() - negative_entropy) < 5 * matching.std() / np.sqrt(n)
+
+
+# Small models of every kind
+
+
+MLP = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 12}
+GMM = {"name": "AutoregressiveGMM", "num_components": 3, "residual_blocks": 1, "hidden_units": 12}
+ENCODER = {"name": "ConvEncoder", "conv_layers": ((4, 3, 1), (4, 3, 2), (8, 4, 1))}
+KINDS = {
+    "tabular": (
+        (5,),
+        {
+            "encoder": MLP,
+            "posterior": {"name": "TriLGaussian"},
+            "decoder": MLP,
+            "likelihood": {"name": "IdentityGaussian"},
+            "partial_posterior": GMM,
+        },
+    ),
+    "grey": (
+        (8, 8, 1),
+        {
+            "encoder": ENCODER,
+            "posterior": {"name": "DiagonalGaussian"},
+            "decoder": {"name": "ConvDecoder", "conv_layers": ((6, 4, 1), (4, 3, 2), (1, 3, 1))},
+            "likelihood": {"name": "Bernoulli"},
+            "partial_posterior": GMM,
+        },
+    ),
+    "rgb": (
+        (8, 8, 3),
+        {
+            "encoder": ENCODER,
+            "posterior": {"name": "TriLGaussian"},
+            "decoder": {"name": "ConvDecoder", "conv_layers": ((6, 4, 1), (4, 3, 2), (3, 3, 1))},
+            "likelihood": {"name": "Bernoulli"},
+            "partial_encoder": MLP,
+        },
+    ),
+}
+each_kind = pytest.mark.parametrize("kind", sorted(KINDS))
+
+
+def randomised(model, seed=0):
+    """Random weights of about the initial size, biases too, drawn by NumPy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4.0
+        return jnp.asarray(1.2 * rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+    nnx.update(model, jax.tree.map(draw, nnx.state(model, nnx.Param)))
+    return model
+
+
+@functools.cache
+def tiny(kind):
+    shape, options = KINDS[kind]
+    return randomised(
+        nnx.eval_shape(
+            lambda: PosteriorMatchingVAE.from_config({"latent_dim": 3} | options, shape, nnx.Rngs(params=0, dropout=1))
+        )
+    )
+
+
+def example(kind, batch=4, seed=0):
+    """Data in [0, 1] and masks with about half observed."""
+    shape, _ = KINDS[kind]
+    rng = np.random.default_rng(seed)
+    b = rng.integers(0, 2, (batch, *shape[:2], 1) if len(shape) == 3 else (batch, *shape))
+    return jnp.float32(rng.uniform(size=(batch, *shape))), jnp.float32(b)
+
+
+def conditional_outputs(model, x, b):
+    """Everything that conditions on x_o and on nothing else, as one flat array per kind of output."""
+    z = jnp.asarray(np.random.default_rng(5).normal(size=(2, len(x), 3)), jnp.float32)
+    partial = model.partial_posterior(x, b)
+    scores = model.is_log_prob(x, b, 3, key=KEY)
+    return {
+        "log q(z | x_o)": partial.log_prob(z),
+        "z ~ q(z | x_o)": partial.sample(KEY, (2,)),
+        "imputations": model.impute(x, b, 2, key=KEY),
+        "log p(x) - log p(x_u | x_o)": scores.log_p_x - scores.log_p_xu_given_xo,
+        "effective sample size": scores.ess_xo,
+    }
+
+
+@each_kind
+def test_unobserved_values_have_no_influence_at_all_and_observed_ones_are_copied(kind):
+    """Exactly zero derivatives, by every output in a random direction, and no change when values are replaced."""
+    model, (x, b) = tiny(kind), example(kind)
+    hidden = np.broadcast_to(np.asarray(b) == 0, x.shape)
+
+    @jax.jit
+    def run(x):
+        outputs, pullback = jax.vjp(lambda x: conditional_outputs(model, x, b), x)
+        rng = np.random.default_rng(1)
+        directions = {  # row n moves output n only
+            name: jnp.asarray(
+                rng.normal(size=value.shape) * (np.arange(len(outputs)) == n).reshape(-1, *[1] * value.ndim)
+            )
+            for n, (name, value) in enumerate(outputs.items())
+        }
+        (gradients,) = jax.vmap(pullback)(directions)
+        return outputs, dict(zip(outputs, gradients, strict=True))
+
+    outputs, gradients = run(x)
+    imputations = np.asarray(outputs["imputations"])
+    assert imputations.shape == (2, *x.shape)
+    for sample in imputations:
+        np.testing.assert_array_equal(sample[~hidden], np.asarray(x)[~hidden])
+    assert (imputations[0] != imputations[1])[hidden].all()
+    for name, gradient in gradients.items():
+        gradient = np.asarray(gradient)
+        np.testing.assert_array_equal(gradient[hidden], 0.0, err_msg=name)
+        assert (gradient[~hidden] != 0).mean() > 0.5, name  # the check sees influence where there is some
+    for replacement in (0.0, 1e3, np.random.default_rng(2).normal(size=x.shape)):
+        changed, _ = run(jnp.where(hidden, jnp.float32(replacement), x))
+        for name, value in outputs.items():
+            if name != "log p(x) - log p(x_u | x_o)":  # which rounding disturbs
+                np.testing.assert_array_equal(changed[name], value, err_msg=name)
+    changed, _ = run(jnp.where(hidden, x, 0.5 * x))
+    assert all((np.asarray(changed[name]) != np.asarray(outputs[name])).any() for name in outputs)
+
+
+@functools.cache
+def term_gradients(kind, stop_gradients):
+    """A function of (mask, weights of the terms) that returns the gradient of the weighted terms by parameter."""
+    model, (x, _) = tiny(kind), example(kind)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def run(b, weights):
+        def weighted(params):
+            terms = nnx.merge(graphdef, params, rest).terms(x, b, KEY, stop_gradients=stop_gradients)
+            return sum(w * term.mean() for w, term in zip(weights, terms, strict=True))
+
+        return jax.grad(weighted)(params)
+
+    def by_path(b, reconstruction_ll=0.0, kl=0.0, matching_ll=0.0):
+        gradients = run(b, jnp.array([reconstruction_ll, kl, matching_ll]))
+        return {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(gradients)}
+
+    return by_path
+
+
+def nonzero(gradients):
+    return {name for name, g in gradients.items() if (g != 0).any()}
+
+
+@each_kind
+@pytest.mark.parametrize("stop_gradients", [True, False])
+def test_the_matching_term_reaches_the_vae_only_without_stop_gradients(kind, stop_gradients):
+    gradients = term_gradients(kind, stop_gradients)(example(kind)[1], matching_ll=1.0)
+    inference = {name for name in gradients if "['vae']['encoder']" in name or "['vae']['posterior_head']" in name}
+    partial = {name for name in gradients if "['partial_posterior']" in name}
+    assert inference and partial and len(gradients) > len(inference) + len(partial)
+    # The decoder takes no part in the matching term.
+    assert nonzero(gradients) == (partial if stop_gradients else partial | inference)
+
+
+@each_kind
+def test_the_elbo_terms_do_not_reach_the_partial_posterior_and_feel_no_stop_gradients(kind):
+    b = example(kind)[1]
+    gradients = term_gradients(kind, False)(b, reconstruction_ll=1.0, kl=-1.0)
+    assert nonzero(gradients) == {name for name in gradients if "['vae']" in name}
+    for name, gradient in term_gradients(kind, True)(b, reconstruction_ll=1.0, kl=-1.0).items():
+        np.testing.assert_allclose(gradient, gradients[name], rtol=1e-3, atol=1e-4)
+
+
+@each_kind
+@pytest.mark.parametrize("observed", [0.0, 1.0])
+def test_gradients_are_finite_with_everything_and_with_nothing_observed(kind, observed):
+    b = jnp.full_like(example(kind)[1], observed)
+    gradients = term_gradients(kind, False)(b, reconstruction_ll=-1.0, kl=0.7, matching_ll=-1.0)
+    assert all(np.isfinite(g).all() for g in gradients.values())
+    assert not observed or nonzero(gradients) == set(gradients)
+
+
+def test_loss_is_the_negative_elbo_plus_the_matching_loss():
+    terms = Terms(*(jnp.asarray(a) for a in ([-10.0, -4.0], [2.0, 3.0], [-5.0, 1.0])))
+    np.testing.assert_allclose(terms.elbo(), [-12.0, -7.0])
+    np.testing.assert_allclose(terms.loss(1.0, 1.0), [12.0 + 5.0, 7.0 - 1.0])
+    np.testing.assert_allclose(terms.loss(0.5, 3.0), [10.0 + 1.0 + 15.0, 4.0 + 1.5 - 3.0])
+
+
+@each_kind
+def test_terms_are_of_one_reparameterised_sample_of_the_posterior(kind):
+    model, (x, b) = tiny(kind), example(kind)
+
+    @jax.jit
+    def run(key):
+        q = model.vae.posterior(x)
+        z = q.sample(key)
+        log_p = model.vae.decode(z).log_prob(x)
+        log_q = model.partial_posterior(x, b).log_prob(z)
+        return model.terms(x, b, key), log_p.reshape(len(x), -1).sum(-1), log_q
+
+    terms, reconstruction_ll, matching_ll = run(KEY)
+    np.testing.assert_allclose(terms.reconstruction_ll, reconstruction_ll, rtol=1e-4)
+    np.testing.assert_allclose(terms.matching_ll, matching_ll, rtol=1e-4, atol=1e-4)
+    assert terms.kl.shape == (len(x),) and (np.asarray(terms.kl) > 0).all()
+
+
+def test_missing_values_are_not_scored_and_have_no_influence_on_the_terms():
+    model, (x, b) = tiny("tabular"), example("tabular")
+    available = jnp.asarray(np.random.default_rng(9).integers(0, 2, x.shape), jnp.float32).at[:, 3].set(0.0)
+    b, x = b * available, x * available
+
+    def terms(bias):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        m = nnx.merge(graphdef, jax.tree.map(lambda a: a, params), rest)
+        m.vae.likelihood_head.linear.bias = nnx.Param(bias)
+        return m.terms(x, b, KEY, available=available)
+
+    bias = model.vae.likelihood_head.linear.bias[...]
+    jacobian = jax.jit(jax.jacobian(terms))(bias)
+    # The decoder's mean of a feature matters to the reconstruction of a row just where the feature is available.
+    np.testing.assert_array_equal(np.asarray(jacobian.reconstruction_ll) != 0, np.asarray(available) == 1)
+
+    # And the sum is over those features.
+    @jax.jit
+    def run():
+        p = model.vae.decode(model.vae.posterior(x).sample(KEY))
+        return p.mean, p.variance, terms(bias).reconstruction_ll
+
+    mean, variance, reconstruction_ll = run()
+    expected = scipy.stats.norm.logpdf(x, mean, np.sqrt(variance)) * np.asarray(available)
+    np.testing.assert_allclose(reconstruction_ll, expected.sum(-1), rtol=1e-3)
+
+
+def test_dropout_is_on_only_with_rngs():
+    shape, options = KINDS["tabular"]
+    options = options | {"encoder": MLP | {"dropout": 0.5}, "partial_encoder": MLP}
+    model = randomised(
+        nnx.eval_shape(lambda: PosteriorMatchingVAE.from_config({"latent_dim": 3} | options, shape, nnx.Rngs(0)))
+    )
+    x, b = example("tabular")
+    kl = jax.jit(lambda seed: model.terms(x, b, KEY, rngs=nnx.Rngs(dropout=jax.random.key(seed))).kl)
+    off = jax.jit(lambda: model.terms(x, b, KEY).kl)()
+    first, same, other = (np.asarray(kl(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any() and (first != np.asarray(off)).any()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_partial_encoder_is_like_the_encoder_by_default_but_has_weights_of_its_own(given):
+    shape, options = KINDS["tabular"]
+    options = {k: v for k, v in options.items() if k != "partial_posterior"}
+    if given:
+        options |= {"partial_encoder": None, "partial_posterior": None}
+    model = nnx.eval_shape(lambda: PosteriorMatchingVAE.from_config({"latent_dim": 2} | options, shape, nnx.Rngs(0)))
+    assert type(model.partial_posterior.encoder) is type(model.vae.encoder)
+    assert type(model.partial_posterior.head) is type(model.vae.posterior_head)
+    ours, own = (
+        {id(node) for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)}
+        for module in (model.vae, model.partial_posterior)
+    )
+    assert len(ours) - len(own) == 9  # the decoder's three layers, its head's layer and scale
+    assert ours.isdisjoint(own)
+    assert model.partial_posterior.encoder.linear_in.kernel.shape == (10, 12)  # sees x * b and b
+
+
+# Configs
+
+
+def abstract_model(name, input_shape):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    return nnx.eval_shape(lambda: PosteriorMatchingVAE.from_config(config.model, input_shape, nnx.Rngs(0)))
+
+
+SHAPES = {
+    "pm_vae_bsds": (63,),
+    "pm_vae_digits": (8, 8, 1),
+    "pm_vae_gas": (8,),
+    "pm_vae_hepmass": (21,),
+    "pm_vae_miniboone": (43,),
+    "pm_vae_mixture": (8,),
+    "pm_vae_mnist": (28, 28, 1),
+    "pm_vae_mnist16": (16, 16, 1),
+    "pm_vae_power": (6,),
+    "pm_vae_whitewine": (12,),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_a_model_with_the_paper_s_heads_that_runs(name):
+    shape = SHAPES[name]
+    model = abstract_model(name, shape)
+    heads = {
+        "posterior": model.vae.posterior_head,
+        "likelihood": model.vae.likelihood_head,
+        "partial posterior": model.partial_posterior.head,
+    }
+    assert {role: type(head).__name__ for role, head in heads.items()} == {
+        "posterior": "TriLGaussian",
+        "likelihood": "IdentityGaussian" if len(shape) == 1 else "Bernoulli",
+        "partial posterior": "TriLGaussian" if name == "pm_vae_mnist16" else "AutoregressiveGMM",
+    }
+    x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    b = jax.ShapeDtypeStruct((2, *shape[:2], 1) if len(shape) == 3 else x.shape, jnp.float32)
+    graphdef, state = nnx.split(model)
+    terms = jax.eval_shape(lambda s, x, b: nnx.merge(graphdef, s).terms(x, b, jax.random.key(0)), state, x, b)
+    assert [leaf.shape for leaf in terms] == [(2,)] * 3
+
+
+def dense(*sizes):
+    return sum(a * b + b for a, b in itertools.pairwise(sizes))
+
+
+def convolutions(channels, *layers):
+    return sum(a * k * k * b + b for a, (b, k) in zip([channels] + [f for f, _ in layers[:-1]], layers, strict=True))
+
+
+# Counted by hand from the paper's tables.
+PARAMETER_COUNTS = {
+    "pm_vae_gas": {
+        "encoder": dense(8, *[256] * 5),
+        "posterior_head": dense(256, 16 + 16 * 17 // 2),
+        "decoder": dense(16, *[256] * 5),
+        "likelihood_head": dense(256, 8) + 1,
+        "partial encoder": dense(16, *[256] * 5),
+        "partial head": dense(16 + 16 + 256, *[256] * 7, 3 * 10 * 16),
+        "total": 1_433_729,
+    },
+    "pm_vae_mnist": {
+        "encoder": convolutions(1, (32, 5), (32, 5), (64, 5), (64, 5), (128, 7)),
+        "posterior_head": dense(128, 32 + 32 * 33 // 2),
+        "decoder": convolutions(32, (64, 7), (64, 5), (32, 5), (32, 5), (32, 5), (1, 5)),
+        "likelihood_head": 0,
+        "partial encoder": convolutions(2, (32, 5), (32, 5), (64, 5), (64, 5), (128, 7)),
+        "partial head": dense(32 + 32 + 128, *[256] * 5, 3 * 10 * 32),
+        "total": 2_101_969,
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETER_COUNTS))
+def test_parameter_counts(name):
+    model = abstract_model(name, SHAPES[name])
+    parts = {part: getattr(model.vae, part) for part in ("encoder", "posterior_head", "decoder", "likelihood_head")}
+    parts |= {"partial encoder": model.partial_posterior.encoder, "partial head": model.partial_posterior.head}
+    parts |= {"total": model}
+    counts = {
+        part: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))) for part, module in parts.items()
+    }
+    assert counts == PARAMETER_COUNTS[name]
+    assert counts.pop("total") == sum(counts.values())
