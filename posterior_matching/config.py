@@ -21,7 +21,7 @@ def call(fn: Callable[..., Any], config: Mapping[str, Any], where: str, **contex
         UserError: A key is unknown, or a parameter without a default is missing.
     """
     parameters = _parameters(fn)
-    known = {name for name in parameters if name not in context}
+    known = [name for name in parameters if name not in context]
     for key in config:
         if key not in known:
             raise UserError(f"unknown key '{where}.{key}': {nearest(key, known)}")

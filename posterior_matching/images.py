@@ -22,7 +22,8 @@ def imputation_grid(x: np.ndarray, b: np.ndarray | None, imputations: np.ndarray
     x = np.asarray(x)
     if b is None:
         width = int(np.ceil(np.sqrt(len(x))))
-        rows = [x[i : i + width] for i in range(0, len(x) - len(x) % width, width)]
+        blank = np.ones((-len(x) % width, *x.shape[1:]), x.dtype)
+        rows = np.concatenate([x, blank]).reshape(-1, width, *x.shape[1:])
     else:
         observed = np.where(np.asarray(b) == 1, x, _GREY)
         rows = np.stack([x, observed, *np.asarray(imputations)], axis=1)

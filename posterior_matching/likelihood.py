@@ -14,13 +14,14 @@ def log_prob_of_observed(p: Any, x: jax.Array, b: jax.Array) -> jax.Array:
 
     Args:
         p: p(x | z), a distribution with one independent entry per feature and batch shape `[..., B, *data_shape]`.
-        x: `[B, d]` or `[B, H, W, C]`, finite everywhere.
+        x: `[B, d]` or `[B, H, W, C]`; unobserved values have no influence, whatever they are.
         b: Mask, `[B, d]` or `[B, H, W, 1]`; ones for log p(x | z).
 
     Returns:
         `[..., B]`, nats.
     """
-    log_prob = p.log_prob(x) * b
+    # Selected, not multiplied, and on both sides: -inf * 0 is NaN, in the value or in its gradient.
+    log_prob = jnp.where(b == 1, p.log_prob(jnp.where(b == 1, x, 0.0)), 0.0)
     return log_prob.sum(tuple(range(log_prob.ndim - (x.ndim - 1), log_prob.ndim)))  # over features
 
 
@@ -28,7 +29,7 @@ class ImportanceEstimate(NamedTuple):
     """An importance-sampled log-likelihood, `log (1/K) sum_k p(x, z_k) / q(z_k)`."""
 
     log_prob: jax.Array  # [B], nats
-    effective_sample_size: jax.Array  # [B], (sum w)^2 / sum w^2, in [1, K]
+    effective_sample_size: jax.Array  # [B], (sum w)^2 / sum w^2, in [1, K]; 0 if all weights vanish
 
 
 def importance_log_prob(
@@ -67,4 +68,5 @@ def importance_log_prob(
     empty = jnp.full(batch_shape, -jnp.inf)
     chunks = (jnp.arange(num_chunks), jax.random.split(key, num_chunks))
     (log_sum, log_sum_squares), _ = jax.lax.scan(add_chunk, (empty, empty), chunks)
-    return ImportanceEstimate(log_sum - jnp.log(num_samples), jnp.exp(2 * log_sum - log_sum_squares))
+    effective = jnp.where(jnp.isneginf(log_sum), 0.0, jnp.exp(2 * log_sum - log_sum_squares))
+    return ImportanceEstimate(log_sum - jnp.log(num_samples), effective)

@@ -20,7 +20,7 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     x, scored = np.asarray(x, np.float64), np.asarray(scored, bool) & ~np.isnan(x)
     squared_error = np.where(scored, np.square(np.nan_to_num(x) - imputation), 0.0).sum(0)
     count, std = scored.sum(0), np.nanstd(x, axis=0)
-    counted = (count > 0) & (std > 0)
+    counted = (count > 0) & (np.nanmax(x, axis=0) > np.nanmin(x, axis=0))
     return float(np.mean(np.sqrt(squared_error[counted] / count[counted]) / std[counted]))
 
 
