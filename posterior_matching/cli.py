@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
+from posterior_matching.memory import keep_freed_memory
 
 FLAGS = flags.FLAGS
 
@@ -48,6 +49,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
+            keep_freed_memory()
             _use_compilation_cache()
             main()
         except UserError as error:
