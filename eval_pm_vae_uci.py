@@ -23,7 +23,9 @@ _SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset; 'all' for e
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", None, ["best", "latest"], "Default: config.evaluate_checkpoint of the run."
 )
-_MASK = flags.DEFINE_string("mask_generator", "BernoulliMaskGenerator", "Name of a mask generator, with its defaults.")
+_MASK = flags.DEFINE_string(
+    "mask_generator", "BernoulliMaskGenerator", "Name of a mask generator, or 'config': the run's."
+)
 _INSTANCES = flags.DEFINE_integer("num_instances", None, "Evaluate only the first examples; default: all.")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 32, "Examples at once per device; no effect on results.", lower_bound=1
@@ -37,7 +39,9 @@ _BASELINES = flags.DEFINE_bool("baselines", False, "Also score mean, kNN and ite
 def main() -> None:
     """Evaluates and writes the results."""
     description = runs.read_description(_RUN_DIR.value, "pm_vae")
-    generator = masking.build_mask_generator({"name": _MASK.value}, "--mask_generator")
+    trained_on = masking.build_mask_generator(description["config"]["mask_generator"])
+    named = {"name": _MASK.value}
+    generator = trained_on if _MASK.value == "config" else masking.build_mask_generator(named, "--mask_generator")
     dataset = load_dataset(description, _DATASET.value, _SPLIT.value, _INSTANCES.value)
     event_shape = masking.mask_shape(dataset.input_shape)
     generator.check(event_shape)
@@ -86,7 +90,6 @@ def main() -> None:
         path = results.folder / "imputations.png"
         shown = slice(0, min(10, len(dataset)))
         key_mask, key_impute = jax.random.split(jax.random.key(_SEED.value))
-        trained_on = masking.build_mask_generator(description["config"]["mask_generator"])
         b = trained_on(key_mask, (len(x[shown]), *event_shape))
         draws = nnx.jit(lambda model: model.impute(x[shown], b, 6, key=key_impute))(model)
         save_png(path, imputation_grid(x[shown], b, draws))

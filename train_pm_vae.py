@@ -44,16 +44,23 @@ class PMVAEOptions:
 def train(config: ConfigDict, run_dir: str | None = None) -> str:
     """Trains and returns the run directory."""
     options, training = parse(config, PMVAEOptions, TrainingOptions)
+    if options.dataset is None:
+        raise UserError("missing key 'config.dataset': a name (README, \"Data\") or a path to .npy, .npz or .csv")
     train_set = data.load(options.dataset, options.train_split)
     validation_set = data.load(options.dataset, options.validation_split)
-    experiment = make_experiment(config, train_set, validation_set)
+    experiment = make_experiment(config, train_set, validation_set, run_dir)
     run = runs.open_run(run_dir, "pm_vae", config, train_set.input_shape, train_set.standardisation)
     fit(experiment, run, training, {"x": train_set.x}, {"x": validation_set.x})
     return str(run.path)
 
 
-def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set: data.Dataset) -> Experiment:
-    """Builds what the training loop needs; takes the VAE's part of `config.model` from a pretrained run if asked to."""
+def make_experiment(
+    config: ConfigDict, train_set: data.Dataset, validation_set: data.Dataset, run_dir: str | None = None
+) -> Experiment:
+    """Builds what the training loop needs; takes the VAE and its part of `config.model` from a pretrained run if asked.
+
+    A run that is resumed holds that VAE itself and does not need the pretrained run any more.
+    """
     options, training = parse(config, PMVAEOptions, TrainingOptions)
     generator = masking.build_mask_generator(options.mask_generator)
     generator.check(masking.mask_shape(train_set.input_shape))
@@ -61,7 +68,8 @@ def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set:
 
     base, trainable = None, nnx.Param
     if options.pretrained_dir is not None:
-        base = take_pretrained(config, options.pretrained_dir, train_set.input_shape)
+        resumed = run_dir is not None and runs.latest_step(run_dir) > 0
+        base = take_pretrained(config, run_dir if resumed else options.pretrained_dir, train_set.input_shape)
         trainable = nnx.All(nnx.Param, nnx.PathContains("partial_posterior"))
     model = PosteriorMatchingVAE.from_config(config.model, train_set.input_shape, nnx.Rngs(training.seed))
     if base is not None:

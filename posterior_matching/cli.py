@@ -1,6 +1,7 @@
 """What all scripts share on the command line: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
 import os
+import pathlib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
         if num_processes.value > 1:
             if coordinator.value is None or run_dir.value is None:
                 raise UserError("--num_processes above 1 needs --coordinator_address and --run_dir")
+            if process_id.value >= num_processes.value:
+                raise UserError(f"--process_id={process_id.value} must be below --num_processes={num_processes.value}")
             parallel.initialize(coordinator.value, num_processes.value, process_id.value)
         train(config.value, run_dir.value)
 
@@ -59,16 +62,30 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
+    path = config_path(arguments)
+    config = None if path is None else _read_config(path)
     try:
         return FLAGS(arguments)
     except flags.UnrecognizedFlagError as error:
         _fail(f"unknown flag --{error.flagname}: {_nearest_flag(error.flagname)}")
-    except flags.Error as error:
-        _fail(str(error).replace("\n", " "))
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        _fail(f"cannot read the config: {error}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(_config_problem(arguments, error))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        _fail(_override_problem(arguments, config) or str(error).replace("\n", " "))
+
+
+def _read_config(path: str) -> ConfigDict:
+    """Returns the config that the file makes; ends with one line if it makes none, before ml_collections tries."""
+    if not pathlib.Path(path).is_file():
+        _fail(f"config file '{path}' does not exist: --config takes a file such as configs/pm_vae_digits.py")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except KeyError as error:
+        _fail(f"cannot read the config {path}: it has no {error}")
+    except Exception as error:  # whatever is wrong with the user's Python
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        _fail(f"cannot read the config {path}{line}: {type(error).__name__}: {error}".replace("\n", " "))
+    if not isinstance(config, ConfigDict):
+        _fail(f"cannot read the config {path}: get_config() returns {type(config).__name__}, not a ConfigDict")
+    return config
 
 
 def _nearest_flag(name: str) -> str:
@@ -76,15 +93,10 @@ def _nearest_flag(name: str) -> str:
     return nearest(name, [flag.name for found in modules.values() for flag in found] + ["help"])
 
 
-def _config_problem(arguments: list[str], error: Exception) -> str:
-    """Says in one line which override of the config was wrong."""
-    path = config_path(arguments)
-    try:
-        config = runpy.run_path(path)["get_config"]()
-    except Exception as problem:
-        return f"cannot read the config {path}: {problem}".replace("\n", " ")
+def _override_problem(arguments: list[str], config: ConfigDict | None) -> str | None:
+    """Says in one line which `--config.key=value` is wrong; None if none is."""
     for argument in arguments:
-        if not argument.startswith("--config."):
+        if config is None or not argument.startswith("--config."):
             continue
         name, _, value = argument.removeprefix("--").partition("=")
         node, where = config, "config"
@@ -96,9 +108,13 @@ def _config_problem(arguments: list[str], error: Exception) -> str:
             node, where = node[part], f"{where}.{part}"
         if isinstance(node, ConfigDict):
             return f"'{where}' is a group of keys ({', '.join(node)}): set one of them"
-        if value and value in str(error):
-            return f"bad value '{value}' for '{where}': its type is {type(node).__name__}"
-    return str(error).replace("\n", " ")
+        kind = type(node)
+        try:
+            if kind in (int, float):
+                kind(value)
+        except ValueError:
+            return f"bad value '{value}' for '{where}': its type is {kind.__name__}"
+    return None
 
 
 def _fail(message: object) -> None:
@@ -106,14 +122,14 @@ def _fail(message: object) -> None:
     sys.exit(1)
 
 
-def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str:
-    """Returns the file that `--config` names."""
+def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str | None:
+    """Returns the file that `--config` names, None without that flag."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument in ("--config", "-config"):
             return following
         if argument.startswith(("--config=", "-config=")):
             return argument.partition("=")[2]
-    return ""
+    return None
 
 
 def _use_compilation_cache() -> None:

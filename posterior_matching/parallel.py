@@ -59,3 +59,8 @@ def any_process(flag: bool) -> bool:
 @functools.cache
 def _any_process() -> Callable[[jax.Array], jax.Array]:
     return pmap(lambda flags: jax.lax.pmax(flags, AXIS))
+
+
+def wait_for_all_processes() -> None:
+    """Returns when all processes have come here."""
+    any_process(False)

@@ -9,11 +9,12 @@ metrics.jsonl   one JSON object per validation
 parameters.txt  names, shapes and sizes of all parameters
 """
 
+import contextlib
 import datetime
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -23,8 +24,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from posterior_matching import parallel
 from posterior_matching.data import Standardisation
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, nearest
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
 MODELS = {"pm_vae": PosteriorMatchingVAE}
@@ -38,15 +40,25 @@ class Run:
 
     Attributes:
         path: The run directory.
-        config: The resolved config, plain values.
         step: Step of the latest checkpoint, 0 if there is none.
     """
 
     def __init__(self, path: pathlib.Path, description: dict[str, Any]):
         self.path = path
-        self.config = description["config"]
-        self._managers = {name: _manager(path, name) for name in ("latest", "best")}
-        self.step = self._managers["latest"].latest_step() or 0
+        self.step = latest_step(path)
+        self._description = description
+
+    def create(self) -> None:
+        """Makes the directory and writes `config.json`; to be called before anything is saved."""
+        if jax.process_index() == 0:
+            for name in ("latest", "best"):
+                (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
+        parallel.wait_for_all_processes()
+        self._managers = {name: _manager(self.path, name) for name in ("latest", "best")}
+        for step in self._managers["best"].all_steps():
+            if step > self.step:  # of a run killed before its latest checkpoint was written: it comes there again
+                self._managers["best"].delete(step)
 
     def save(self, step: int, model: dict[str, np.ndarray], train: Any, best: bool) -> None:
         """Writes a checkpoint in the background; the last one goes only when the new one is complete.
@@ -58,12 +70,9 @@ class Run:
             best: Whether to keep it as the best one, too.
         """
         weights = ocp.args.StandardSave(model)
-        manager = self._managers["best"]
-        # The best one comes first and is on disk before the latest one, which records the loss to beat, begins: a run
-        # killed in between comes here again, with the same weights.
-        if best and manager.latest_step() != step:
-            manager.save(step, args=ocp.args.Composite(model=weights), force=True)
-            manager.wait_until_finished()
+        if best:  # on disk before the latest one, which records the loss to beat, begins
+            self._managers["best"].save(step, args=ocp.args.Composite(model=weights), force=True)
+            self._managers["best"].wait_until_finished()
         everything = ocp.args.Composite(model=weights, train=ocp.args.StandardSave(train))
         self._managers["latest"].save(step, args=everything, force=True)
         self.step = step
@@ -88,10 +97,14 @@ class Run:
             rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             _write_atomically(path, "".join(row + "\n" for row in rows))
 
-    def finish_saving(self) -> None:
-        """Waits until everything saved is on disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
+    @contextlib.contextmanager
+    def finished_saving(self) -> Iterator[None]:
+        """On leaving, however, waits until everything saved is on disk."""
+        try:
+            yield
+        finally:
+            for manager in self._managers.values():
+                manager.wait_until_finished()
 
 
 def open_run(
@@ -101,7 +114,7 @@ def open_run(
     input_shape: tuple[int, ...],
     standardisation: Standardisation | None = None,
 ) -> Run:
-    """Creates the run directory, or opens it for resuming if it holds this run already.
+    """Opens a run directory, new or holding this run already; nothing is written before `Run.create`.
 
     Args:
         run_dir: The directory; None: `runs/<model>-<dataset>-<timestamp>`.
@@ -130,11 +143,13 @@ def open_run(
         _check_same_run(path, read_description(path), description)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{run_dir} exists and is not a run directory: choose another --run_dir")
-    if jax.process_index() == 0:
-        for name in ("latest", "best"):
-            (path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
-        _write_atomically(path / "config.json", json.dumps(description, indent=2) + "\n")
     return Run(path, description)
+
+
+def latest_step(run_dir: str | os.PathLike, checkpoint: str = "latest") -> int:
+    """Returns the step of a run's checkpoint, "latest" or "best"; 0 if there is none, or no such directory."""
+    saved = (pathlib.Path(run_dir) / "checkpoints" / checkpoint).glob("*")
+    return max((int(path.name) for path in saved if path.name.isdigit()), default=0)
 
 
 def read_description(run_dir: str | os.PathLike, model: str | None = None) -> dict[str, Any]:
@@ -152,13 +167,18 @@ def read_description(run_dir: str | os.PathLike, model: str | None = None) -> di
         raise UserError(f"run directory {run_dir} does not exist")
     try:
         description = json.loads((path / "config.json").read_text())
-        found = description["model"]
+        found, config = description["model"], description["config"]
+        whole = {"dataset", "model", "evaluate_checkpoint"} <= config.keys() and {"input_shape"} <= description.keys()
     except FileNotFoundError:
         raise UserError(f"{run_dir} is not a run directory: it has no config.json") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path / 'config.json'} is damaged: it is not the description of a run") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path / 'config.json'} is damaged: it does not describe a run")
     if model is not None and found != model:
         raise UserError(f"{run_dir} is a run of {found}, not of {model}: pass the directory of a {model} run")
+    if found not in MODELS:
+        raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(str(found), MODELS)}")
     return description
 
 
@@ -177,9 +197,8 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
     name = checkpoint or description["config"]["evaluate_checkpoint"]
     if name not in ("best", "latest"):
         raise UserError(f"unknown checkpoint '{name}': 'best' or 'latest'")
-    manager = _manager(pathlib.Path(run_dir).absolute(), name)
-    step = manager.latest_step()
-    if step is None:
+    step = latest_step(run_dir, name)
+    if not step:
         raise UserError(f"{run_dir} holds no {name} checkpoint yet: train it longer (config.validation_every)")
 
     def build() -> nnx.Module:
@@ -189,12 +208,19 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
     abstract = nnx.eval_shape(build)
     graphdef, state = nnx.split(abstract)
     target = flat_weights(state)
-    saved = manager.item_metadata(step)["model"]
-    if problem := _difference(
-        {k: tuple(v.shape) for k, v in target.items()}, {k: tuple(v.shape) for k, v in saved.items()}
-    ):
+    manager = _manager(pathlib.Path(run_dir).absolute(), name)
+    shapes = {key: tuple(value.shape) for key, value in target.items()}
+    try:
+        saved = {key: tuple(value.shape) for key, value in manager.item_metadata(step)["model"].items()}
+        if not (problem := _difference(shapes, saved)):
+            arguments = ocp.args.Composite(model=ocp.args.StandardRestore(target))
+            restored = manager.restore(step, args=arguments)["model"]
+    except Exception as error:  # whatever Orbax raises for missing and cut files
+        raise UserError(
+            f"the {name} checkpoint of {run_dir} is damaged ({type(error).__name__}): try the other one"
+        ) from error
+    if problem:
         raise UserError(f"the {name} checkpoint of {run_dir} does not fit its config.json: {problem}")
-    restored = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
     return nnx.merge(graphdef, unflatten_weights(state, {k: np.asarray(v) for k, v in restored.items()}))
 
 

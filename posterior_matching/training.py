@@ -50,6 +50,15 @@ class OptimizerOptions:
     clip_norm: float | None = None  # of the global gradient
     eps: float = 1e-8
 
+    def __post_init__(self):
+        positive = ("decay_rate", "transition_steps", "eps") + (("clip_norm",) if self.clip_norm is not None else ())
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise UserError(f"config.optimizer.{name} must be positive, not {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"config.optimizer.{name} must not be negative, it is {getattr(self, name)}")
+
     def schedule(self) -> optax.Schedule:
         """Returns the learning rate as a function of the step."""
         decay = optax.exponential_decay(
@@ -89,6 +98,8 @@ class TrainingOptions:
                 raise UserError(f"config.{name} must be at least 1, not {value}")
         if self.seed < 0:
             raise UserError(f"config.seed must not be negative, it is {self.seed}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"config.ema_decay must lie in [0, 1), not be {self.ema_decay}")
         if self.evaluate_checkpoint not in ("best", "latest"):
             raise UserError(f"config.evaluate_checkpoint must be 'best' or 'latest', not '{self.evaluate_checkpoint}'")
 
@@ -134,6 +145,9 @@ def fit(
     program = Program(experiment, options)
     state, frozen = program.initial_state()
     graphdef = program.graphdef
+    feed = TrainingFeed(train, options.batch_size, options.seed, options.data_memory_budget_gb)
+    chunks = _ValidationChunks(validation, options)
+    run.create()  # what can be wrong with the input has been found by now
     best_loss = math.inf
     if run.step:
         state, best_loss = _restore(run, state)
@@ -147,22 +161,18 @@ def fit(
         batch_size=options.batch_size,
         skip_nonfinite=options.skip_nonfinite_updates,
     )
-    feed = TrainingFeed(train, options.batch_size, options.seed, options.data_memory_budget_gb)
-    chunks = _ValidationChunks(validation, options)
     state, frozen_everywhere = parallel.replicate((state, frozen))
 
     def evaluation_model() -> nnx.Module:
         weights = state.trainable if state.ema is None else state.ema
-        return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, (parallel.unreplicate(weights), frozen)), _mutable())
-
-    def _mutable() -> nnx.State:
-        return jax.tree.map(jnp.asarray, parallel.unreplicate(state.mutable))
+        weights, mutable = jax.tree.map(jnp.asarray, parallel.unreplicate((weights, state.mutable)))
+        return nnx.merge(graphdef, weights, frozen, mutable)
 
     def save(best: bool) -> None:
         weights = runs.flat_weights(nnx.state(evaluation_model()))
         run.save(step, jax.tree.map(np.asarray, weights), _to_save(parallel.unreplicate(state), best_loss), best)
 
-    with log, _interruptible() as signalled:
+    with run.finished_saving(), log, _interruptible() as signalled:
         while step < options.steps:
             num_steps = _steps_in_dispatch(step, options)
             next_num_steps = _steps_in_dispatch(step + num_steps, options)
@@ -191,11 +201,9 @@ def fit(
                 save(best=False)
                 log.restart_clock()
             if interrupted and step < options.steps:
-                run.finish_saving()
                 raise UserError(
                     f"interrupted: saved at step {step}; the same command with --run_dir={run.path} goes on"
                 )
-        run.finish_saving()
     if first_step >= options.steps:
         print(f"nothing to do: the run is at step {first_step} of {options.steps}")
     return evaluation_model()
@@ -249,7 +257,7 @@ class Program:
 
         gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
         gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = learning_rate = self._schedule(state.step)
 
         updates, opt_state = self._direction.update(gradients, state.opt_state, state.trainable)
@@ -355,7 +363,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
     def receive(number, _frame):
         received.append(number)
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

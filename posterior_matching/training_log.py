@@ -42,13 +42,10 @@ class TrainingLog:
         self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []
         self._training: dict[str, float] = {}
         self._writes = jax.process_index() == 0
-        self._writer = self._progress = None
         self._steps_timed, self._clock = 0, time.perf_counter()
+        self._steps = steps
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(run.path / "tb"), purge_step=run.step + 1 if run.step else None)
         total, ours = (
             sum(math.prod(a.shape) for a in jax.tree.leaves(s)) for s in (nnx.state(model, nnx.Param), trainable)
         )
@@ -59,9 +56,14 @@ class TrainingLog:
             f"{devices}, global batch {batch_size * jax.device_count()}; {total:,} parameters, {ours:,} of them trained"
         )
         print(f"training from step {run.step} to {steps}", flush=True)
-        self._progress = progress_bar(total=steps, initial=run.step, unit="step")
 
     def __enter__(self) -> "TrainingLog":
+        if self._writes:
+            from tensorboardX import SummaryWriter
+
+            step = self._run.step
+            self._writer = SummaryWriter(str(self._run.path / "tb"), purge_step=step + 1 if step else None)
+            self._progress = progress_bar(total=self._steps, initial=step, unit="step")
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -114,7 +116,8 @@ class TrainingLog:
         if not self._writes:
             return
         rate = self._training["steps_per_second"]
-        row = {f"train_{k}": v for k, v in self._training.items() if k != "steps_per_second"}
+        means = {k: v if math.isfinite(v) else None for k, v in self._training.items()}  # JSON knows no NaN
+        row = {f"train_{k}": v for k, v in means.items() if k != "steps_per_second"}
         self._run.append_metrics(
             {"step": step, **row, **{f"val_{k}": v for k, v in values.items()}, "steps_per_second": rate}
         )
@@ -133,7 +136,8 @@ class TrainingLog:
     def _write(self, prefix: str, step: int, values: dict[str, float]) -> None:
         if self._writes:
             for name, value in values.items():
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+                if math.isfinite(value):  # not so if every update since the last write was skipped
+                    self._writer.add_scalar(f"{prefix}/{name}", value, step)
 
     def _refuse_nonfinite(self, step: int, series: dict[str, np.ndarray]) -> None:
         in_a_row = series["skipped_in_a_row"]

@@ -308,6 +308,7 @@ def test_bad_flags(script, arguments, named):
 def write_run(folder, **changes):
     folder.mkdir()
     config = {"dataset": "mixture", "train_split": "test", "evaluate_checkpoint": "latest", "model": {"latent_dim": 2}}
+    config["mask_generator"] = {"name": "BernoulliMaskGenerator"}
     description = {"model": "pm_vae", "config": config, "input_shape": [8], "standardisation": None} | changes
     (folder / "config.json").write_text(json.dumps(description))
 

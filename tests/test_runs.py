@@ -11,7 +11,7 @@ from flax import nnx
 
 import train_pm_vae
 from configs import common
-from posterior_matching import runs
+from posterior_matching import runs, training
 from posterior_matching.errors import UserError
 
 STEPS = 6
@@ -86,10 +86,10 @@ def test_config_json_is_written_before_the_first_step(tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
-    def fit(*_):
+    def get(*_):
         raise Stopped
 
-    monkeypatch.setattr(train_pm_vae, "fit", fit)
+    monkeypatch.setattr(training.TrainingFeed, "get", get)
     with pytest.raises(Stopped):
         train_pm_vae.train(make_config(), str(tmp_path / "run"))
     assert runs.read_description(tmp_path / "run", "pm_vae")["config"]["steps"] == STEPS
@@ -175,6 +175,7 @@ def test_resuming_with_another_shape_model_or_device_count_is_refused(run_dir):
 def test_resuming_accepts_what_changes_no_step(run_dir, changes):
     run = runs.open_run(str(run_dir), "pm_vae", make_config(**changes), (8,))
     assert run.step == STEPS
+    run.create()
     assert json.loads((run_dir / "config.json").read_text())["config"].items() >= changes.items()
 
 
@@ -235,8 +236,9 @@ def test_a_moved_run_loads(finished, run_dir):
 def test_best_and_latest(run_dir):
     run = runs.open_run(str(run_dir), "pm_vae", make_config(), (8,))
     weights = state_of(runs.load_model(run_dir))
-    run.save(100, {k: v + 1 for k, v in weights.items()}, {"any": np.ones(1)}, best=False)
-    run.finish_saving()
+    run.create()
+    with run.finished_saving():
+        run.save(100, {k: v + 1 for k, v in weights.items()}, {"any": np.ones(1)}, best=False)
     for chosen, shift in ((None, 1), ("latest", 1), ("best", 0)):  # this config evaluates the latest
         found = state_of(runs.load_model(run_dir, "pm_vae", chosen))
         jax.tree.map(lambda a, b, s=shift: np.testing.assert_array_equal(a, b + s), found, weights)

@@ -46,14 +46,16 @@ class Exact:
         """A PosteriorMatchingVAE that is this model; its posteriors are exact but for covariances times `widen`."""
         (d, e), config = self.w.shape, {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": self.w.shape[1]}
         model = nnx.eval_shape(
-            lambda: PosteriorMatchingVAE(
-                input_shape=(d,),
-                latent_dim=e,
-                encoder=config,
-                posterior={"name": "TriLGaussian"},
-                decoder=config,
-                likelihood={"name": "IdentityGaussian"},
-                rngs=nnx.Rngs(0),
+            lambda: PosteriorMatchingVAE.from_config(
+                {
+                    "latent_dim": e,
+                    "encoder": config,
+                    "posterior": {"name": "TriLGaussian"},
+                    "decoder": config,
+                    "likelihood": {"name": "IdentityGaussian"},
+                },
+                (d,),
+                nnx.Rngs(0),
             )
         )
         vae, head = model.vae, model.vae.likelihood_head

@@ -134,11 +134,14 @@ def _read_idx(path: Any) -> np.ndarray:
 
 def _prepare(builder: Any) -> None:
     """Downloads and prepares the dataset. TFDS writes to a temporary folder and renames it, so never by half."""
+    import logging as pythonlogging
+
     import requests
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
 
     logging.info("preparing dataset '%s' in %s", builder.name, builder.data_path)
+    pythonlogging.getLogger("urllib3").setLevel(pythonlogging.ERROR)  # no line per retry
     downloader.MAX_RETRIES = 4  # of 10, which take minutes to say that there is no network
     remedy = f"try again, or copy the folder from a machine that has it to '{builder.data_path}'"
     try:

@@ -10,6 +10,7 @@ from flax import nnx
 from posterior_matching import distributions, likelihood
 from posterior_matching.config import build, call
 from posterior_matching.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
+from posterior_matching.errors import UserError
 from posterior_matching.masking import mask_shape, partial_input
 from posterior_matching.networks import NETWORKS, Shape
 
@@ -40,6 +41,8 @@ class VAE(nnx.Module):
         likelihood: Config,
         rngs: nnx.Rngs,
     ):
+        if latent_dim < 1:
+            raise UserError(f"config.model.latent_dim must be at least 1, not {latent_dim}")
         self.latent_dim = latent_dim
         self.encoder = build(NETWORKS, encoder, "config.model.encoder", input_shape=input_shape, rngs=rngs)
         self.posterior_head = build(
@@ -132,6 +135,7 @@ class ConditionalLogProb(NamedTuple):
     """Importance-sampled log-likelihoods in nats, and how far to trust them; all `[B]`."""
 
     log_p_x: jax.Array  # log p(x)
+    log_p_xo: jax.Array  # log p(x_o)
     log_p_xu_given_xo: jax.Array  # log p(x_u | x_o) = log p(x) - log p(x_o)
     ess_x: jax.Array  # effective sample size of each estimate, in [1, num_samples]
     ess_xo: jax.Array
@@ -141,51 +145,39 @@ class PosteriorMatchingVAE(nnx.Module):
     """A VAE that answers every conditional p(x_u | x_o) through z ~ q(z | x_o).
 
     Args:
-        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        latent_dim: Dimensions of z.
-        encoder: Network config of the encoder.
-        posterior: Head config of q(z | x).
-        decoder: Network config of the decoder.
-        likelihood: Head config of p(x | z).
-        partial_encoder: Network config of the partial encoder; None: as `encoder`, with weights of its own.
-        partial_posterior: Head config of q(z | x_o); None: as `posterior`.
-        rngs: Source of initial weights.
+        vae: The VAE; it may be trained already.
+        partial_posterior: q(z | x_o), over the same z.
     """
 
-    def __init__(
-        self,
-        *,
-        input_shape: Shape,
-        latent_dim: int,
-        encoder: Config,
-        posterior: Config,
-        decoder: Config,
-        likelihood: Config,
-        partial_encoder: Config | None = None,
-        partial_posterior: Config | None = None,
-        rngs: nnx.Rngs,
-    ):
-        self.vae = VAE(
-            input_shape=input_shape,
-            latent_dim=latent_dim,
-            encoder=encoder,
-            posterior=posterior,
-            decoder=decoder,
-            likelihood=likelihood,
-            rngs=rngs,
-        )
-        self.partial_posterior = PartialPosterior(
-            input_shape=input_shape,
-            latent_dim=latent_dim,
-            encoder=partial_encoder or encoder,
-            head=partial_posterior or posterior,
-            rngs=rngs,
-        )
+    def __init__(self, vae: VAE, partial_posterior: PartialPosterior):
+        self.vae = vae
+        self.partial_posterior = partial_posterior
 
     @classmethod
     def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVAE":
-        """Builds the model from `config.model`; raises UserError for keys that it does not take."""
-        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
+        """Builds the model from `config.model`.
+
+        Args:
+            config: The options of `VAE`, and `partial_encoder` and `partial_posterior`, configs of a network and a
+                head. Absent or None, they are those of the encoder and the posterior, with weights of their own.
+            input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+            rngs: Source of initial weights.
+
+        Raises:
+            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
+        """
+        vae_config = dict(config)
+        partial_encoder = vae_config.pop("partial_encoder", None)
+        partial_posterior = vae_config.pop("partial_posterior", None)
+        vae = call(VAE, vae_config, "config.model", input_shape=input_shape, rngs=rngs)
+        partial = PartialPosterior(
+            input_shape=input_shape,
+            latent_dim=vae.latent_dim,
+            encoder=vae_config["encoder"] if partial_encoder is None else partial_encoder,
+            head=vae_config["posterior"] if partial_posterior is None else partial_posterior,
+            rngs=rngs,
+        )
+        return cls(vae, partial)
 
     def terms(
         self,
@@ -263,11 +255,13 @@ class PosteriorMatchingVAE(nnx.Module):
 
             return likelihood.importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
 
+        b = b * available
         key_x, key_xo = jax.random.split(key)
         full = estimate(self.vae.posterior(x), available, key_x)
-        observed = estimate(self.partial_posterior(x, b), b * available, key_xo)
+        observed = estimate(self.partial_posterior(x, b), b, key_xo)
         return ConditionalLogProb(
             log_p_x=full.log_prob,
+            log_p_xo=observed.log_prob,
             log_p_xu_given_xo=full.log_prob - observed.log_prob,
             ess_x=full.effective_sample_size,
             ess_xo=observed.effective_sample_size,
