@@ -7,11 +7,15 @@ from configs import common
 
 
 def get_config():
-    config = common.pm_vae_tabular(latent_dim=8, layer_norm=True, dropout=0.2)
+    config = common.pm_vae_tabular(latent_dim=12)
     config.dataset = "winequality-white.csv"
+    config.model.partial_posterior = common.autoregressive_gmm(residual_blocks=2, hidden_units=128)
+    config.noise_std = 0.1
+    config.beta = {"name": "monotonic", "low": 0.0, "high": 1.0, "transition_begin": 200, "transition_steps": 1000}
+    config.ema_decay = 0.995
     config.batch_size = 256
     config.steps = 3000
-    config.validation_every = 250
-    config.evaluate_checkpoint = "best"
+    config.validation_every = 500
     config.optimizer.transition_steps = 300
+    config.optimizer.weight_decay = 1e-3
     return config

@@ -204,8 +204,9 @@ def fit(
                 raise UserError(
                     f"interrupted: saved at step {step}; the same command with --run_dir={run.path} goes on"
                 )
-    if first_step >= options.steps:
-        print(f"nothing to do: the run is at step {first_step} of {options.steps}")
+    if jax.process_index() == 0:
+        done = "nothing to do" if first_step >= options.steps else "done"
+        print(f"{done}: step {step} of {options.steps}; run directory: {run.path}")
     return evaluation_model()
 
 

@@ -570,7 +570,7 @@ def test_nothing_to_do(linear, capsys):
     linear(steps=8)
     before = (linear.path / "metrics.jsonl").read_text()
     linear(steps=4)
-    assert "nothing to do: the run is at step 8 of 4" in capsys.readouterr().out
+    assert "nothing to do: step 8 of 4" in capsys.readouterr().out
     assert (linear.path / "metrics.jsonl").read_text() == before and saved_steps(linear.path, "latest") == [8]
 
 
