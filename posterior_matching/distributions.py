@@ -115,6 +115,7 @@ class AutoregressiveMixture:
         before = jnp.tri(len(z), k=-1)  # [i, j] = 1 where j < i
         hidden = jnp.einsum("ij,j...,jh->i...h", before, z, self._first_z)
         mask = (before @ self._first_m).reshape(len(z), *[1] * (z.ndim - 1), -1)
+        # The barrier keeps XLA from adding these again, with slow index arithmetic, wherever `hidden` is used.
         hidden = jax.lax.optimization_barrier(hidden + mask + self._from_context)
         features = self._head.network.after_input(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
         parameters = jnp.einsum("i...h,ihk->i...k", features, self._output)

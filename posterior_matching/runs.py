@@ -93,7 +93,7 @@ class Run:
     def forget_metrics_after(self, step: int) -> None:
         """Drops rows that a killed process wrote after its last checkpoint: they will be written again."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
+        if path.exists() and jax.process_index() == 0:
             rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             _write_atomically(path, "".join(row + "\n" for row in rows))
 
