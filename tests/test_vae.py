@@ -459,6 +459,7 @@ SHAPES = {
     "pm_vae_bsds": (63,),
     "pm_vae_digits": (8, 8, 1),
     "pm_vae_gas": (8,),
+    "pm_vae_gas_gaussian": (8,),
     "pm_vae_hepmass": (21,),
     "pm_vae_miniboone": (43,),
     "pm_vae_mixture": (8,),
@@ -467,6 +468,9 @@ SHAPES = {
     "pm_vae_power": (6,),
     "pm_vae_whitewine": (12,),
 }
+
+
+GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -480,8 +484,8 @@ def test_every_config_builds_a_model_with_the_paper_s_heads_that_runs(name):
     }
     assert {role: type(head).__name__ for role, head in heads.items()} == {
         "posterior": "TriLGaussian",
-        "likelihood": "IdentityGaussian" if len(shape) == 1 else "Bernoulli",
-        "partial posterior": "TriLGaussian" if name == "pm_vae_mnist16" else "AutoregressiveGMM",
+        "likelihood": "Bernoulli" if "mnist" in name else "IdentityGaussian",
+        "partial posterior": "TriLGaussian" if name in GAUSSIAN_PARTIAL_POSTERIOR else "AutoregressiveGMM",
     }
     x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     b = jax.ShapeDtypeStruct((2, *shape[:2], 1) if len(shape) == 3 else x.shape, jnp.float32)

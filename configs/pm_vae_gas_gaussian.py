@@ -1,0 +1,12 @@
+"""PM-VAE on `gas` with a Gaussian q(z | x_o): what the published code trains in place of the intended mixture.
+
+python train_pm_vae.py --config configs/pm_vae_gas_gaussian.py
+"""
+
+from configs import pm_vae_gas
+
+
+def get_config():
+    config = pm_vae_gas.get_config()
+    config.model.partial_posterior = {"name": "TriLGaussian"}
+    return config
