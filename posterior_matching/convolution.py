@@ -90,7 +90,7 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int,
     """Gradient of `sum(g * conv(x, kernel))` in the kernel."""
     if padding == "VALID" and x.shape[1:3] == kernel.shape[:2]:
         return jnp.einsum("bhwi,bo->hwio", x, g[:, 0, 0, :])
-    if stride == 1 and padding == "SAME" and min(kernel.shape[2:]) > 1 and jax.default_backend() == "cpu":
+    if stride == 1 and padding == "SAME" and 1 < kernel.shape[2] < kernel.shape[3] and jax.default_backend() == "cpu":
         return _kernel_gradient_as_product(x, g, kernel.shape[0])
     forward = functools.partial(
         lax.conv_general_dilated, x, window_strides=(stride, stride), padding=padding, dimension_numbers=_LAYOUT
