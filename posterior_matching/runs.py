@@ -1,7 +1,7 @@
 """Run directories: what they hold, how they are made, resumed and loaded. The one home of the checkpoint format.
 
 config.json     model, config, input shape, standardisation, versions; written before the first step
-checkpoints/    latest/ and best/ (lowest validation loss), each one Orbax checkpoint of two items:
+checkpoints/    latest/ and best/ (lowest validation loss), one Orbax checkpoint each, of two items (best/: only model):
                   model   weights ready for use (EMA where the config has EMA), a flat dict of arrays by path
                   train   everything else that continuing needs
 tb/             TensorBoard events

@@ -1,4 +1,4 @@
-"""Schedules of the KL weight beta, functions of the training step (METHOD of the paper's experiments, appendix)."""
+"""Schedules of the KL weight beta: functions of the training step (paper, appendix on experiments)."""
 
 from collections.abc import Callable
 
