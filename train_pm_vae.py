@@ -18,8 +18,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, masking, runs, schedules
+from posterior_matching.base import Base, check_shape, load_base
 from posterior_matching.config import build, parse
-from posterior_matching.errors import UserError
 from posterior_matching.images import imputation_grid
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.training import Experiment, TrainingOptions, fit
@@ -44,36 +44,37 @@ class PMVAEOptions:
 def train(config: ConfigDict, run_dir: str | None = None) -> str:
     """Trains and returns the run directory."""
     options, training = parse(config, PMVAEOptions, TrainingOptions)
-    if options.dataset is None:
-        raise UserError("missing key 'config.dataset': a name (README, \"Data\") or a path to .npy, .npz or .csv")
-    train_set = data.load(options.dataset, options.train_split)
-    validation_set = data.load(options.dataset, options.validation_split)
-    experiment = make_experiment(config, train_set, validation_set, run_dir)
+    pretrained = None
+    if options.pretrained_dir is not None:
+        pretrained = load_base(options.pretrained_dir, "pm_vae", run_dir)
+    train_set, validation_set = data.load_for_training(config, pretrained and pretrained.standardisation)
+    experiment = make_experiment(config, train_set, validation_set, pretrained)
     run = runs.open_run(run_dir, "pm_vae", config, train_set.input_shape, train_set.standardisation)
     fit(experiment, run, training, {"x": train_set.x}, {"x": validation_set.x})
     return str(run.path)
 
 
 def make_experiment(
-    config: ConfigDict, train_set: data.Dataset, validation_set: data.Dataset, run_dir: str | None = None
+    config: ConfigDict, train_set: data.Dataset, validation_set: data.Dataset, pretrained: Base | None = None
 ) -> Experiment:
-    """Builds what the training loop needs; takes the VAE and its part of `config.model` from a pretrained run if asked.
-
-    A run that is resumed holds that VAE itself and does not need the pretrained run any more.
-    """
+    """Builds what the training loop needs; the VAE and its part of `config.model` may come from a pretrained run."""
     options, training = parse(config, PMVAEOptions, TrainingOptions)
     generator = masking.build_mask_generator(options.mask_generator)
     generator.check(masking.mask_shape(train_set.input_shape))
     beta = build(schedules.SCHEDULES, options.beta, "config.beta")
 
-    base, trainable = None, nnx.Param
-    if options.pretrained_dir is not None:
-        resumed = run_dir is not None and runs.latest_step(run_dir) > 0
-        base = take_pretrained(config, run_dir if resumed else options.pretrained_dir, train_set.input_shape)
+    trainable = nnx.Param
+    if pretrained is not None:
+        check_shape(pretrained, train_set.input_shape)
         trainable = nnx.All(nnx.Param, nnx.PathContains("partial_posterior"))
+        with config.unlocked():
+            for key in ("latent_dim", "encoder", "posterior", "decoder", "likelihood"):
+                value = pretrained.config[key]
+                config.model[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+        logging.info("config.model of the VAE is that of %s", options.pretrained_dir)
     model = PosteriorMatchingVAE.from_config(config.model, train_set.input_shape, nnx.Rngs(training.seed))
-    if base is not None:
-        model.vae = base.vae
+    if pretrained is not None:
+        model.vae = pretrained.model.vae
 
     def prepare(rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
         x, available = data.decode(rows["x"], train_set.max_value)
@@ -105,22 +106,6 @@ def make_experiment(
     is_image = len(train_set.input_shape) == 3
     images = functools.partial(example_images, validation_set, generator) if is_image else None
     return Experiment(model, loss, prepare, trainable, images)
-
-
-def take_pretrained(config: ConfigDict, pretrained_dir: str, input_shape: tuple[int, ...]) -> PosteriorMatchingVAE:
-    """Returns the model of another run, and copies what describes its VAE into `config.model`."""
-    description = runs.read_description(pretrained_dir, "pm_vae")
-    if tuple(description["input_shape"]) != tuple(input_shape):
-        raise UserError(
-            f"{pretrained_dir} was trained on data of shape {tuple(description['input_shape'])}, "
-            f"config.dataset has shape {tuple(input_shape)}"
-        )
-    with config.unlocked():
-        for key in ("latent_dim", "encoder", "posterior", "decoder", "likelihood"):
-            value = description["config"]["model"][key]
-            config.model[key] = ConfigDict(value) if isinstance(value, dict) else value
-    logging.info("taking config.model of the VAE from %s", pretrained_dir)
-    return runs.load_model(pretrained_dir, "pm_vae")
 
 
 def example_images(dataset: data.Dataset, generator: masking.MaskGenerator, model: nnx.Module) -> dict[str, np.ndarray]:

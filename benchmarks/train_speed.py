@@ -8,7 +8,6 @@ rate of a large matrix product measured in the same run. All are medians. The sh
 between machines. (Strided transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies.)
 """
 
-import importlib
 import pathlib
 import resource
 import sys
@@ -24,25 +23,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from posterior_matching import cli, data, parallel, training
+from benchmarks import synthetic
+from posterior_matching import cli, parallel, training
 from posterior_matching.config import call
 from posterior_matching.training import TrainingOptions
-
-SHAPES = {
-    "power": (6,),
-    "gas": (8,),
-    "hepmass": (21,),
-    "miniboone": (43,),
-    "bsds": (63,),
-    "patches": (63,),
-    "mixture": (8,),
-    "winequality-white.csv": (12,),
-    "digits": (8, 8, 1),
-    "mnist16": (16, 16, 1),
-    "mnist": (28, 28, 1),
-    "celeb_a": (64, 64, 3),
-}
-SCRIPTS = {"pm_vae": "train_pm_vae"}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment to measure.", lock_config=True)
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
@@ -52,9 +36,8 @@ def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
     rows = 4 * config.batch_size * jax.device_count()
-    dataset = synthetic(config.dataset, rows)
-    family = max((f for f in SCRIPTS if pathlib.Path(cli.config_path()).stem.startswith(f)), key=len)
-    experiment = importlib.import_module(SCRIPTS[family]).make_experiment(config, dataset, dataset)
+    dataset = synthetic.dataset(config.dataset, rows)
+    experiment = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, dataset)
     options = call(
         TrainingOptions, {k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__}, "config"
     )
@@ -63,7 +46,8 @@ def main() -> None:
     state, frozen = parallel.replicate(program.initial_state())
     per_dispatch = training.steps_per_dispatch(options)
     share = rows // jax.device_count()
-    arrays = parallel.shard({"x": dataset.x.reshape(jax.local_device_count(), share, *dataset.input_shape)})
+    arrays = {"x": dataset.x} | ({} if dataset.label is None else {"label": dataset.label})
+    arrays = parallel.shard({k: a.reshape(jax.local_device_count(), share, *a.shape[1:]) for k, a in arrays.items()})
     indices = np.arange(per_dispatch * options.batch_size, dtype=np.int32) % share
     indices = np.broadcast_to(
         indices.reshape(1, per_dispatch, -1), (jax.local_device_count(), per_dispatch, options.batch_size)
@@ -112,16 +96,6 @@ def main() -> None:
 def spread(values: list[float], unit: float = 1.0) -> str:
     """Returns how many values there are, and the least and the greatest."""
     return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
-
-
-def synthetic(name: str, rows: int) -> data.Dataset:
-    """Random data of the shape and storage type of dataset `name`."""
-    shape = SHAPES[name]
-    rng = np.random.default_rng(0)
-    if len(shape) == 3:
-        stored = rng.integers(0, 256, (rows, *shape), np.uint8)
-        return data.Dataset(name, "train", stored, max_value=255.0)
-    return data.Dataset(name, "train", rng.standard_normal((rows, *shape), np.float32))
 
 
 def matrix_product_flops_per_second(size: int = 4096, repeats: int = 3) -> float:

@@ -1,4 +1,4 @@
-"""Every key of a PM-VAE experiment, and the values that the paper's experiments of one kind share.
+"""Every key of an experiment, and the values that the paper's experiments of one kind share.
 
 Hyperparameters are those of the published experiments (paper, appendix), with its errors mended: see the README.
 """
@@ -6,8 +6,8 @@ Hyperparameters are those of the published experiments (paper, appendix), with i
 from ml_collections import ConfigDict, config_dict
 
 
-def pm_vae() -> ConfigDict:
-    """All keys of a PM-VAE config. `config.model` has the keys of `models.vae.PosteriorMatchingVAE`."""
+def training() -> ConfigDict:
+    """The keys that every training script reads."""
     config = ConfigDict()
     config.seed = 0
     config.dataset = config_dict.placeholder(str)  # a name (README, "Data") or a path to .npy, .npz or .csv
@@ -22,13 +22,6 @@ def pm_vae() -> ConfigDict:
     config.ema_decay = config_dict.placeholder(float)
     config.skip_nonfinite_updates = False
     config.data_memory_budget_gb = 8.0  # per device; larger data stream from the host
-
-    config.noise_std = 0.0  # Gaussian noise on the training data
-    config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
-    config.matching_coef = 1.0
-    config.matching_ll_stop_gradients = False  # True: the VAE does not feel the matching term
-    config.pretrained_dir = config_dict.placeholder(str)  # a PM-VAE run whose VAE to take over, frozen
-    config.beta = ConfigDict({"name": "constant", "value": 1.0})
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-3,
@@ -41,6 +34,18 @@ def pm_vae() -> ConfigDict:
             "eps": 1e-8,
         }
     )
+    return config
+
+
+def pm_vae() -> ConfigDict:
+    """All keys of a PM-VAE config. `config.model` has the keys of `models.vae.PosteriorMatchingVAE`."""
+    config = training()
+    config.noise_std = 0.0  # Gaussian noise on the training data
+    config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
+    config.matching_coef = 1.0
+    config.matching_ll_stop_gradients = False  # True: the VAE does not feel the matching term
+    config.pretrained_dir = config_dict.placeholder(str)  # a PM-VAE run whose VAE to take over, frozen
+    config.beta = ConfigDict({"name": "constant", "value": 1.0})
     return config
 
 

@@ -125,6 +125,9 @@ class Experiment:
     prepare: Callable[[Batch], Batch]  # stored rows -> model inputs, inside the compiled step
     trainable: Any = nnx.Param  # NNX filter; other parameters are frozen and have no optimiser state
     images: Callable[[nnx.Module], dict[str, np.ndarray]] | None = None  # evaluation model -> [H, W, C] in [0, 1]
+    # Means over the validation data -> what is logged. Terms may be vectors per example, [B, ...], that only together
+    # mean something: how often each code was used, which cluster met which label.
+    summarise: Callable[[dict[str, np.ndarray]], dict[str, Any]] = dict
 
 
 def fit(
@@ -216,6 +219,7 @@ class Program:
     def __init__(self, experiment: Experiment, options: TrainingOptions):
         optimizer = call(OptimizerOptions, options.optimizer, "config.optimizer")
         self._loss, self._prepare, self._options = experiment.loss, experiment.prepare, options
+        self._summarise = experiment.summarise
         self._schedule, self._direction = optimizer.schedule(), optimizer.direction()
         self.graphdef, *self._initial = nnx.split(experiment.model, experiment.trainable, nnx.Param, ...)
         self.train = parallel.pmap(self._train_steps, donate_argnums=0)
@@ -282,16 +286,17 @@ class Program:
 
     def validate(self, weights, mutable, frozen, chunks: "_ValidationChunks") -> dict[str, float]:
         """Returns the mean of every loss term over all validation examples."""
-        sums: dict[str, float] = {}
+        sums: dict[str, np.ndarray] = {}
         parts = [self._validate(weights, mutable, frozen, *chunk) for chunk in chunks]
         for part in parts:
             for name, values in parallel.unreplicate(part).items():
-                sums[name] = sums.get(name, 0.0) + float(np.sum(values, dtype=np.float64))
+                sums[name] = sums.get(name, 0.0) + np.sum(values, axis=0, dtype=np.float64)  # over batches
         count = sums.pop("count")
-        return {name: value / count for name, value in sums.items()}
+        values = self._summarise({name: value / count for name, value in sums.items()})
+        return {name: float(value) for name, value in values.items()}
 
     def _validation_sums(self, weights, mutable, frozen, arrays, example_weights, batch_index):
-        """Sums of the loss terms over the devices for each batch of a chunk, `[batches]`."""
+        """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
         model = nnx.merge(self.graphdef, weights, frozen, mutable, copy=True)
         key = jax.random.fold_in(jax.random.key(self._options.seed), np.uint32(2**32 - 1))  # no training step's key
 
@@ -300,10 +305,13 @@ class Program:
             batch_key = jax.random.fold_in(key, index)
             rngs = _streams(jax.random.fold_in(batch_key, jax.lax.axis_index(parallel.AXIS)))
             terms = self._loss(model, self._prepare(rows), rngs, step=None, training=False)
-            terms = {name: jnp.broadcast_to(value, weight.shape) for name, value in terms.items()} | {"count": 1.0}
-            # `where`, so that what padding rows may produce cannot turn 0 * inf into NaN.
-            sums = jax.tree.map(lambda value: jnp.sum(jnp.where(weight > 0, value, 0.0)), terms)
-            return None, jax.lax.psum(sums, parallel.AXIS)
+
+            def total(value):  # over the batch
+                value = jnp.broadcast_to(value, weight.shape) if jnp.ndim(value) == 0 else value
+                # `where`, so that what padding rows may produce cannot turn 0 * inf into NaN.
+                return jnp.where(weight.reshape(-1, *[1] * (value.ndim - 1)) > 0, value, 0.0).sum(0)
+
+            return None, jax.lax.psum(jax.tree.map(total, terms | {"count": 1.0}), parallel.AXIS)
 
         return jax.lax.scan(batch_sums, None, (arrays, example_weights, batch_index))[1]
 

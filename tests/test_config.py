@@ -5,31 +5,16 @@ import dataclasses
 import importlib
 import pathlib
 
-import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-import train_pm_vae
-from posterior_matching import data
+from benchmarks import synthetic
 from posterior_matching.config import build, call, parse
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.training import OptimizerOptions, TrainingOptions
 
-CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("pm_vae_*.py"))
-
-SHAPES = {
-    "power": (6,),
-    "gas": (8,),
-    "hepmass": (21,),
-    "miniboone": (43,),
-    "bsds": (63,),
-    "mixture": (8,),
-    "winequality-white.csv": (12,),
-    "digits": (8, 8, 1),
-    "mnist16": (16, 16, 1),
-    "mnist": (28, 28, 1),
-}
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*_*.py"))
 
 
 def layer(size, activation="relu", *, rngs):
@@ -151,18 +136,12 @@ def load(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-def synthetic(config):
-    shape = SHAPES[config.dataset]
-    stored = np.zeros((4, *shape), np.uint8 if len(shape) == 3 else np.float32)
-    return data.Dataset(config.dataset, "train", stored, max_value=255.0 if len(shape) == 3 else 1.0)
-
-
-def read_everything(config):
+def read_everything(name, config):
     """What a training run does with its config, without allocating or computing any weights."""
-    dataset = synthetic(config)
-    _, options = parse(config, train_pm_vae.PMVAEOptions, TrainingOptions)
-    call(OptimizerOptions, options.optimizer, "config.optimizer")
-    nnx.eval_shape(lambda: train_pm_vae.make_experiment(config, dataset, dataset).model)
+    rows = synthetic.dataset(config.dataset, 4)
+    nnx.eval_shape(lambda: synthetic.experiment(name, config, rows).model)
+    options = {k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__}
+    call(OptimizerOptions, call(TrainingOptions, options, "config").optimizer, "config.optimizer")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -170,7 +149,7 @@ def test_every_config_is_read_to_the_last_key(name):
     """Renaming any one key is an error that names it: so no key is without a reader."""
     original = load(name)
     dataset, plain = original.dataset, original.to_dict()
-    read_everything(original)
+    read_everything(name, original)
     checked = list(leaves(plain))
     assert len(checked) >= 40
     for path in checked:
@@ -184,16 +163,15 @@ def test_every_config_is_read_to_the_last_key(name):
         where = ".".join(path) + ("" if path[-1] == "name" else "_")
         config = ConfigDict(renamed)
         with pytest.raises(UserError, match=rf"^{expected} 'config\.{where}'"):
-            read_everything(config if "dataset" in config else ConfigDict(renamed | {"dataset": dataset}))
+            read_everything(name, config if "dataset" in config else ConfigDict(renamed | {"dataset": dataset}))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_fits_its_dataset_and_names_a_split_to_validate_on(name):
     config = load(name)
-    assert config.dataset in SHAPES
-    options, training = parse(config, train_pm_vae.PMVAEOptions, TrainingOptions)
-    assert (options.train_split, options.validation_split) == ("train", "validation")
-    assert training.steps >= training.validation_every >= training.log_every
+    assert config.dataset in synthetic.SHAPES
+    assert (config.train_split, config.validation_split) == ("train", "validation")
+    assert config.steps >= config.validation_every >= config.log_every
 
 
 # The hyperparameters of the paper's experiments, from its tables.

@@ -340,6 +340,14 @@ def test_a_run_on_a_pretrained_vae_describes_itself(pretrained, undisturbed):
     assert ours["pretrained_dir"] == "base"
 
 
+def test_a_pretrained_vae_of_other_data_is_refused(folder, undisturbed):
+    np.save(folder / "nine.npy", np.random.default_rng(0).standard_normal((200, 9)))
+    process = train(folder, "refused", f"--config.pretrained_dir={undisturbed}", "--config.dataset=nine.npy")
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 1 and not (folder / "refused").exists()
+    assert err.strip().endswith("trained on data of shape (8,), config.dataset has shape (9,)")
+
+
 def test_a_run_on_a_pretrained_vae_resumes_without_it(folder, pretrained):
     finish(train(folder, shutil.copytree(pretrained, folder / "longer"), *PRETRAINED, "--config.steps=30"))
     longer, shorter = (runs.flat_weights(nnx.state(runs.load_model(p))) for p in (folder / "longer", pretrained))

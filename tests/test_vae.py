@@ -13,6 +13,7 @@ import scipy.stats
 from flax import nnx
 from numpyro import distributions as dist
 
+from benchmarks import synthetic
 from posterior_matching.models.vae import PosteriorMatchingVAE, Terms
 
 KEY = jax.random.key(0)
@@ -450,24 +451,10 @@ def test_the_partial_encoder_is_like_the_encoder_by_default_but_has_weights_of_i
 # Configs
 
 
-def abstract_model(name, input_shape):
+def abstract_model(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    return nnx.eval_shape(lambda: PosteriorMatchingVAE.from_config(config.model, input_shape, nnx.Rngs(0)))
-
-
-SHAPES = {
-    "pm_vae_bsds": (63,),
-    "pm_vae_digits": (8, 8, 1),
-    "pm_vae_gas": (8,),
-    "pm_vae_gas_gaussian": (8,),
-    "pm_vae_hepmass": (21,),
-    "pm_vae_miniboone": (43,),
-    "pm_vae_mixture": (8,),
-    "pm_vae_mnist": (28, 28, 1),
-    "pm_vae_mnist16": (16, 16, 1),
-    "pm_vae_power": (6,),
-    "pm_vae_whitewine": (12,),
-}
+    shape = synthetic.SHAPES[config.dataset]
+    return nnx.eval_shape(lambda: PosteriorMatchingVAE.from_config(config.model, shape, nnx.Rngs(0))), shape
 
 
 GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian")
@@ -475,8 +462,7 @@ GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian")
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds_a_model_with_the_paper_s_heads_that_runs(name):
-    shape = SHAPES[name]
-    model = abstract_model(name, shape)
+    model, shape = abstract_model(name)
     heads = {
         "posterior": model.vae.posterior_head,
         "likelihood": model.vae.likelihood_head,
@@ -527,7 +513,7 @@ PARAMETER_COUNTS = {
 
 @pytest.mark.parametrize("name", sorted(PARAMETER_COUNTS))
 def test_parameter_counts(name):
-    model = abstract_model(name, SHAPES[name])
+    model, _ = abstract_model(name)
     parts = {part: getattr(model.vae, part) for part in ("encoder", "posterior_head", "decoder", "likelihood_head")}
     parts |= {"partial encoder": model.partial_posterior.encoder, "partial head": model.partial_posterior.head}
     parts |= {"total": model}

@@ -13,8 +13,9 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from posterior_matching.errors import UserError
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["Dataset", "Standardisation", "decode", "load", "mixture_log_prob"]
+__all__ = ["Dataset", "Standardisation", "decode", "load", "load_for_training", "mixture_log_prob"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +119,25 @@ def load(name: str, split: str, *, standardisation: Standardisation | None = Non
     if split not in parts:
         raise unknown_split(name, split, parts)
     return Dataset(name, split, *parts[split], max_value=max_value)
+
+
+def load_for_training(
+    config: Mapping[str, Any], standardisation: Standardisation | None = None
+) -> tuple[Dataset, Dataset]:
+    """Loads the training and the validation part that an experiment's config names.
+
+    Args:
+        config: With `dataset`, `train_split` and `validation_split`.
+        standardisation: Of an own file, that of the run to build on; by default that of the file's training part.
+
+    Raises:
+        UserError: `config.dataset` is not set, or see `load`.
+    """
+    name = config["dataset"]
+    if name is None:
+        raise UserError("missing key 'config.dataset': a name (README, \"Data\") or a path to .npy, .npz or .csv")
+    train = load(name, config["train_split"], standardisation=standardisation)
+    return train, load(name, config["validation_split"], standardisation=train.standardisation)
 
 
 def _load_own(path: str, split: str, standardisation: Standardisation | None) -> Dataset:
