@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from posterior_matching import baselines, schedules
-from posterior_matching.images import imputation_grid, save_png
+from posterior_matching.images import image_square, imputation_grid, save_png
 from posterior_matching.metrics import finite_mean, nrmse
 
 # NRMSE
@@ -134,7 +134,7 @@ def test_imputation_grid_shows_original_observed_part_and_imputations_of_each_im
 
 def test_images_without_masks_are_laid_out_as_a_square_in_order():
     x = np.arange(16).reshape(16, 1, 1, 1) * np.ones((1, 3, 2, 1)) / 16
-    grid = imputation_grid(x, None, None)
+    grid = image_square(x)
     assert grid.shape == (4 * 5, 4 * 4, 1)
     np.testing.assert_array_equal(grid[::5, ::4, 0], np.arange(16).reshape(4, 4) / 16)
 
