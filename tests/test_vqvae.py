@@ -1,0 +1,297 @@
+"""The VQ-VAE and Posterior Matching on it: the quantiser by its definition, what is frozen, what may not matter."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import train_pm_vqvae
+import train_vqvae
+from benchmarks import synthetic
+from posterior_matching import parallel, runs
+from posterior_matching.errors import UserError
+from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE, VectorQuantizer
+from posterior_matching.training import Program, TrainingOptions
+
+OPTIONS = {"hidden_units": 8, "residual_units": 4, "residual_blocks": 1, "codebook_size": 6, "embedding_dim": 3}
+
+
+def vqvae(input_shape=(8, 8, 1), **options):
+    return VQVAE.from_config(OPTIONS | options, input_shape, nnx.Rngs(0))
+
+
+def pm_vqvae():
+    pixel_cnn = {"num_resnet": 1, "num_filters": 4, "dropout": 0.1}
+    config = {"vqvae": OPTIONS, "conditional_dim": 5, "pixel_cnn": pixel_cnn}
+    return PosteriorMatchingVQVAE.from_config(config, (8, 8, 1), nnx.Rngs(0))
+
+
+# Quantiser -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_vector_is_chosen():
+    quantizer = VectorQuantizer(7, 3, rngs=nnx.Rngs(0))
+    z = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+    distances = np.linalg.norm(np.asarray(z)[..., None, :] - np.asarray(quantizer.codebook[...]), axis=-1)
+    quantized = quantizer(z)
+    np.testing.assert_array_equal(quantized.indices, distances.argmin(-1))
+    np.testing.assert_allclose(quantized.z, quantizer.codebook[...][quantized.indices], rtol=1e-6)
+    expected = 0.25 * (distances.min(-1) ** 2 / 3).mean((1, 2))
+    np.testing.assert_allclose(quantized.loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_gradients_go_straight_through_to_the_encoder_and_by_the_loss_to_the_codebook(use_ema):
+    quantizer = VectorQuantizer(7, 3, commitment_cost=0.5, use_ema=use_ema, rngs=nnx.Rngs(0))
+    z = jax.random.normal(jax.random.key(0), (1, 2, 2, 3))
+    weights = jax.random.normal(jax.random.key(1), z.shape)
+    np.testing.assert_array_equal(jax.grad(lambda z: (weights * quantizer(z).z).sum())(z), weights)
+
+    codes = quantizer(z)
+    difference = (z - codes.z) / z[0].size  # of the mean over 12 entries
+    np.testing.assert_allclose(jax.grad(lambda z: quantizer(z).loss.sum())(z), 2 * 0.5 * difference, atol=1e-6)
+    gradients = jax.tree.leaves(nnx.grad(lambda quantizer: quantizer(z).loss.sum())(quantizer))
+    if use_ema:
+        assert not gradients  # the codebook is no parameter
+    else:
+        expected = np.zeros((7, 3))
+        np.add.at(expected, np.asarray(codes.indices).ravel(), -2 * np.asarray(difference).reshape(-1, 3))
+        np.testing.assert_allclose(gradients[0], expected, atol=1e-6)
+
+
+def test_the_codebook_follows_debiased_averages_and_codes_never_chosen_stay():
+    quantizer = VectorQuantizer(5, 2, decay=0.9, rngs=nnx.Rngs(0))
+    initial = np.asarray(quantizer.codebook[...])
+    rng = np.random.default_rng(0)
+    counts, sums = np.zeros(5), np.zeros((5, 2))
+    for step in range(1, 4):
+        z, indices = rng.standard_normal((2, 3, 2, 2)).astype(np.float32), rng.integers(0, 4, (2, 3, 2))
+        chosen = np.eye(5)[indices.ravel()]
+        counts = 0.9 * counts + 0.1 * chosen.sum(0)
+        sums = 0.9 * sums + 0.1 * chosen.T @ z.reshape(-1, 2)
+        quantizer.update(jnp.asarray(z), jnp.asarray(indices))
+        sizes = counts / (1 - 0.9**step)
+        smoothed = (sizes + 1e-5) / (sizes.sum() + 5e-5) * sizes.sum()
+        expected = np.where(counts[:, None] > 0, sums / (1 - 0.9**step) / smoothed[:, None], initial)
+        np.testing.assert_allclose(quantizer.codebook[...], expected, rtol=1e-4)
+    np.testing.assert_array_equal(quantizer.codebook[...][4], initial[4])
+
+
+def test_after_one_update_a_code_is_the_mean_of_what_chose_it():
+    quantizer = VectorQuantizer(2, 2, rngs=nnx.Rngs(0))
+    z = jnp.array([[[[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]]]])
+    quantizer.update(z, jnp.array([[[0, 0, 1]]]))
+    np.testing.assert_allclose(quantizer.codebook[...], [[2.0, 3.0], [10.0, 20.0]], rtol=1e-4)
+
+
+# VQ-VAE --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("strides", "grid"), [((2, 2), (2, 2)), ((2, 1), (4, 4)), ((1, 1), (8, 8))])
+def test_shapes_and_likelihood(strides, grid):
+    model, x = vqvae(strides=strides), jax.random.uniform(jax.random.key(0), (3, 8, 8, 1))
+    model.likelihood_head.log_scale[...] = 0.3
+    assert model.grid == grid and model.indices(x).shape == (3, *grid)
+    p = model.decode(model.indices(x))
+    scale = np.exp(0.3) + 1e-5
+    expected = -0.5 * (np.square((x - p.mean) / scale) + np.log(2 * np.pi * scale**2)).sum((1, 2, 3))
+    terms = model.terms(x)
+    np.testing.assert_allclose(terms.reconstruction_ll, expected, rtol=1e-5)
+    np.testing.assert_allclose(terms.loss(), -expected + np.asarray(terms.quantizer_loss), rtol=1e-5)
+    assert model.reconstruct(x).min() >= 0 and model.reconstruct(x).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "named"),
+    [
+        ((9, 8, 1), {}, "images of 9x8 do not fit a code grid that is 4 times smaller"),
+        ((64,), {}, "a VQ-VAE needs images"),
+        ((8, 8, 1), {"strides": (2,)}, "strides must be two numbers"),
+        ((8, 8, 1), {"codebook_size": 0}, "codebook_size must be at least 1"),
+        ((8, 8, 1), {"decay": 1.0}, "decay must lie in"),
+        ((8, 8, 1), {"codebok_size": 4}, "unknown key 'config.model.codebok_size': did you mean 'codebook_size'"),
+    ],
+)
+def test_what_does_not_fit_is_named(shape, options, named):
+    with pytest.raises(UserError, match=named.replace("(", r"\(")):
+        vqvae(shape, **options)
+
+
+def one_step(config, rows, num_devices):
+    """The state after one training step of `vqvae_digits`, made tiny, on the first devices, one batch in all."""
+    program = Program(train_vqvae.make_experiment(config, rows, rows), options(config))
+    devices = jax.local_devices()[:num_devices]
+    step = jax.pmap(program._train_steps, axis_name=parallel.AXIS, devices=devices)
+    state = jax.tree.map(lambda a: jnp.stack([a] * num_devices), program.initial_state())
+    arrays = {"x": rows.x.reshape(num_devices, -1, 8, 8, 1)}
+    indices = np.broadcast_to(np.arange(16 // num_devices), (num_devices, 1, 16 // num_devices))
+    state, metrics = step(*state, arrays, indices)
+    return jax.tree.map(np.asarray, (state.trainable, state.mutable)), jax.tree.map(np.asarray, metrics)
+
+
+def options(config):
+    return TrainingOptions(**{k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__})
+
+
+def tiny(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.update({"steps": 4, "validation_every": 2, "log_every": 2, "batch_size": 4, "noise_std": 0.0})
+    if "vqvae_dir" in config:
+        config.model.pixel_cnn.update({"num_resnet": 1, "num_filters": 4})
+    else:
+        config.model.update(OPTIONS | {"codebook_size": 32})
+    return config
+
+
+def test_four_devices_equal_one():
+    config, rows = tiny("vqvae_digits"), synthetic.dataset("digits", 16)
+    (one, one_metrics), (four, four_metrics) = one_step(config, rows, 1), one_step(config, rows, 4)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_array_equal(b, np.broadcast_to(b[:1], b.shape))  # devices agree among themselves
+        np.testing.assert_allclose(a[0], b[0], rtol=1e-4, atol=1e-5)
+    for name in ("loss", "perplexity"):
+        np.testing.assert_allclose(one_metrics[name][0], four_metrics[name][0], rtol=1e-4)
+    codebooks = [leaf for path, leaf in nnx.to_flat_state(one[1]) if path[-1] == "codebook"]
+    initial = [
+        leaf
+        for path, leaf in nnx.to_flat_state(nnx.state(VQVAE.from_config(config.model, (8, 8, 1), nnx.Rngs(0))))
+        if path[-1] == "codebook"
+    ]
+    assert np.abs(codebooks[0].get_value()[0] - initial[0].get_value()).max() > 1e-3
+
+
+def test_validation_counts_the_codes_used_over_all_examples():
+    usage = np.array([0.5, 0.25, 0.25, 0.0])
+    found = train_vqvae.summarise_usage({"loss": 1.0, "code_usage": usage})
+    assert found.keys() == {"loss", "perplexity", "codes_used"} and found["codes_used"] == 3
+    assert found["perplexity"] == pytest.approx(2**1.5)
+
+
+# PM-VQVAE ------------------------------------------------------------------------------------------------------------
+
+
+def test_unobserved_values_have_no_influence_and_observed_ones_are_copied():
+    model = pm_vqvae()
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
+    b = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 8, 8, 1)).astype(jnp.float32)
+    other = jnp.where(b == 1, x, 0.123)
+    impute = nnx.jit(PosteriorMatchingVQVAE.impute, static_argnums=3)
+    found = impute(model, x, b, 3, key=jax.random.key(2))
+    np.testing.assert_array_equal(found, impute(model, other, b, 3, key=jax.random.key(2)))
+    assert found.shape == (3, 2, 8, 8, 1) and found.min() >= 0 and found.max() <= 1
+    np.testing.assert_array_equal(np.where(b == 1, found, 0), np.broadcast_to(np.where(b == 1, x, 0), found.shape))
+    np.testing.assert_array_equal(model.conditional_input(x, b), model.conditional_input(other, b))
+    assert np.abs(model.conditional_input(x, b) - model.conditional_input(x, jnp.ones_like(b))).max() > 0
+
+
+def test_matching_ll_is_the_log_probability_of_the_codes_of_x():
+    model = pm_vqvae()
+    x, b = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1)), jnp.ones((2, 8, 8, 1)).at[:, :4].set(0.0)
+    logits = model.pixel_cnn.logits(model.vqvae.indices(x), model.conditional_input(x, b))
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    codes = np.asarray(model.vqvae.indices(x))
+    expected = [sum(np.log(probabilities[(n, *at, codes[(n, *at)])]) for at in np.ndindex(2, 2)) for n in range(2)]
+    np.testing.assert_allclose(model.matching_ll(x, b), expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A VQ-VAE run and a PM-VQVAE run on it, a few steps each, the first then deleted."""
+    folder = tmp_path_factory.mktemp("vqvae")
+    train_vqvae.train(tiny("vqvae_digits"), str(folder / "base"))
+    base = runs.flat_weights(nnx.state(runs.load_model(folder / "base", "vqvae")))
+    config = tiny("pm_vqvae_digits")
+    config.vqvae_dir = str(folder / "base")
+    train_pm_vqvae.train(config, str(folder / "pm"))
+    return folder, base
+
+
+def test_the_vqvae_of_a_pm_vqvae_run_is_that_of_its_base_bit_for_bit(chain):
+    folder, base = chain
+    ours = runs.flat_weights(nnx.state(runs.load_model(folder / "pm", "pm_vqvae")))
+    for name, value in base.items():
+        np.testing.assert_array_equal(ours[f"vqvae.{name}"], value)
+    description = runs.read_description(folder / "pm")
+    assert description["config"]["model"]["vqvae"] == runs.read_description(folder / "base")["config"]["model"]
+
+
+def test_a_pm_vqvae_run_goes_on_without_its_base(chain):
+    folder, base = chain
+    (folder / "base").rename(folder / "gone")
+    try:
+        config = tiny("pm_vqvae_digits")
+        config.update({"vqvae_dir": str(folder / "base"), "steps": 6})
+        train_pm_vqvae.train(config, str(folder / "pm"))
+    finally:
+        (folder / "gone").rename(folder / "base")
+    assert runs.latest_step(folder / "pm") == 6
+    ours = runs.flat_weights(nnx.state(runs.load_model(folder / "pm", checkpoint="latest")))
+    np.testing.assert_array_equal(ours["vqvae.quantizer.codebook"], base["quantizer.codebook"])
+
+
+def test_bases_that_do_not_fit_are_refused(chain):
+    folder, _ = chain
+    config = tiny("pm_vqvae_digits")
+    with pytest.raises(UserError, match=r"missing key 'config\.vqvae_dir': the run directory of a vqvae run"):
+        train_pm_vqvae.train(config, str(folder / "new"))
+    config.vqvae_dir = str(folder / "pm")
+    with pytest.raises(UserError, match="is a run of pm_vqvae, not of vqvae"):
+        train_pm_vqvae.train(config, str(folder / "new"))
+    config.update({"vqvae_dir": str(folder / "base"), "dataset": "mixture"})
+    config.mask_generator = {"name": "UniformMaskGenerator"}
+    with pytest.raises(UserError, match=r"trained on data of shape \(8, 8, 1\)"):
+        train_pm_vqvae.train(config, str(folder / "new"))
+    assert not (folder / "new").exists()
+
+
+def test_a_checkpoint_with_another_codebook_is_refused(chain, tmp_path):
+    folder, _ = chain
+    copy = shutil.copytree(folder / "base", tmp_path / "copy")
+    description = json.loads((copy / "config.json").read_text())
+    description["config"]["model"]["codebook_size"] = 33
+    (copy / "config.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"does not fit its config.json: .*codebook: \(33, 3\) -> \(32, 3\)"):
+        runs.load_model(copy)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(folder, *arguments):
+    environment = os.environ | {"XLA_FLAGS": "", "https_proxy": "http://localhost:9"}
+    script = Path(__file__).parents[1] / "eval_pm_vqvae.py"
+    command = [sys.executable, str(script), f"--run_dir={folder / 'pm'}", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_evaluation_writes_what_it_says(chain):
+    folder, _ = chain
+    flags = ["--embedding=pixels", "--num_instances=30", "--num_samples=2", "--num_trials=2", "--baselines"]
+    finished = evaluate(folder, *flags)
+    assert finished.returncode == 0, finished.stderr
+    results = folder / "pm" / "imputation_results"
+    found = json.loads((results / "results.json").read_text())
+    assert found["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall"}
+    assert found["num_examples"] == 30 and found["flags"]["embedding"] == "pixels"
+    shapes = {path.stem: np.load(path).shape for path in results.glob("*.npy")}
+    assert shapes == {"psnrs": (2,), "prd_data": (2, 2, 1001), "f_scores": (2, 2)}
+    np.testing.assert_array_equal(np.load(results / "psnrs.npy"), found["metrics"]["psnr_db"]["trials"])
+    assert 5 < found["metrics"]["psnr_mean_db"]["mean"] < found["metrics"]["psnr_knn_db"]["mean"] < 40
+    assert (results / "imputations.png").exists()
+
+
+def test_without_network_the_default_embedding_fails_in_one_line_before_any_work(chain, tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(tmp_path))
+    finished = evaluate(chain[0], "--num_instances=30")
+    assert finished.returncode == 1
+    (line,) = finished.stderr.strip().splitlines()
+    assert line.startswith("error: cannot download the Inception weights") and line.endswith("--embedding=pixels")
