@@ -27,8 +27,8 @@ SHAPES = {
     "celeb_a": (64, 64, 3),
 }
 # What a config's file name begins with -> its training script, and the model it is built on.
-SCRIPTS = {"pm_vae": "train_pm_vae"}
-BASES = {}
+SCRIPTS = {"pm_vae": "train_pm_vae", "lookahead": "train_lookahead_posterior"}
+BASES = {"lookahead": "pm_vae"}
 
 
 def dataset(name: str, rows: int) -> data.Dataset:
