@@ -17,7 +17,7 @@ from posterior_matching.networks import NETWORKS, Shape
 
 Config = Mapping[str, Any]
 
-SPREADS = ("total", "remaining")
+SPREADS = ("remaining", "total")
 
 
 class LookaheadPosterior(nnx.Module):
@@ -81,13 +81,14 @@ class LookaheadPosterior(nnx.Module):
         num_samples: int,
         num_features: int,
         available: jax.Array | None = None,
-        spread: str = "total",
+        spread: str = "remaining",
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """What training maximises: how probable lookahead posteriors make samples of the posteriors they stand for.
 
-        `num_features` features are chosen at random. Each is revealed in `num_samples` imputations in turn, and
-        z ~ q(z | x_o, x_i) drawn for each. Averaged over imputations and over chosen features not observed yet.
+        `num_features` features are chosen at random, the same for the whole batch. Each is revealed in `num_samples`
+        imputations in turn, and z ~ q(z | x_o, x_i) drawn for each. The log-probabilities are averaged over imputations
+        and over the chosen features that are not observed yet.
 
         Args:
             x: `[B, *input_shape]`, finite.
@@ -96,9 +97,10 @@ class LookaheadPosterior(nnx.Module):
             num_samples: Imputations per example.
             num_features: Features to choose.
             available: Mask of the values that exist in the data; None: all. Others are never looked at.
-            spread: What the lookahead posteriors' scale stands for. "total" (the paper): the spread of z over all
-                imputations, that is, by the law of total variance, what remains unknown once x_i is seen plus what
-                x_i will tell. "remaining": only the former, E[Var(z | x_o, x_i)], with the same mean.
+            spread: What the lookahead posteriors' scale stands for. "remaining": E[Var(z | x_o, x_i)], what will be
+                unknown once x_i is seen. "total", as published: the spread of z over all imputations. By the law of
+                total variance that adds what x_i will tell, Var(E[z | x_o, x_i]); with x_i ~ p(x_i | x_o) the sum is
+                Var(z | x_o), the same for all features, and only what imputations lack in spread tells them apart.
             rngs: Dropout streams, while training.
 
         Returns:
@@ -116,7 +118,7 @@ class LookaheadPosterior(nnx.Module):
             q = self.pm_vae.partial_posterior(imputations, revealed)
             if spread == "total":
                 return q.sample(key).reshape(num_samples, batch, -1)
-            # The difference of two draws has mean zero and twice the covariance of q.
+            # The difference of two draws has mean zero and twice the covariance of q, whatever q is.
             z = q.sample(key, (2,)).reshape(2, num_samples, batch, -1)
             return z.mean((0, 1)) + (z[0] - z[1]) / math.sqrt(2)
 
@@ -155,4 +157,4 @@ def check_options(model: LookaheadPosterior, num_samples: int, num_features: int
     if not 1 <= num_features <= model.num_features:
         raise UserError(f"config.lookahead_subsample must lie in 1..{model.num_features}, not be {num_features}")
     if spread not in SPREADS:
-        raise UserError(f"config.spread must be 'total' or 'remaining', not '{spread}'")
+        raise UserError(f"config.spread must be 'remaining' or 'total', not '{spread}'")
