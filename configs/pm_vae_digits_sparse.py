@@ -6,13 +6,11 @@ As `pm_vae_mnist16` differs from `pm_vae_mnist`: masks that begin at none observ
 q(z | x_o), whose entropy has a closed form; sampling-based gains are then exact but for the imputations.
 """
 
-from configs import common, pm_vae_digits
+from configs import pm_vae_digits
 
 
 def get_config():
     config = pm_vae_digits.get_config()
-    config.model.partial_encoder = common.residual_mlp(residual_blocks=2)
-    config.model.partial_encoder.hidden_units = 128
     config.model.partial_posterior = {"name": "TriLGaussian"}
     config.mask_generator = {"name": "UniformMaskGenerator", "bounds": (0.0, 0.5)}
     config.steps = 3000

@@ -93,7 +93,8 @@ def acquire(
 
     def step(b, key):
         key_impute, key_gains = jax.random.split(key)
-        imputation = model.pm_vae.impute(x[None], b[None], num_samples, key=key_impute)[:, 0].mean(0)
+        imputations = model.pm_vae.impute(x[None], b[None], num_samples, key=key_impute)[:, 0]
+        imputation = jnp.where(b == 1, x, imputations.mean(0))  # over samples
         gains = policy(model, x, b, num_samples, key_gains)
         gains = jnp.where(available.reshape(-1) == 1, gains, -jnp.inf)
         action = greedy_action(gains)

@@ -237,6 +237,13 @@ def entropy(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_sa
     return q.entropy()
 
 
+def mean(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_samples: int) -> jax.Array:
+    """Mean of `q`, `[B, e]`: exact for Gaussians, else of `num_samples` draws."""
+    if isinstance(q, AutoregressiveMixture):
+        return q.sample(key, (num_samples,)).mean(0)
+    return q.mean
+
+
 def _diagonal(loc: jax.Array, scale: jax.Array) -> dist.Distribution:
     return dist.Independent(dist.Normal(loc, scale, **_UNCHECKED), 1, **_UNCHECKED)
 

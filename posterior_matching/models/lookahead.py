@@ -98,19 +98,21 @@ class LookaheadPosterior(nnx.Module):
             num_features: Features to choose.
             available: Mask of the values that exist in the data; None: all. Others are never looked at.
             spread: What the lookahead posteriors' scale stands for. "remaining": E[Var(z | x_o, x_i)], what will be
-                unknown once x_i is seen. "total", as published: the spread of z over all imputations. By the law of
-                total variance that adds what x_i will tell, Var(E[z | x_o, x_i]); with x_i ~ p(x_i | x_o) the sum is
-                Var(z | x_o), the same for all features, and only what imputations lack in spread tells them apart.
+                unknown once x_i is seen; their mean is that of q(z | x_o), which is E[E[z | x_o, x_i]]. "total", as
+                published: the spread of z over all imputations. By the law of total variance that adds what x_i will
+                tell, Var(E[z | x_o, x_i]); with x_i ~ p(x_i | x_o) the sum is Var(z | x_o), the same for all features,
+                and only what decoder means lack in spread tells features apart.
             rngs: Dropout streams, while training.
 
         Returns:
             `[B]`, nats; 0 where all chosen features are observed or missing.
         """
-        key_chosen, key_impute, key_z = jax.random.split(key, 3)
+        key_chosen, key_impute, key_centre, key_z = jax.random.split(key, 4)
         (batch, *_), flat = b.shape, b.reshape(len(b), -1)
         chosen = jax.random.choice(key_chosen, self.num_features, (num_features,), replace=False)
         imputations = self.pm_vae.impute(x, b, num_samples, key=key_impute)
         imputations = imputations.reshape(num_samples * batch, *x.shape[1:])
+        centre = distributions.mean(self.pm_vae.partial_posterior(x, b), key_centre, num_samples)  # [B, e]
 
         def sample_posterior(inputs):  # of every imputation, with feature i revealed
             i, key = inputs
@@ -120,7 +122,7 @@ class LookaheadPosterior(nnx.Module):
                 return q.sample(key).reshape(num_samples, batch, -1)
             # The difference of two draws has mean zero and twice the covariance of q, whatever q is.
             z = q.sample(key, (2,)).reshape(2, num_samples, batch, -1)
-            return z.mean((0, 1)) + (z[0] - z[1]) / math.sqrt(2)
+            return centre + (z[0] - z[1]) / math.sqrt(2)
 
         # One feature after the other, so that memory does not grow with their number: [K, S, B, e].
         z = jax.lax.map(sample_posterior, (chosen, jax.random.split(key_z, num_features)))
