@@ -1,6 +1,6 @@
 """Measures what one decision of each acquisition policy costs, on random weights and data of the dataset's shape.
 
-    python benchmarks/acquisition_speed.py --config configs/lookahead_mnist16.py [--num_samples 50] [--batch_size 8]
+    python benchmarks/acquisition_speed.py --config configs/lookahead_mnist16.py [--num_samples 50] [--batch_size 4]
 
 A decision is the choice of the next feature of one example: the gains of all its features. Prints seconds per decision
 and their ratio, medians of interleaved repetitions.
@@ -23,8 +23,8 @@ from posterior_matching import acquisition, cli, data, masking
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The lookahead experiment to measure.", lock_config=True)
 _SAMPLES = flags.DEFINE_integer("num_samples", 50, "Imputations per example.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Examples at once.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Examples at once.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)
 
 
 def main() -> None:
