@@ -7,6 +7,7 @@ and the data `x`; and `results.json`. An interrupted evaluation goes on with the
 """
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -18,6 +19,7 @@ from posterior_matching import acquisition, cli, runs
 from posterior_matching.data import Dataset, decode
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, save_npz
+from posterior_matching.masking import mask_shape
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of train_lookahead_posterior.py.", required=True)
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
@@ -52,11 +54,12 @@ def main() -> None:
             raise UserError(f"unknown policy '{name}' in --policies: {nearest(name, acquisition.POLICIES)}")
     description = runs.read_description(_RUN_DIR.value, "lookahead")
     dataset = _load_instances(description)
-    model = runs.load_model(_RUN_DIR.value, "lookahead", _CHECKPOINT.value)
-    if _STEPS.value > model.num_features:
+    num_features = math.prod(mask_shape(dataset.input_shape))
+    if _STEPS.value > num_features:
         raise UserError(
-            f"--num_steps={_STEPS.value}: the data have {model.num_features} features to acquire, so at most that many"
+            f"--num_steps={_STEPS.value}: the data have {num_features} features to acquire: at most that many"
         )
+    model = runs.load_model(_RUN_DIR.value, "lookahead", _CHECKPOINT.value)
     folder = pathlib.Path(_RUN_DIR.value) / "trajectories"
     _open_folder(folder, description, dataset)
     key = jax.random.key(_SEED.value)

@@ -225,7 +225,7 @@ def test_other_settings_are_not_mixed(run_dir):
 
 def test_the_notebook_executes(run_dir):
     notebook = nbformat.read(ROOT / "notebooks" / "greedy_acquisition_plots.ipynb", as_version=4)
-    environment = os.environ | {"RUN_DIR": str(run_dir), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    environment = os.environ | {"RUN_DIR": str(run_dir), "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS")
     client = NotebookClient(notebook, timeout=300, kernel_name="python3")
     client.execute(cwd=str(ROOT / "notebooks"), env=environment)

@@ -13,7 +13,7 @@ from test_vae import ENCODER, KINDS, MLP, Exact, each_kind, example, randomised
 
 import train_lookahead_posterior
 import train_pm_vae
-from configs import common
+from configs import common, lookahead_mnist16
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.models.lookahead import LookaheadPosterior
@@ -31,7 +31,7 @@ def axis_aligned():
 
 
 EXACT = axis_aligned()
-SHAPE_CONFIG = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 32}
+SHAPE_CONFIG = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 64}
 
 
 def lookahead_on(model, exact, encoder=SHAPE_CONFIG):
@@ -48,14 +48,14 @@ def lookahead_on(model, exact, encoder=SHAPE_CONFIG):
 @functools.cache
 def trained(spread):
     """Lookahead posteriors trained on data of the model, with about a third of the features observed."""
-    model, n = lookahead_on(EXACT.model(), EXACT), 64
+    model, n = lookahead_on(EXACT.model(), EXACT), 128
     trainable = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("pm_vae")))
     graphdef, params, rest = nnx.split(model, trainable, ...)
-    optimizer = optax.adam(optax.exponential_decay(1e-2, 80, 0.5))
+    optimizer = optax.adam(optax.exponential_decay(5e-3, 200, 0.5))
     w, mean = jnp.float32(EXACT.w), jnp.float32(EXACT.mean)
 
-    @jax.jit
-    def step(params, state, key):
+    def step(carry, key):
+        params, state = carry
         key_z, key_x, key_b, key_p, key = jax.random.split(key, 5)
         x = jax.random.normal(key_z, (n, 2)) @ w.T + mean + EXACT.sigma * jax.random.normal(key_x, (n, 6))
         p = jax.random.choice(key_p, jnp.array([0.0, 0.5]), (n, 1))
@@ -63,15 +63,15 @@ def trained(spread):
 
         def loss(params):
             lookahead = nnx.merge(graphdef, params, rest)
-            return -lookahead.log_prob_of_samples(x, b, key, num_samples=8, num_features=6, spread=spread).mean()
+            return -lookahead.log_prob_of_samples(x, b, key, num_samples=4, num_features=6, spread=spread).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, updates), state
+        return (optax.apply_updates(params, updates), state), None
 
-    state = optimizer.init(params)
-    for i in range(400):
-        params, state = step(params, state, jax.random.key(i))
-    return nnx.merge(graphdef, params, rest)
+    run = jax.jit(
+        lambda params: jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(KEY, 1000))[0][0]
+    )
+    return nnx.merge(graphdef, run(params), rest)
 
 
 def masks_and_data(n=24):
@@ -95,9 +95,10 @@ def test_trained_on_a_linear_gaussian_model_gains_are_the_mutual_information_and
     for row in range(len(x)):
         expected, free = mutual_information(x[row], b[row]), np.asarray(b[row]) == 0
         np.testing.assert_array_equal(np.isneginf(found[row]), ~free)
-        np.testing.assert_allclose(found[row][free], expected[free], atol=0.12)
-        above = expected[free][:, None] > expected[free] + 0.15
+        np.testing.assert_allclose(found[row][free], expected[free], atol=0.3)
+        above = expected[free][:, None] > expected[free] + 0.4
         assert (found[row][free][:, None] > found[row][free])[above].all()
+        assert expected[found[row].argmax()] > expected.max() - 0.15
 
 
 def test_the_published_objective_takes_what_a_feature_will_tell_for_what_remains_unknown():
@@ -196,6 +197,15 @@ def test_the_lookahead_encoder_is_like_the_encoder_by_default_or_of_its_own_kind
     assert own.encoder.linear_in.kernel.shape == (8 * 8 * 4, 12)
     with pytest.raises(UserError, match=r"unknown key 'config\.model\.lookahead_encodr': did you mean 'lookahead_enc"):
         build(tiny_config("rgb") | {"lookahead_encodr": MLP})
+
+
+def test_the_published_experiment_has_the_papers_hyperparameters():
+    config = lookahead_mnist16.get_config()
+    assert (config.batch_size, config.steps, config.validation_every) == (32, 40_000, 5000)
+    assert (config.model_samples, config.lookahead_subsample) == (64, 16)
+    assert config.mask_generator.to_dict() == {"name": "UniformMaskGenerator", "bounds": (0.0, 0.2)}
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.decay_rate, optimizer.transition_steps) == (1e-3, 0.9, 5000)
 
 
 # Training

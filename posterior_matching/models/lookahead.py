@@ -122,12 +122,17 @@ class LookaheadPosterior(nnx.Module):
                 return q.sample(key).reshape(num_samples, batch, -1)
             # The difference of two draws has mean zero and twice the covariance of q, whatever q is.
             z = q.sample(key, (2,)).reshape(2, num_samples, batch, -1)
-            return centre + (z[0] - z[1]) / math.sqrt(2)
+            return (z[0] - z[1]) / math.sqrt(2)
 
         # One feature after the other, so that memory does not grow with their number: [K, S, B, e].
         z = jax.lax.map(sample_posterior, (chosen, jax.random.split(key_z, num_features)))
-        z = jax.lax.stop_gradient(z).transpose(1, 2, 0, 3)
-        log_prob = self(x, b, chosen, rngs).log_prob(z).mean(0)  # over imputations: [B, K]
+        z = z.transpose(1, 2, 0, 3)
+        lookahead = self(x, b, chosen, rngs)
+        if spread == "remaining":
+            # Around a point a tenth of the way from the mean to the one it should have: it moves there all the same,
+            # but the distance that is left hardly counts as spread.
+            z += lookahead.mean + 0.1 * (centre[:, None] - lookahead.mean)
+        log_prob = lookahead.log_prob(jax.lax.stop_gradient(z)).mean(0)  # over imputations: [B, K]
         counted = 1.0 - flat[:, chosen]
         if available is not None:
             counted *= available.reshape(batch, -1)[:, chosen]
