@@ -136,7 +136,7 @@ def test_one_gaussian_per_mask_entry_and_any_selection_of_them(kind):
     np.testing.assert_array_equal(some.variance, every.variance[:, jnp.array([2, 0])])
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["tabular", "rgb"])
 def test_gains_depend_on_what_is_observed_only_and_are_minus_infinity_where_observed(kind):
     model, (x, b) = tiny(kind), example(kind)
     hidden = np.broadcast_to(np.asarray(b) == 0, x.shape)
