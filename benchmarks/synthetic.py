@@ -27,8 +27,18 @@ SHAPES = {
     "celeb_a": (64, 64, 3),
 }
 # What a config's file name begins with -> its training script, and the model it is built on.
-SCRIPTS = {"pm_vae": "train_pm_vae", "vqvae": "train_vqvae", "pm_vqvae": "train_pm_vqvae"}
-BASES = {"pm_vqvae": "vqvae"}
+SCRIPTS = {
+    "pm_vae": "train_pm_vae",
+    "vqvae": "train_vqvae",
+    "pm_vqvae": "train_pm_vqvae",
+    "lookahead": "train_lookahead_posterior",
+}
+BASES = {
+    "pm_vqvae": "vqvae",
+    "lookahead": "pm_vae",
+}
+# Whose base has another config than that of the same dataset.
+BASE_CONFIGS = {"lookahead_digits": "pm_vae_digits_sparse"}
 
 
 def dataset(name: str, rows: int) -> data.Dataset:
@@ -53,7 +63,8 @@ def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Expe
     if family not in BASES:
         return script(config_name).make_experiment(config, rows, rows)
     name = BASES[family]
-    base_config = importlib.import_module("configs." + config_name.replace(family, name, 1)).get_config()
+    base_name = BASE_CONFIGS.get(config_name, config_name.replace(family, name, 1))
+    base_config = importlib.import_module(f"configs.{base_name}").get_config()
     model = runs.MODELS[name].from_config(base_config.model, rows.input_shape, nnx.Rngs(0))
     base = Base(name, model, base_config.model.to_dict(), config.dataset, rows.input_shape)
     return script(config_name).make_experiment(config, rows, rows, base)

@@ -49,6 +49,18 @@ def pm_vae() -> ConfigDict:
     return config
 
 
+def lookahead() -> ConfigDict:
+    """All keys of a lookahead config. `config.model` has the keys of `models.lookahead.LookaheadPosterior`."""
+    config = training()
+    config.pm_vae_dir = config_dict.placeholder(str)  # the PM-VAE run to build on, frozen
+    config.mask_generator = ConfigDict({"name": "UniformMaskGenerator", "bounds": (0.0, 0.2)})
+    config.model_samples = 64  # imputations per example and step
+    config.lookahead_subsample = 16  # features looked at per step, the same for the whole batch
+    config.spread = "remaining"  # or "total", as published; see `LookaheadPosterior.log_prob_of_samples`
+    config.model = ConfigDict({"lookahead_encoder": None})  # a network's config; None: that of the PM-VAE's encoder
+    return config
+
+
 def residual_mlp(residual_blocks: int, layer_norm: bool = False, dropout: float = 0.0) -> ConfigDict:
     """A ResidualMLP of 256 units."""
     return ConfigDict(

@@ -38,6 +38,20 @@ class DiagonalGaussian(nnx.Module):
         return _diagonal(loc, jax.nn.softplus(scale) + _MIN_SCALE)
 
 
+class DiagonalGaussians(nnx.Module):
+    """Features -> `count` distributions N(mean, diag(scale^2)) over `[event_size]`, one for each feature to look at."""
+
+    def __init__(self, features_shape: Shape, count: int, event_size: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(math.prod(features_shape), count * 2 * event_size, rngs=rngs)
+        self.count = count
+
+    def __call__(self, features: jax.Array, chosen: jax.Array | slice = slice(None)) -> dist.Distribution:
+        """Maps features `[B, ...]` to the `chosen` ones: batch shape `[B, chosen]` and event shape `[e]`."""
+        parameters = self.linear(_flat(features)).reshape(len(features), self.count, -1)[:, chosen]
+        loc, scale = jnp.split(parameters, 2, axis=-1)
+        return _diagonal(loc, jax.nn.softplus(scale) + _MIN_SCALE)
+
+
 class TriLGaussian(nnx.Module):
     """Features -> N(mean, L L^T) over `[event_size]`, L lower triangular with diagonal softplus + 1e-5."""
 
@@ -241,6 +255,13 @@ def entropy(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_sa
     if isinstance(q, AutoregressiveMixture):
         return -q.sample_and_log_prob(key, (num_samples,))[1].mean(0)
     return q.entropy()
+
+
+def mean(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_samples: int) -> jax.Array:
+    """Mean of `q`, `[B, e]`: exact for Gaussians, else of `num_samples` draws."""
+    if isinstance(q, AutoregressiveMixture):
+        return q.sample(key, (num_samples,)).mean(0)
+    return q.mean
 
 
 def _diagonal(loc: jax.Array, scale: jax.Array) -> dist.Distribution:

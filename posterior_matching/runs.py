@@ -27,10 +27,16 @@ from ml_collections import ConfigDict
 from posterior_matching import parallel
 from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError, nearest
+from posterior_matching.models.lookahead import LookaheadPosterior
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE
 
-MODELS = {"pm_vae": PosteriorMatchingVAE, "vqvae": VQVAE, "pm_vqvae": PosteriorMatchingVQVAE}
+MODELS = {
+    "pm_vae": PosteriorMatchingVAE,
+    "vqvae": VQVAE,
+    "pm_vqvae": PosteriorMatchingVQVAE,
+    "lookahead": LookaheadPosterior,
+}
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
 _FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")

@@ -377,6 +377,41 @@ def test_evaluating_a_file_with_another_number_of_columns(script):
     assert "pass a file" in evaluate(script, "--run_dir=run", "--dataset=mixture")
 
 
+def test_building_on_no_pm_vae_run(script):
+    script.config.write_text("from configs.lookahead_digits import get_config\n")
+
+    def message(*arguments):
+        return refused(script, "train_lookahead_posterior", f"--config={script.config}", "--run_dir=run", *arguments)
+
+    assert "missing key 'config.pm_vae_dir': the run directory of a pm_vae run" in message()
+    assert "run directory base does not exist" in message("--config.pm_vae_dir=base")
+    write_run(script.folder / "base", model="lookahead")
+    assert "base is a run of lookahead, not of pm_vae" in message("--config.pm_vae_dir=base")
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--policies=samplng"], ["unknown policy 'samplng' in --policies", "did you mean 'sampling'?"]),
+        (["--num_steps=1"], ["num_steps"]),
+        (["--num_instances=3000"], ["--num_instances=3000", "2000 examples"]),
+        (["--dataset=digits"], ["digits", "(8, 8, 1)", "(8,)"]),
+        ([], ["--num_steps=31", "8 features to acquire"]),
+        (["--num_steps=8"], ["run holds no latest checkpoint"]),
+    ],
+)
+def test_acquiring_with_bad_flags(script, arguments, named):
+    write_run(script.folder / "run", model="lookahead")
+    message = refused(script, "eval_greedy_acquisition", "--run_dir=run", *arguments)
+    assert all(part in message for part in named), message
+
+
+def test_acquiring_with_a_run_of_another_model(script):
+    write_run(script.folder / "run")
+    message = refused(script, "eval_greedy_acquisition", "--run_dir=run")
+    assert "run is a run of pm_vae, not of lookahead: pass the directory of a lookahead run" in message
+
+
 def test_a_damaged_run(script):
     write_run(script.folder / "run")
     (script.folder / "run" / "config.json").write_text('{"model": "pm_vae"}')

@@ -1,0 +1,64 @@
+"""Measures what one decision of each acquisition policy costs, on random weights and data of the dataset's shape.
+
+    python benchmarks/acquisition_speed.py --config configs/lookahead_mnist16.py [--num_samples 50] [--batch_size 4]
+
+A decision is the choice of the next feature of one example: the gains of all its features. Prints seconds per decision
+and their ratio, medians of interleaved repetitions.
+"""
+
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from benchmarks import synthetic
+from posterior_matching import acquisition, cli, data, masking
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The lookahead experiment to measure.", lock_config=True)
+_SAMPLES = flags.DEFINE_integer("num_samples", 50, "Imputations per example.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Examples at once.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)
+
+
+def main() -> None:
+    """Measures and prints."""
+    config = _CONFIG.value
+    rows = synthetic.dataset(config.dataset, _BATCH_SIZE.value)
+    model = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, rows).model
+    x, available = data.decode(rows.x, rows.max_value)
+    b = masking.build_mask_generator(config.mask_generator)(jax.random.key(0), available.shape)
+    keys = jax.random.split(jax.random.key(1), len(x))
+
+    @nnx.jit(static_argnames="name")
+    def decide(model, name, x, b, keys):
+        gains = jax.vmap(lambda *example: acquisition.POLICIES[name](model, *example[:2], _SAMPLES.value, example[2]))
+        return jax.vmap(acquisition.greedy_action)(gains(x, b, keys))
+
+    names = ("sampling", "lookahead")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(-1, _REPEATS.value):  # the first time compiles
+        for name in names:
+            start, count = time.perf_counter(), 0
+            while count == 0 or (repeat >= 0 and time.perf_counter() - start < 0.5):
+                jax.block_until_ready(decide(model, name, x, b, keys))
+                count += 1
+            if repeat >= 0:
+                seconds[name].append((time.perf_counter() - start) / count / len(x))
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    print(f"device                 {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"config                 {cli.config_path()}, {_SAMPLES.value} samples, {len(x)} examples at once")
+    for name in names:
+        least, most = min(seconds[name]) * 1e3, max(seconds[name]) * 1e3
+        print(f"{name:22} {median[name] * 1e3:.4g} ms per decision  ({least:.4g} to {most:.4g})")
+    print(f"ratio                  {median['sampling'] / median['lookahead']:.4g}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

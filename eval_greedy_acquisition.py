@@ -1,0 +1,129 @@
+"""Acquires features greedily, example by example, and measures how the imputation of the others improves.
+
+    python eval_greedy_acquisition.py --run_dir DIR [--policies sampling,lookahead,random] [--num_instances N]
+
+Writes `trajectories/` in the run directory: `<policy>.npz` with the arrays of `acquisition.Trajectory`, `[N, T, ...]`,
+and the data `x`; and `results.json`. An interrupted evaluation goes on with the same command.
+"""
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+from absl import flags
+
+from posterior_matching import acquisition, cli, runs
+from posterior_matching.data import Dataset, decode
+from posterior_matching.errors import UserError, nearest
+from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, save_npz
+from posterior_matching.masking import mask_shape
+
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of train_lookahead_posterior.py.", required=True)
+_DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
+_SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset; 'all' for every row of your own file.")
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", None, ["best", "latest"], "Default: config.evaluate_checkpoint of the run."
+)
+_POLICIES = flags.DEFINE_list("policies", list(acquisition.POLICIES), "What chooses the next feature.")
+_INSTANCES = flags.DEFINE_integer("num_instances", None, "Evaluate only the first examples; default: 1000, or all.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    32,
+    "Examples at once per device, and what is lost when interrupted; no effect on results. Memory grows with "
+    "batch_size * num_samples.",
+    lower_bound=1,
+)
+_SAMPLES = flags.DEFINE_integer("num_samples", 50, "Imputations per example and step.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    "num_steps", 31, "States to visit: from none observed to num_steps - 1 acquired.", lower_bound=2
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
+
+# How many acquisitions results.json reports on; the arrays have all.
+BUDGETS = (1, 3, 5, 10, 20, 30)
+
+
+def main() -> None:
+    """Acquires with every policy and writes the results."""
+    policies = {name: acquisition.POLICIES.get(name) for name in _POLICIES.value}
+    for name, policy in policies.items():
+        if policy is None:
+            raise UserError(f"unknown policy '{name}' in --policies: {nearest(name, acquisition.POLICIES)}")
+    description = runs.read_description(_RUN_DIR.value, "lookahead")
+    dataset = _load_instances(description)
+    num_features = math.prod(mask_shape(dataset.input_shape))
+    if _STEPS.value > num_features:
+        raise UserError(
+            f"--num_steps={_STEPS.value}: the data have {num_features} features to acquire: at most that many"
+        )
+    model = runs.load_model(_RUN_DIR.value, "lookahead", _CHECKPOINT.value)
+    folder = pathlib.Path(_RUN_DIR.value) / "trajectories"
+    _open_folder(folder, description, dataset)
+    key = jax.random.key(_SEED.value)
+    x = np.asarray(decode(dataset.x, dataset.max_value)[0])
+    results = Results(folder, len(dataset), _SEED.value)
+
+    for name, policy in policies.items():
+        path = folder / f"{name}.npz"
+        if path.exists():
+            found = load_npz(path)
+        else:
+
+            def acquire(model, key, x, available, policy=policy):
+                options = {"num_steps": _STEPS.value, "num_samples": _SAMPLES.value}
+                return acquisition.acquire(policy, model, key, x, available, **options)._asdict()
+
+            parts = folder / f"{name}.parts"
+            parts.mkdir(exist_ok=True)
+            try:
+                found = ExampleMap(acquire, model, dataset, _BATCH_SIZE.value)(key, name, parts) | {"x": x}
+            except KeyboardInterrupt:
+                raise UserError(f"interrupted: the same command goes on from what {parts} holds") from None
+            save_npz(path, found)
+            shutil.rmtree(parts)
+        for metric in ("rmse", "unobserved_rmse"):
+            curve = found[metric].mean(0)  # over examples, [T]
+            budgets = [budget for budget in BUDGETS if budget < _STEPS.value]
+            results.add(**{f"{metric}_{name}_{budget}": curve[budget] for budget in budgets})
+            results.add(**{f"{metric}_{name}_mean": curve[1:].mean()})
+    results.write()
+
+
+def _load_instances(description: dict) -> Dataset:
+    """The examples to evaluate, at most 1000 unless a number is given."""
+    dataset = load_dataset(description, _DATASET.value, _SPLIT.value, _INSTANCES.value)
+    if _INSTANCES.value is None and len(dataset) > 1000:
+        return load_dataset(description, _DATASET.value, _SPLIT.value, 1000)
+    return dataset
+
+
+def _open_folder(folder: pathlib.Path, description: dict, dataset: Dataset) -> None:
+    """Makes the results folder and notes what its contents depend on; refuses to mix them with anything else."""
+    checkpoint = _CHECKPOINT.value or description["config"]["evaluate_checkpoint"]
+    settings = {
+        "step": runs.latest_step(_RUN_DIR.value, checkpoint),
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "num_instances": len(dataset),
+        "batch_size": _BATCH_SIZE.value,
+        "num_devices": jax.local_device_count(),
+        "num_samples": _SAMPLES.value,
+        "num_steps": _STEPS.value,
+        "seed": _SEED.value,
+    }
+    path = folder / "settings.json"
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if changed := [
+            f"{key}: {saved.get(key)} -> {value}" for key, value in settings.items() if saved.get(key) != value
+        ]:
+            raise UserError(f"{folder} holds other trajectories ({'; '.join(changed)}): delete it, or use its values")
+    folder.mkdir(exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

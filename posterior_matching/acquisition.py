@@ -1,0 +1,116 @@
+"""Greedy active feature acquisition: observe the feature that tells most about z, again and again (section 4.3).
+
+A policy scores the features of one example, `policy(model, x, b, num_samples, key) -> [num_features]`, one entry per
+mask entry, -inf where observed. It sees nothing of x but x_o.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from posterior_matching.models.lookahead import LookaheadPosterior
+
+# Gains closer than this to the greatest are ties, in nats: far above rounding errors, far below what matters.
+TIE = 1e-5
+
+Policy = Callable[[LookaheadPosterior, jax.Array, jax.Array, int, jax.Array], jax.Array]
+
+
+def sampling_policy(
+    model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array
+) -> jax.Array:
+    """Expected information gains in nats from `num_samples` imputations, each feature revealed in each."""
+    return model.pm_vae.expected_info_gains(x, b, num_samples, key=key)
+
+
+def lookahead_policy(
+    model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array
+) -> jax.Array:
+    """Information gains in nats as the lookahead posteriors estimate them."""
+    return model.info_gains(x[None], b[None], num_samples, key=key)[0]
+
+
+def random_policy(
+    model: LookaheadPosterior,  # noqa: ARG001
+    x: jax.Array,  # noqa: ARG001
+    b: jax.Array,
+    num_samples: int,  # noqa: ARG001
+    key: jax.Array,
+) -> jax.Array:
+    """The baseline: random numbers in [0, 1), so that every unobserved feature is chosen equally often."""
+    return jnp.where(b.reshape(-1) == 1, -jnp.inf, jax.random.uniform(key, (b.size,)))
+
+
+POLICIES: dict[str, Policy] = {"sampling": sampling_policy, "lookahead": lookahead_policy, "random": random_policy}
+
+
+class Trajectory(NamedTuple):
+    """An acquisition, of one example; entry t of each array is the state with t features acquired."""
+
+    action: jax.Array  # [T] int32, the feature chosen next (flat mask entry); -1: none left
+    probabilities: jax.Array  # [T, num_features], softmax of the policy's gains
+    mask: jax.Array  # [T, *mask_shape], 1 = observed
+    imputation: jax.Array  # [T, *input_shape], mean imputation, observed values copied
+    rmse: jax.Array  # [T], sqrt(mean((x - imputation)^2 * (1 - b))) over all features, as published
+    unobserved_rmse: jax.Array  # [T], the same mean over the unobserved features only; 0 if there are none
+
+
+def greedy_action(gains: jax.Array) -> jax.Array:
+    """The feature of greatest gain, the first of those within `TIE` of it; -1 if all are -inf.
+
+    Args:
+        gains: `[num_features]`, -inf for what cannot be chosen.
+    """
+    best = gains.max()
+    return jnp.where(jnp.isneginf(best), -1, jnp.argmax(gains >= best - TIE))
+
+
+def acquire(
+    policy: Policy,
+    model: LookaheadPosterior,
+    key: jax.Array,
+    x: jax.Array,
+    available: jax.Array,
+    *,
+    num_steps: int,
+    num_samples: int,
+) -> Trajectory:
+    """Acquires features of one example greedily, from none observed.
+
+    All policies impute with the same random numbers, so that the same mask has the same error.
+
+    Args:
+        policy: One of `POLICIES`.
+        model: The lookahead posterior, with its PM-VAE.
+        key: Random key of this example.
+        x: `[*input_shape]`; missing values are zeros.
+        available: Mask of the values that exist, `[d]` or `[H, W, 1]`. Others are never acquired and never scored.
+        num_steps: T, states to visit; the last has T - 1 features acquired.
+        num_samples: Imputations for the mean imputation and for the gains.
+    """
+
+    def step(b, key):
+        key_impute, key_gains = jax.random.split(key)
+        imputations = model.pm_vae.impute(x[None], b[None], num_samples, key=key_impute)[:, 0]
+        imputation = jnp.where(b == 1, x, imputations.mean(0))  # over samples
+        gains = policy(model, x, b, num_samples, key_gains)
+        gains = jnp.where(available.reshape(-1) == 1, gains, -jnp.inf)
+        action = greedy_action(gains)
+        known = jnp.broadcast_to(available, x.shape)
+        unobserved = known * (1 - b)
+        squared_error = (jnp.square(x - imputation) * unobserved).sum()
+        state = Trajectory(
+            action=action,
+            probabilities=jnp.where(action >= 0, jax.nn.softmax(gains), 0.0),
+            mask=b,
+            imputation=imputation,
+            rmse=jnp.sqrt(squared_error / jnp.maximum(known.sum(), 1.0)),
+            unobserved_rmse=jnp.sqrt(squared_error / jnp.maximum(unobserved.sum(), 1.0)),
+        )
+        # An index beyond the end is dropped.
+        acquired = b.reshape(-1).at[jnp.where(action >= 0, action, b.size)].set(1.0, mode="drop")
+        return acquired.reshape(b.shape), state
+
+    return jax.lax.scan(step, jnp.zeros_like(available), jax.random.split(key, num_steps))[1]

@@ -1,0 +1,167 @@
+"""Lookahead posteriors: what will be known about z after observing one more feature, before its value is seen."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from posterior_matching import distributions
+from posterior_matching.config import build, call
+from posterior_matching.errors import UserError
+from posterior_matching.masking import mask_shape, partial_input
+from posterior_matching.models.vae import PosteriorMatchingVAE
+from posterior_matching.networks import NETWORKS, Shape
+
+Config = Mapping[str, Any]
+
+SPREADS = ("remaining", "total")
+
+
+class LookaheadPosterior(nnx.Module):
+    """For every feature i a diagonal Gaussian over z: q(z | x_o, x_i), averaged over the unknown x_i (section 4.3).
+
+    One forward pass gives them all, where expected information gains by sampling need one pass of the partial encoder
+    for every feature and every imputation.
+
+    Args:
+        pm_vae: Config of the `PosteriorMatchingVAE` underneath.
+        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+        lookahead_encoder: Network config; None: that of the PM-VAE's encoder, with weights of its own.
+        rngs: Source of initial weights.
+    """
+
+    def __init__(self, *, pm_vae: Config, input_shape: Shape, lookahead_encoder: Config | None = None, rngs: nnx.Rngs):
+        self.pm_vae = PosteriorMatchingVAE.from_config(pm_vae, input_shape, rngs)
+        observed_shape = (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1])
+        self.encoder = build(
+            NETWORKS,
+            pm_vae["encoder"] if lookahead_encoder is None else lookahead_encoder,
+            "config.model.lookahead_encoder",
+            input_shape=observed_shape,
+            rngs=rngs,
+        )
+        self.num_features = math.prod(mask_shape(input_shape))
+        latent_dim = self.pm_vae.vae.latent_dim
+        self.head = distributions.DiagonalGaussians(self.encoder.output_shape, self.num_features, latent_dim, rngs=rngs)
+
+    @classmethod
+    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "LookaheadPosterior":
+        """Builds the model from `config.model`: `pm_vae` and `lookahead_encoder`.
+
+        Raises:
+            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
+        """
+        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, b: jax.Array, chosen: jax.Array | slice = slice(None), rngs: nnx.Rngs | None = None
+    ) -> Any:
+        """The lookahead posteriors of the `chosen` features (flat mask entries; default: all).
+
+        Args:
+            x: `[B, *input_shape]`; values where b = 0 have no influence.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            chosen: Indices `[K]`.
+            rngs: Dropout streams, while training.
+
+        Returns:
+            A distribution over z with batch shape `[B, K]` and event shape `[e]`.
+        """
+        return self.head(self.encoder(partial_input(x, b), rngs), chosen)
+
+    def log_prob_of_samples(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        key: jax.Array,
+        *,
+        num_samples: int,
+        num_features: int,
+        available: jax.Array | None = None,
+        spread: str = "remaining",
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """What training maximises: how probable lookahead posteriors make samples of the posteriors they stand for.
+
+        `num_features` features are chosen at random, the same for the whole batch. Each is revealed in `num_samples`
+        imputations in turn, and z ~ q(z | x_o, x_i) drawn for each. The log-probabilities are averaged over imputations
+        and over the chosen features that are not observed yet.
+
+        Args:
+            x: `[B, *input_shape]`, finite.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            key: Random key.
+            num_samples: Imputations per example.
+            num_features: Features to choose.
+            available: Mask of the values that exist in the data; None: all. Others are never looked at.
+            spread: What the lookahead posteriors' scale stands for. "remaining": E[Var(z | x_o, x_i)], what will be
+                unknown once x_i is seen; their mean is that of q(z | x_o), which is E[E[z | x_o, x_i]]. "total", as
+                published: the spread of z over all imputations. By the law of total variance that adds what x_i will
+                tell, Var(E[z | x_o, x_i]); with x_i ~ p(x_i | x_o) the sum is Var(z | x_o), the same for all features,
+                and only what decoder means lack in spread tells features apart.
+            rngs: Dropout streams, while training.
+
+        Returns:
+            `[B]`, nats; 0 where all chosen features are observed or missing.
+        """
+        key_chosen, key_impute, key_centre, key_z = jax.random.split(key, 4)
+        (batch, *_), flat = b.shape, b.reshape(len(b), -1)
+        chosen = jax.random.choice(key_chosen, self.num_features, (num_features,), replace=False)
+        imputations = self.pm_vae.impute(x, b, num_samples, key=key_impute)
+        imputations = imputations.reshape(num_samples * batch, *x.shape[1:])
+        centre = distributions.mean(self.pm_vae.partial_posterior(x, b), key_centre, num_samples)  # [B, e]
+
+        def sample_posterior(inputs):  # of every imputation, with feature i revealed
+            i, key = inputs
+            revealed = jnp.tile(flat.at[:, i].set(1.0), (num_samples, 1)).reshape(-1, *b.shape[1:])
+            q = self.pm_vae.partial_posterior(imputations, revealed)
+            if spread == "total":
+                return q.sample(key).reshape(num_samples, batch, -1)
+            # The difference of two draws has mean zero and twice the covariance of q, whatever q is.
+            z = q.sample(key, (2,)).reshape(2, num_samples, batch, -1)
+            return (z[0] - z[1]) / math.sqrt(2)
+
+        # One feature after the other, so that memory does not grow with their number: [K, S, B, e].
+        z = jax.lax.map(sample_posterior, (chosen, jax.random.split(key_z, num_features)))
+        z = z.transpose(1, 2, 0, 3)
+        lookahead = self(x, b, chosen, rngs)
+        if spread == "remaining":
+            # Around a point a tenth of the way from the mean to the one it should have: it moves there all the same,
+            # but the distance that is left hardly counts as spread.
+            z += lookahead.mean + 0.1 * (centre[:, None] - lookahead.mean)
+        log_prob = lookahead.log_prob(jax.lax.stop_gradient(z)).mean(0)  # over imputations: [B, K]
+        counted = 1.0 - flat[:, chosen]
+        if available is not None:
+            counted *= available.reshape(batch, -1)[:, chosen]
+        return (log_prob * counted).sum(-1) / jnp.maximum(counted.sum(-1), 1.0)  # over chosen features
+
+    def info_gains(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Estimates the information about z that each unobserved feature would bring, in one forward pass.
+
+        For feature i: the entropy of q(z | x_o) minus that of lookahead posterior i, in nats.
+
+        Args:
+            x: `[B, *input_shape]`.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            num_samples: Draws for the entropy of q(z | x_o), if it is no Gaussian.
+            key: Random key, for the same purpose.
+
+        Returns:
+            `[B, num_features]`, one entry per mask entry, -inf where observed.
+        """
+        now = distributions.entropy(self.pm_vae.partial_posterior(x, b), key, num_samples)
+        then = distributions.entropy(self(x, b), key, num_samples)
+        return jnp.where(b.reshape(len(b), -1) == 1, -jnp.inf, now[:, None] - then)
+
+
+def check_options(model: LookaheadPosterior, num_samples: int, num_features: int, spread: str) -> None:
+    """Raises UserError if `log_prob_of_samples` cannot take these options, which a config names."""
+    if num_samples < 1:
+        raise UserError(f"config.model_samples must be at least 1, not {num_samples}")
+    if not 1 <= num_features <= model.num_features:
+        raise UserError(f"config.lookahead_subsample must lie in 1..{model.num_features}, not be {num_features}")
+    if spread not in SPREADS:
+        raise UserError(f"config.spread must be 'remaining' or 'total', not '{spread}'")
