@@ -12,9 +12,8 @@ def get_config():
     config.mask_generator = {"name": "MNISTMaskGenerator", "dim": 8}
     config.noise_std = 0.05
     config.batch_size = 64
-    config.steps = 3000
+    config.steps = 4000
     config.validation_every = 500
     config.ema_decay = 0.995
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.decay_rate = 1.0
+    config.optimizer.update({"learning_rate": 1e-3, "decay_rate": 0.9, "transition_steps": 300})
     return config
