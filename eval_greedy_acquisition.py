@@ -6,6 +6,7 @@ Writes `trajectories/` in the run directory: `<policy>.npz` with the arrays of `
 and the data `x`; and `results.json`. An interrupted evaluation goes on with the same command.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -20,6 +21,7 @@ from posterior_matching.data import Dataset, decode
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, save_npz
 from posterior_matching.masking import mask_shape
+from posterior_matching.models.lookahead import LookaheadPosterior
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of train_lookahead_posterior.py.", required=True)
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
@@ -32,8 +34,7 @@ _INSTANCES = flags.DEFINE_integer("num_instances", None, "Evaluate only the firs
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     32,
-    "Examples at once per device, and what is lost when interrupted; no effect on results. Memory grows with "
-    "batch_size * num_samples.",
+    "Examples at once per device, and what is lost when interrupted; no effect on results.",
     lower_bound=1,
 )
 _SAMPLES = flags.DEFINE_integer("num_samples", 50, "Imputations per example and step.", lower_bound=1)
@@ -41,6 +42,9 @@ _STEPS = flags.DEFINE_integer(
     "num_steps", 31, "States to visit: from none observed to num_steps - 1 acquired.", lower_bound=2
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
+_MEMORY = flags.DEFINE_float(
+    "memory_budget_gb", 2.0, "Per device, for the features that the sampling policy looks at together.", lower_bound=0.0
+)
 
 # How many acquisitions results.json reports on; the arrays have all.
 BUDGETS = (1, 3, 5, 10, 20, 30)
@@ -71,6 +75,8 @@ def main() -> None:
         if path.exists():
             found = load_npz(path)
         else:
+            if name == "sampling":
+                policy = functools.partial(policy, features_at_once=_features_at_once(model, dataset))
 
             def acquire(model, key, x, available, policy=policy):
                 options = {"num_steps": _STEPS.value, "num_samples": _SAMPLES.value}
@@ -100,6 +106,12 @@ def _load_instances(description: dict) -> Dataset:
     return dataset
 
 
+def _features_at_once(model: LookaheadPosterior, dataset: Dataset) -> int:
+    """What the memory budget allows the sampling policy."""
+    rows = np.resize(dataset.x, (_BATCH_SIZE.value, *dataset.input_shape))
+    return acquisition.features_that_fit(model, *decode(rows, dataset.max_value), _SAMPLES.value, _MEMORY.value)
+
+
 def _open_folder(folder: pathlib.Path, description: dict, dataset: Dataset) -> None:
     """Makes the results folder and notes what its contents depend on; refuses to mix them with anything else."""
     checkpoint = _CHECKPOINT.value or description["config"]["evaluate_checkpoint"]
@@ -122,7 +134,7 @@ def _open_folder(folder: pathlib.Path, description: dict, dataset: Dataset) -> N
         ]:
             raise UserError(f"{folder} holds other trajectories ({'; '.join(changed)}): delete it, or use its values")
     folder.mkdir(exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    runs.write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":

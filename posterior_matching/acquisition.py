@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from posterior_matching.models.lookahead import LookaheadPosterior
 
@@ -19,10 +20,10 @@ Policy = Callable[[LookaheadPosterior, jax.Array, jax.Array, int, jax.Array], ja
 
 
 def sampling_policy(
-    model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array
+    model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array, features_at_once: int = 1
 ) -> jax.Array:
     """Expected information gains in nats from `num_samples` imputations, each feature revealed in each."""
-    return model.pm_vae.expected_info_gains(x, b, num_samples, key=key)
+    return model.pm_vae.expected_info_gains(x, b, num_samples, key=key, features_at_once=features_at_once)
 
 
 def lookahead_policy(
@@ -44,6 +45,26 @@ def random_policy(
 
 
 POLICIES: dict[str, Policy] = {"sampling": sampling_policy, "lookahead": lookahead_policy, "random": random_policy}
+
+
+def features_that_fit(
+    model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, memory_budget_gb: float
+) -> int:
+    """How many features the sampling policy may look at together, for a batch, within a memory budget; at least 1.
+
+    Args:
+        model: The model.
+        x: A batch as one device gets it, `[B, *input_shape]`; only its shape counts.
+        b: Its masks.
+        num_samples: Imputations per example.
+        memory_budget_gb: Gigabytes (1e9 bytes) for the features' intermediate results.
+    """
+
+    def gains(model, x, b):
+        return jax.vmap(lambda x, b: sampling_policy(model, x, b, num_samples, jax.random.key(0)))(x, b)
+
+    one_feature_gb = nnx.jit(gains).lower(model, x, b).compile().memory_analysis().temp_size_in_bytes / 1e9
+    return max(1, min(b[0].size, int(memory_budget_gb / one_feature_gb)))
 
 
 class Trajectory(NamedTuple):

@@ -60,7 +60,7 @@ class Run:
         if jax.process_index() == 0:
             for name in ("latest", "best"):
                 (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
+            write_atomically(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
         parallel.wait_for_all_processes()
         self._managers = {name: _manager(self.path, name) for name in ("latest", "best")}
         for step in self._managers["best"].all_steps():
@@ -102,7 +102,7 @@ class Run:
         path = self.path / "metrics.jsonl"
         if path.exists() and jax.process_index() == 0:
             rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            _write_atomically(path, "".join(row + "\n" for row in rows))
+            write_atomically(path, "".join(row + "\n" for row in rows))
 
     @contextlib.contextmanager
     def finished_saving(self) -> Iterator[None]:
@@ -294,7 +294,8 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _write_atomically(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

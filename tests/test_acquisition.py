@@ -32,7 +32,7 @@ NAMES = ["sampling", "lookahead", "random"]
 def test_sampling_gains_are_the_mutual_information():
     x, b = masks_and_data(6)
     model = lookahead_on(EXACT.model(), EXACT)
-    gains = jax.jit(lambda x, b, key: acquisition.sampling_policy(model, x, b, 4, key))
+    gains = jax.jit(lambda x, b, key: acquisition.sampling_policy(model, x, b, 4, key, features_at_once=2))
     for row in range(len(x)):
         expected = mutual_information(x[row], b[row])
         np.testing.assert_allclose(gains(x[row], b[row], KEY), expected, atol=1e-3)
@@ -230,3 +230,13 @@ def test_the_notebook_executes(run_dir):
     client = NotebookClient(notebook, timeout=300, kernel_name="python3")
     client.execute(cwd=str(ROOT / "notebooks"), env=environment)
     assert "nats; then feature" in notebook.cells[-1].outputs[-1].text
+
+
+def test_a_memory_budget_decides_how_many_features_are_looked_at_together():
+    model, _ = untrained((9,))
+    x, b = jnp.zeros((4, 9)), jnp.ones((4, 9)).at[:, ::2].set(0.0)
+    fit = [acquisition.features_that_fit(model, x, b, 8, budget) for budget in (0.0, 1e3)]
+    assert fit == [1, 9]
+    gains = [acquisition.sampling_policy(model, x[0], b[0], 8, KEY, features_at_once=n) for n in (1, 4, 9)]
+    for found in gains[1:]:
+        np.testing.assert_allclose(found, gains[0], rtol=1e-5, atol=1e-5)

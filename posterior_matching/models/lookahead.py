@@ -80,8 +80,8 @@ class LookaheadPosterior(nnx.Module):
         *,
         num_samples: int,
         num_features: int,
+        spread: str,
         available: jax.Array | None = None,
-        spread: str = "remaining",
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """What training maximises: how probable lookahead posteriors make samples of the posteriors they stand for.

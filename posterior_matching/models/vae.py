@@ -267,7 +267,9 @@ class PosteriorMatchingVAE(nnx.Module):
             ess_xo=observed.effective_sample_size,
         )
 
-    def expected_info_gains(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+    def expected_info_gains(
+        self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, features_at_once: int = 1
+    ) -> jax.Array:
         """Expected information about z that each unobserved feature would bring (paper, section 4.3).
 
         For feature i: `H[q(z | x_o)] - E[H[q(z | x_o, x_i)]]` in nats, x_i from `num_samples` imputations. Entropies
@@ -278,6 +280,7 @@ class PosteriorMatchingVAE(nnx.Module):
             b: Its mask, `[d]` or `[H, W, 1]`.
             num_samples: Imputations to average over.
             key: Random key.
+            features_at_once: Features to look at together; memory grows with it, the result does not depend on it.
 
         Returns:
             `[b.size]`, one entry per mask entry, -inf where observed.
@@ -291,7 +294,7 @@ class PosteriorMatchingVAE(nnx.Module):
             revealed = jnp.broadcast_to(revealed, (num_samples, *b.shape))
             return distributions.entropy(self.partial_posterior(imputations, revealed), key_then, num_samples).mean()
 
-        gains = now - jax.lax.map(expected_entropy, jnp.arange(b.size))
+        gains = now - jax.lax.map(expected_entropy, jnp.arange(b.size), batch_size=features_at_once)
         return jnp.where(b.reshape(-1) == 1, -jnp.inf, gains)
 
     def sample(self, num_samples: int, *, key: jax.Array, mean: bool = False) -> jax.Array:
