@@ -27,8 +27,8 @@ SHAPES = {
     "celeb_a": (64, 64, 3),
 }
 # What a config's file name begins with -> its training script, and the model it is built on.
-SCRIPTS = {"pm_vae": "train_pm_vae"}
-BASES = {}
+SCRIPTS = {"pm_vae": "train_pm_vae", "vade": "train_vade", "pm_vade": "train_pm_vade"}
+BASES = {"pm_vade": "vade"}
 
 
 def dataset(name: str, rows: int) -> data.Dataset:
