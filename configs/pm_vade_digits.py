@@ -10,7 +10,7 @@ def get_config():
     config = common.pm_vade()
     config.model = {
         "partial_encoder": None,  # that of the VaDE, with weights of its own
-        "partial_posterior": common.autoregressive_gmm(residual_blocks=2),
+        "partial_posterior": common.autoregressive_gmm(residual_blocks=1, hidden_units=128),
     }
     config.dataset = "digits"
     config.noise_std = 0.05

@@ -1,6 +1,5 @@
 """VaDE and PM-VaDE: against numerical integration in one latent dimension, and their training scripts on digits."""
 
-import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -22,6 +21,8 @@ from posterior_matching import data, runs
 from posterior_matching.errors import UserError
 from posterior_matching.models.vade import VADE, PosteriorMatchingVADE
 from posterior_matching.training_log import TrainingLog
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 KEY = jax.random.key(0)
 MLP = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8}
@@ -142,10 +143,8 @@ def test_cluster_probabilities_are_gamma_averaged_over_the_posterior(line):
     cluster = line.predict_cluster(jnp.asarray(X), 200, key=KEY)
     np.testing.assert_array_equal(cluster, expected.argmax(-1))
     assert len(set(cluster.tolist())) == 3
-    # One sample can mislead where many do not.
-    assert (
-        len(np.unique([line.predict_cluster(jnp.asarray(X), 1, key=k) for k in jax.random.split(KEY, 20)], axis=0)) > 1
-    )
+    one_sample = jax.vmap(lambda key: line.predict_cluster(jnp.asarray(X), 1, key=key))(jax.random.split(KEY, 20))
+    assert len(np.unique(one_sample, axis=0)) > 1  # one sample can mislead where many do not
 
 
 def test_with_one_cluster_and_the_exact_posterior_the_elbo_is_log_p_x():
@@ -313,8 +312,8 @@ def vade_config(**changes):
     config = common.vade()
     config.model = VADE_CONFIG | {"num_clusters": 10}
     config.update({"dataset": "digits", "batch_size": 16, "steps": 14, "validation_every": 4, "log_every": 2})
-    config.update({"noise_std": 0.1, "distortion_std": 0.1, "restarts": 2, "ema_decay": 0.5})
-    config.pretraining.update({"steps": 6, "mixture_inits": 1, "mixture_iterations": 20})
+    config.update({"checkpoint_every": 3, "noise_std": 0.1, "distortion_std": 0.1, "restarts": 2, "ema_decay": 0.5})
+    config.pretraining.update({"steps": 6, "mixture_inits": 1, "mixture_iterations": 200})
     for optimizer in (config.optimizer, config.pretraining.optimizer):
         optimizer.learning_rate = 0.01
     config.update(changes)
@@ -396,10 +395,69 @@ def test_a_run_stopped_in_any_phase_goes_on_as_if_never_stopped(trained, stop, m
 
     monkeypatch.setattr(TrainingLog, "add", crash)
     with pytest.raises(KeyboardInterrupt):
-        train_vade.train(vade_config(checkpoint_every=3), run_dir)
+        train_vade.train(vade_config(), run_dir)
     monkeypatch.setattr(TrainingLog, "add", add)
     assert runs.latest_step(run_dir) == stop
-    train_vade.train(vade_config(checkpoint_every=3), run_dir)
+    train_vade.train(vade_config(), run_dir)
     assert_same_weights(runs.load_model(run_dir), runs.load_model(trained.vade))
     timeless = [[{**row, "steps_per_second": 0} for row in rows(d)] for d in (run_dir, trained.vade)]
     assert timeless[0] == timeless[1]
+
+
+def test_the_vade_is_frozen_and_the_run_complete_without_it(trained, tmp_path):
+    model = runs.load_model(trained.pm_vade, "pm_vade")
+    assert_same_weights(model.vade, runs.load_model(trained.vade, "vade"))
+    assert runs.read_description(trained.pm_vade)["config"]["dataset"] == "digits"  # that of the VaDE
+    new = PosteriorMatchingVADE.from_config(
+        runs.read_description(trained.pm_vade)["config"]["model"], (8, 8, 1), nnx.Rngs(0)
+    )
+    before, after = (jax.tree.leaves(nnx.state(m.partial_posterior, nnx.Param)) for m in (new, model))
+    assert all((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after, strict=True))
+    found = rows(trained.pm_vade)
+    assert [row["step"] for row in found] == [3, 6] and found[1]["val_loss"] < found[0]["val_loss"]
+    assert all("val_clustering_accuracy" in row for row in found)
+    # It goes on without the VaDE's directory.
+    shutil.copytree(trained.vade, tmp_path / "vade")
+    train_pm_vade.train(pm_vade_config(str(tmp_path / "vade"), steps=3), tmp_path / "pm_vade")
+    shutil.rmtree(tmp_path / "vade")
+    train_pm_vade.train(pm_vade_config(str(tmp_path / "vade")), tmp_path / "pm_vade")
+    assert_same_weights(runs.load_model(tmp_path / "pm_vade"), model)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"restarts": 0}, r"config\.restarts must be at least 1, not 0"),
+        ({"noise_std": -1.0}, r"config\.noise_std must not be negative"),
+        ({"dataset": "mixture"}, r"config\.distortion_std is for images, the data have shape \(8,\)"),
+        ({"steps": 6}, r"config\.steps must exceed the 6 steps of pretraining, it is 6"),
+    ],
+)
+def test_bad_training_options(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_vade.train(vade_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_bad_training_options(tmp_path):
+    config = vade_config()
+    config.model.num_clusters = 1258
+    with pytest.raises(UserError, match=r"num_clusters is 1258, there are only 1257 training examples"):
+        train_vade.train(config, tmp_path / "run")
+    config = vade_config()
+    config.pretraining.mixture_inits = 0
+    with pytest.raises(UserError, match=r"config\.pretraining\.mixture_inits must be at least 1, not 0"):
+        train_vade.train(config, tmp_path / "run")
+
+
+def test_a_pm_vade_needs_a_vade(trained, tmp_path):
+    for base, message in (
+        (None, r"missing key 'config\.vade_dir': the run directory of a vade run"),
+        (str(trained.pm_vade), r"is a run of pm_vade, not of vade: pass the directory of a vade run"),
+        (str(tmp_path / "nowhere"), r"does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_pm_vade.train(pm_vade_config(base), tmp_path / "run")
+    with pytest.raises(UserError, match=r"trained on data of shape \(8, 8, 1\), config.dataset has shape \(8,\)"):
+        train_pm_vade.train(pm_vade_config(str(trained.vade), dataset="mixture"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
