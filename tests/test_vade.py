@@ -1,11 +1,16 @@
 """VaDE and PM-VaDE: against numerical integration in one latent dimension, and their training scripts on digits."""
 
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import scipy.stats
@@ -364,6 +369,22 @@ def test_the_restart_with_the_best_elbo_goes_on(trained):
     assert row["val_elbo_nats"] == pytest.approx(max(elbos), rel=0.1)
 
 
+def test_restarts_side_by_side_on_an_accelerator_are_those_one_by_one(monkeypatch):
+    restarts = train_vade.Restarts([small(encoder=MLP | {"residual_blocks": 1, "dropout": 0.5}) for _ in range(3)])
+    for i, model in enumerate(restarts.models):
+        model.posterior_head.linear.bias[...] += i
+    x = jnp.float32(np.random.default_rng(0).normal(size=(4, 5)))
+
+    def run():
+        fn = lambda model, key: model.autoencoder_ll(x, rngs=nnx.Rngs(dropout=key))  # noqa: E731
+        return np.asarray(restarts.map(fn, KEY))
+
+    one_by_one = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(run(), one_by_one, rtol=1e-4)
+    assert one_by_one.shape == (3, 4) and len(np.unique(one_by_one)) == 12
+
+
 def test_labels_change_nothing_but_the_scores_and_are_not_needed(trained, monkeypatch):
     load = data.load_for_training
 
@@ -461,3 +482,39 @@ def test_a_pm_vade_needs_a_vade(trained, tmp_path):
     with pytest.raises(UserError, match=r"trained on data of shape \(8, 8, 1\), config.dataset has shape \(8,\)"):
         train_pm_vade.train(pm_vade_config(str(trained.vade), dataset="mixture"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# Notebook ------------------------------------------------------------------------------------------------------------
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "clustering_plots.ipynb"
+
+
+def execute(run_dir):
+    """Executes the notebook on a run; returns it with its outputs."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    environment = os.environ | {"RUN_DIR": str(run_dir), "NUM_IMAGES": "40", "PYTHONPATH": str(NOTEBOOK.parents[1])}
+    environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment.pop("XLA_FLAGS")  # one device
+    nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(NOTEBOOK.parent), env=environment)
+    return notebook
+
+
+def test_the_notebook_runs_from_start_to_end(trained):
+    notebook = execute(trained.pm_vade)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "40 test images of digits, 10 clusters" in text
+    assert re.search(r"PM-VaDE: 0\.\d+ with all pixels, 0\.\d+ with half, 0\.\d+ with none", text)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+def test_the_notebook_is_committed_with_its_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
+    assert NOTEBOOK.stat().st_size < 300_000
+
+
+def test_the_notebook_says_what_is_wrong_with_a_run(trained):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="is a run of vade, not of pm_vade"):
+        execute(trained.vade)
