@@ -17,13 +17,18 @@ from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, masking, runs
 from posterior_matching.base import Base, build_on, load_base
+from posterior_matching.clustering import (
+    SAMPLES,
+    check_corruption,
+    contingency,
+    corrupt,
+    summarise_contingency,
+    validation_arrays,
+)
 from posterior_matching.config import parse
 from posterior_matching.images import imputation_grid
 from posterior_matching.models.vade import PosteriorMatchingVADE
 from posterior_matching.training import Experiment, TrainingOptions, fit
-from train_vade import contingency, scores, validation_arrays
-
-_SAMPLES = 50  # of z, for a prediction of the cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class PMVADEOptions:
     train_split: str
     validation_split: str
     noise_std: float
+    distortion_std: float
     mask_generator: Mapping[str, Any]
     model: Mapping[str, Any]
     dataset: str | None = None
@@ -57,6 +63,7 @@ def make_experiment(
 ) -> Experiment:
     """Builds what the training loop needs around the frozen VaDE."""
     options, training = parse(config, PMVADEOptions, TrainingOptions)
+    check_corruption(options, train_set)
     generator = masking.build_mask_generator(options.mask_generator)
     generator.check(masking.mask_shape(train_set.input_shape))
     model = build_on(vade, "pm_vade", config, train_set.input_shape, training.seed)
@@ -68,19 +75,19 @@ def make_experiment(
     def loss(model: PosteriorMatchingVADE, batch, rngs: nnx.Rngs, step, training: bool) -> dict[str, jax.Array]:
         del step
         x, available = batch["x"], batch["available"]
-        if training and options.noise_std:
-            x = x + options.noise_std * jax.random.normal(rngs.noise(), x.shape) * available
+        if training:  # both posteriors see the same image
+            x = corrupt(x, available, rngs.noise(), options.noise_std, options.distortion_std)
         b = generator(rngs.mask(), available.shape) * available
         matching_ll = model.matching_ll(x, b, rngs.sample(), rngs=rngs if training else None)
         values = {"loss": -matching_ll, "matching_ll_nats": matching_ll}
         if not training and "label" in batch:
-            cluster = model.partial_predict_cluster(x, b, _SAMPLES, key=rngs.sample())
+            cluster = model.partial_predict_cluster(x, b, SAMPLES, key=rngs.sample())
             values["contingency"] = contingency(batch["label"], cluster, validation_set, model.vade.num_clusters)
         return values
 
     is_image = len(train_set.input_shape) == 3
     images = functools.partial(example_images, validation_set, generator) if is_image else None
-    summarise = functools.partial(scores, len(validation_set))
+    summarise = functools.partial(summarise_contingency, len(validation_set))
     return Experiment(model, loss, prepare, vade.trainable(), images, summarise)
 
 

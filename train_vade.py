@@ -18,14 +18,19 @@ from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, runs
 from posterior_matching.batching import padded_batches
+from posterior_matching.clustering import (
+    SAMPLES,
+    check_corruption,
+    contingency,
+    corrupt,
+    summarise_contingency,
+    validation_arrays,
+)
 from posterior_matching.config import call, parse
 from posterior_matching.errors import UserError
-from posterior_matching.images import distort
 from posterior_matching.metrics import clustering_scores
 from posterior_matching.models.vade import VADE
 from posterior_matching.training import Experiment, OptimizerOptions, Pretraining, TrainingOptions, fit
-
-_SAMPLES = 50  # of z, for a prediction of the cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +94,7 @@ def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set:
         return rows | {"x": x, "available": available}
 
     def corrupted(batch: dict[str, jax.Array], rngs: nnx.Rngs) -> jax.Array:
-        x = distort(rngs.noise(), batch["x"], options.distortion_std) if options.distortion_std else batch["x"]
-        return x + options.noise_std * jax.random.normal(rngs.noise(), x.shape) * batch["available"]
+        return corrupt(batch["x"], batch["available"], rngs.noise(), options.noise_std, options.distortion_std)
 
     def loss(model: VADE, batch, rngs: nnx.Rngs, step, training: bool) -> dict[str, jax.Array]:  # noqa: ARG001
         x = batch["x"]
@@ -108,7 +112,7 @@ def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set:
             "kl_nats": terms.kl,
         }
         if not training and "label" in batch:
-            cluster = model.predict_cluster(x, _SAMPLES, key=rngs.sample())
+            cluster = model.predict_cluster(x, SAMPLES, key=rngs.sample())
             values["contingency"] = contingency(batch["label"], cluster, validation_set, model.num_clusters)
         return values
 
@@ -131,7 +135,7 @@ def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set:
         models[0],
         loss,
         prepare,
-        summarise=functools.partial(scores, len(validation_set)),
+        summarise=functools.partial(summarise_contingency, len(validation_set)),
         pretraining=Pretraining(
             experiment=Experiment(Restarts(models), autoencoder_loss, prepare),
             steps=pretraining.steps,
@@ -139,26 +143,6 @@ def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set:
             finish=finish,
         ),
     )
-
-
-def validation_arrays(dataset: data.Dataset) -> dict[str, np.ndarray]:
-    """What validation reads: the examples, and their labels if there are any."""
-    return {"x": dataset.x} if dataset.label is None else {"x": dataset.x, "label": dataset.label}
-
-
-def contingency(label: jax.Array, cluster: jax.Array, dataset: data.Dataset, num_clusters: int) -> jax.Array:
-    """A validation term, `[B, labels, clusters]`: 1 at the label `[B]` and the cluster `[B]` of each example."""
-    label = jax.nn.one_hot(label, dataset.label.max() + 1)
-    return label[:, :, None] * jax.nn.one_hot(cluster, num_clusters)[:, None, :]
-
-
-def scores(num_examples: int, means: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Replaces the mean contingency of the validation examples, if they have labels, by `clustering_scores`."""
-    if "contingency" not in means:
-        return means
-    counts = np.rint(means["contingency"] * num_examples).astype(int)
-    label, cluster = (np.repeat(index.ravel(), counts.ravel()) for index in np.indices(counts.shape))
-    return {k: v for k, v in means.items() if k != "contingency"} | clustering_scores(label, cluster)
 
 
 def choose(
@@ -233,13 +217,7 @@ def check(options: VADEOptions, pretraining: PretrainingOptions, train_set: data
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"config.{name} must be at least 1, not {count}")
-    for name in ("noise_std", "distortion_std"):
-        if getattr(options, name) < 0:
-            raise UserError(f"config.{name} must not be negative, it is {getattr(options, name)}")
-    if options.distortion_std and len(train_set.input_shape) != 3:
-        raise UserError(
-            f"config.distortion_std is for images, the data have shape {train_set.input_shape}: set it to 0"
-        )
+    check_corruption(options, train_set)
     clusters = options.model.get("num_clusters", 1)
     if clusters > len(train_set):
         raise UserError(f"config.model.num_clusters is {clusters}, there are only {len(train_set)} training examples")

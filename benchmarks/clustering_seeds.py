@@ -89,7 +89,8 @@ def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
         return found
 
     found = ExampleMap(predict, model, test_set, 100)(jax.random.key(0))
-    return {name: accuracy(test_set, cluster) for name, cluster in found.items()}
+    names = ["VaDE", *(f"PM-VaDE, {share:.0%} observed" for share in SHARES)]
+    return {name: accuracy(test_set, found[name]) for name in names}
 
 
 def accuracy(test_set: data.Dataset, cluster: np.ndarray) -> float:

@@ -76,6 +76,7 @@ def pm_vade() -> ConfigDict:
     config = training()
     config.vade_dir = config_dict.placeholder(str)  # run directory of the VaDE
     config.noise_std = 0.0  # Gaussian noise on the training data
+    config.distortion_std = 0.0  # random affine distortion of the training images, `images.distort`
     config.mask_generator = ConfigDict({"name": "UniformMaskGenerator"})
     return config
 

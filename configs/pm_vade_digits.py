@@ -13,7 +13,8 @@ def get_config():
         "partial_posterior": common.autoregressive_gmm(residual_blocks=1, hidden_units=128),
     }
     config.dataset = "digits"
-    config.noise_std = 0.05
+    config.noise_std = 0.1
+    config.distortion_std = 0.15
     config.ema_decay = 0.995
     config.batch_size = 128
     config.steps = 2000
