@@ -13,8 +13,12 @@ def get_config():
         "partial_posterior": common.autoregressive_gmm(residual_blocks=1, hidden_units=128),
     }
     config.dataset = "digits"
-    config.noise_std = 0.1
-    config.distortion_std = 0.15
+    config.mask_generator = {  # uniform masks are seldom almost complete, and never complete
+        "name": "MixtureMaskGenerator",
+        "generators": ({"name": "UniformMaskGenerator"}, {"name": "BernoulliMaskGenerator", "p": 1.0}),
+        "weights": (3.0, 1.0),
+    }
+    config.noise_std = 0.05
     config.ema_decay = 0.995
     config.batch_size = 128
     config.steps = 2000
