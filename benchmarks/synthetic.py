@@ -31,10 +31,13 @@ SCRIPTS = {
     "pm_vae": "train_pm_vae",
     "vqvae": "train_vqvae",
     "pm_vqvae": "train_pm_vqvae",
+    "vade": "train_vade",
+    "pm_vade": "train_pm_vade",
     "lookahead": "train_lookahead_posterior",
 }
 BASES = {
     "pm_vqvae": "vqvae",
+    "pm_vade": "vade",
     "lookahead": "pm_vae",
 }
 # Whose base has another config than that of the same dataset.

@@ -22,7 +22,13 @@ def training() -> ConfigDict:
     config.ema_decay = config_dict.placeholder(float)
     config.skip_nonfinite_updates = False
     config.data_memory_budget_gb = 8.0  # per device; larger data stream from the host
-    config.optimizer = ConfigDict(
+    config.optimizer = optimizer()
+    return config
+
+
+def optimizer() -> ConfigDict:
+    """The keys of `training.OptimizerOptions`."""
+    return ConfigDict(
         {
             "learning_rate": 1e-3,
             "decay_rate": 0.9,
@@ -34,7 +40,6 @@ def training() -> ConfigDict:
             "eps": 1e-8,
         }
     )
-    return config
 
 
 def pm_vae() -> ConfigDict:
@@ -58,6 +63,33 @@ def lookahead() -> ConfigDict:
     config.lookahead_subsample = 16  # features looked at per step, the same for the whole batch
     config.spread = "total"  # as published; or "remaining", see `LookaheadPosterior.log_prob_of_samples`
     config.model = ConfigDict({"lookahead_encoder": None})  # a network's config; None: that of the PM-VAE's encoder
+    return config
+
+
+def vade() -> ConfigDict:
+    """All keys of a VaDE config. `config.model` has the keys of `models.vade.VADE`."""
+    config = training()
+    config.noise_std = 0.0  # Gaussian noise on what the encoder sees while training (not on what is reconstructed)
+    config.distortion_std = 0.0  # random affine distortion of the same, `images.distort`
+    config.restarts = 1  # networks pretrained side by side; the one whose VaDE begins with the best ELBO goes on
+    config.pretraining = ConfigDict(
+        {
+            "steps": 70_000,  # of config.steps
+            "optimizer": optimizer(),
+            "mixture_inits": 10,  # fits of the mixture, of which the likeliest is taken
+            "mixture_iterations": 300,
+        }
+    )
+    return config
+
+
+def pm_vade() -> ConfigDict:
+    """All keys of a PM-VaDE config. `config.model` has those of `models.vade.PosteriorMatchingVADE` but `vade`."""
+    config = training()
+    config.vade_dir = config_dict.placeholder(str)  # run directory of the VaDE
+    config.noise_std = 0.0  # Gaussian noise on the training data
+    config.distortion_std = 0.0  # random affine distortion of the training images, `images.distort`
+    config.mask_generator = ConfigDict({"name": "UniformMaskGenerator"})
     return config
 
 

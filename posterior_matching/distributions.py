@@ -37,6 +37,12 @@ class DiagonalGaussian(nnx.Module):
         loc, scale = jnp.split(self.linear(_flat(features)), 2, axis=-1)
         return _diagonal(loc, jax.nn.softplus(scale) + _MIN_SCALE)
 
+    def set_scale(self, scale: jax.Array) -> None:
+        """Makes the scale `[e]` (above 1e-5) for all features, until training changes that."""
+        e = len(scale)
+        self.linear.kernel[...] = self.linear.kernel[...].at[:, e:].set(0.0)
+        self.linear.bias[...] = self.linear.bias[...].at[e:].set(jnp.log(jnp.expm1(scale - _MIN_SCALE)))  # softplus^-1
+
 
 class DiagonalGaussians(nnx.Module):
     """Features -> `count` distributions N(mean, diag(scale^2)) over `[event_size]`, one for each feature to look at."""
@@ -222,6 +228,14 @@ def _require_data_shape(head: str, meaning: str, features_shape: Shape, data_sha
 def standard_normal(event_size: int) -> dist.Distribution:
     """The prior p(z) = N(0, I) over `[event_size]`."""
     return _diagonal(jnp.zeros(event_size), jnp.ones(event_size))
+
+
+def diagonal_mixture(logits: jax.Array, loc: jax.Array, scale: jax.Array) -> dist.MixtureSameFamily:
+    """sum_c pi_c N(loc_c, diag(scale_c^2)) over `[e]`: logits of pi `[K]`, loc and scale `[K, e]`.
+
+    Its `component_log_probs(z)` are log pi_c + log N(z; c), `[..., K]`.
+    """
+    return dist.MixtureSameFamily(dist.Categorical(logits=logits, **_UNCHECKED), _diagonal(loc, scale), **_UNCHECKED)
 
 
 def kl_to_standard_normal(q: dist.Distribution) -> jax.Array:

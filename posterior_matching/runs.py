@@ -2,7 +2,8 @@
 
 config.json     model, config, input shape, standardisation, versions; written before the first step
 checkpoints/    latest/ and best/ (lowest validation loss), one Orbax checkpoint each, of two items (best/: only model):
-                  model   weights ready for use (EMA where the config has EMA), a flat dict of arrays by path
+                  model   weights ready for use (EMA where the config has EMA), a flat dict of arrays by path;
+                          not there while the run is pretraining
                   train   everything else that continuing needs
 tb/             TensorBoard events
 metrics.jsonl   one JSON object per validation
@@ -28,6 +29,7 @@ from posterior_matching import parallel
 from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.models.lookahead import LookaheadPosterior
+from posterior_matching.models.vade import VADE, PosteriorMatchingVADE
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE
 
@@ -35,6 +37,8 @@ MODELS = {
     "pm_vae": PosteriorMatchingVAE,
     "vqvae": VQVAE,
     "pm_vqvae": PosteriorMatchingVQVAE,
+    "vade": VADE,
+    "pm_vade": PosteriorMatchingVADE,
     "lookahead": LookaheadPosterior,
 }
 
@@ -67,20 +71,20 @@ class Run:
             if step > self.step:  # of a run killed before its latest checkpoint was written: it comes there again
                 self._managers["best"].delete(step)
 
-    def save(self, step: int, model: dict[str, np.ndarray], train: Any, best: bool) -> None:
+    def save(self, step: int, model: dict[str, np.ndarray] | None, train: Any, best: bool) -> None:
         """Writes a checkpoint in the background; the last one goes only when the new one is complete.
 
         Args:
             step: The step.
-            model: Weights ready for use, `flat_weights`.
+            model: Weights ready for use, `flat_weights`; None: there are none yet, the run is pretraining.
             train: Everything else that continuing needs.
             best: Whether to keep it as the best one, too.
         """
-        weights = ocp.args.StandardSave(model)
+        weights = {} if model is None else {"model": ocp.args.StandardSave(model)}
         if best:  # on disk before the latest one, which records the loss to beat, begins
-            self._managers["best"].save(step, args=ocp.args.Composite(model=weights), force=True)
+            self._managers["best"].save(step, args=ocp.args.Composite(**weights), force=True)
             self._managers["best"].wait_until_finished()
-        everything = ocp.args.Composite(model=weights, train=ocp.args.StandardSave(train))
+        everything = ocp.args.Composite(**weights, train=ocp.args.StandardSave(train))
         self._managers["latest"].save(step, args=everything, force=True)
         self.step = step
 
@@ -208,6 +212,10 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
     if not step:
         raise UserError(f"{run_dir} holds no {name} checkpoint yet: train it longer (config.validation_every)")
 
+    manager = _manager(pathlib.Path(run_dir).absolute(), name)
+    if not (manager.directory / str(step) / "model").exists():
+        raise UserError(f"{run_dir} is still pretraining, at step {step}: train it longer")
+
     def build() -> nnx.Module:
         shape = tuple(description["input_shape"])
         return MODELS[description["model"]].from_config(description["config"]["model"], shape, nnx.Rngs(0))
@@ -215,7 +223,6 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
     abstract = nnx.eval_shape(build)
     graphdef, state = nnx.split(abstract)
     target = flat_weights(state)
-    manager = _manager(pathlib.Path(run_dir).absolute(), name)
     shapes = {key: tuple(value.shape) for key, value in target.items()}
     try:
         saved = {key: tuple(value.shape) for key, value in manager.item_metadata(step)["model"].items()}

@@ -6,6 +6,8 @@ A script gives `fit` a model and a loss; see `train_pm_vae.py`. Losses are funct
 
 of per-example values, used alike for training (averaged over the batch) and for validation (averaged exactly over all
 examples, with EMA weights if there are any, and the same random keys every time).
+
+A run may begin with a pretraining that has a model, a loss and an optimiser of its own; see `train_vade.py`.
 """
 
 import contextlib
@@ -84,7 +86,7 @@ class TrainingOptions:
     batch_size: int  # per device
     validation_every: int
     log_every: int
-    optimizer: Mapping[str, Any]
+    optimizer: Mapping[str, Any] | OptimizerOptions
     checkpoint_every: int | None = None  # besides every validation
     ema_decay: float | None = None  # of the weights that validation and evaluation use; None: the weights themselves
     skip_nonfinite_updates: bool = False  # True: skip and count them; False: stop
@@ -128,6 +130,19 @@ class Experiment:
     # Means over the validation data -> what is logged. Terms may be vectors per example, [B, ...], that only together
     # mean something: how often each code was used, which cluster met which label.
     summarise: Callable[[dict[str, np.ndarray]], dict[str, Any]] = dict
+    pretraining: "Pretraining | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """The first steps of a run, in which something else is trained than the experiment that they are to initialise."""
+
+    experiment: Experiment
+    steps: int
+    optimizer: OptimizerOptions
+    # On the host, when the steps are done: the pretrained model -> the main experiment's model with its initial
+    # weights, and numbers to log. Must give the same again: a run killed in it or soon after comes here again.
+    finish: Callable[[nnx.Module], tuple[nnx.Module, dict[str, float]]]
 
 
 def fit(
@@ -145,9 +160,14 @@ def fit(
     Raises:
         UserError: The loss is not finite, or too many updates in a row had to be skipped.
     """
-    program = Program(experiment, options)
+    pretraining = experiment.pretraining
+    border = pretraining.steps if pretraining else 0  # where the main training begins
+    if options.steps <= border:
+        raise UserError(f"config.steps must exceed the {border} steps of pretraining, it is {options.steps}")
+    program = main_program = Program(experiment, options, border)
+    if pretraining and run.step <= border:
+        program = Program(pretraining.experiment, dataclasses.replace(options, optimizer=pretraining.optimizer))
     state, frozen = program.initial_state()
-    graphdef = program.graphdef
     feed = TrainingFeed(train, options.batch_size, options.seed, options.data_memory_budget_gb)
     chunks = _ValidationChunks(validation, options)
     run.create()  # what can be wrong with the input has been found by now
@@ -155,11 +175,11 @@ def fit(
     if run.step:
         state, best_loss = _restore(run, state)
     first_step, step = run.step, run.step
-    run.forget_metrics_after(step)
+    run.forget_metrics_after(step if program is main_program else min(step, border - 1))
     log = TrainingLog(
         run,
         experiment.model,
-        state.trainable,
+        nnx.state(experiment.model, experiment.trainable),
         steps=options.steps,
         batch_size=options.batch_size,
         skip_nonfinite=options.skip_nonfinite_updates,
@@ -169,38 +189,55 @@ def fit(
     def evaluation_model() -> nnx.Module:
         weights = state.trainable if state.ema is None else state.ema
         weights, mutable = jax.tree.map(jnp.asarray, parallel.unreplicate((weights, state.mutable)))
-        return nnx.merge(graphdef, weights, frozen, mutable)
+        return nnx.merge(program.graphdef, weights, frozen, mutable)
+
+    def validate() -> dict[str, float]:
+        weights = state.trainable if state.ema is None else state.ema
+        return program.validate(weights, state.mutable, frozen_everywhere, chunks)
 
     def save(best: bool) -> None:
-        weights = runs.flat_weights(nnx.state(evaluation_model()))
-        run.save(step, jax.tree.map(np.asarray, weights), _to_save(parallel.unreplicate(state), best_loss), best)
+        model = None  # while pretraining, there is none that could be used
+        if program is main_program:
+            weights = runs.flat_weights(nnx.state(evaluation_model()))
+            model = jax.tree.map(np.asarray, weights)
+        run.save(step, model, _to_save(parallel.unreplicate(state), best_loss), best)
 
     with run.finished_saving(), log, _interruptible() as signalled:
         while step < options.steps:
-            num_steps = _steps_in_dispatch(step, options)
-            next_num_steps = _steps_in_dispatch(step + num_steps, options)
+            if program is not main_program and step == border:
+                log.begin("after pretraining")
+                model, found = pretraining.finish(evaluation_model())
+                program = main_program
+                state, frozen = program.initial_state(model)
+                state, frozen_everywhere = parallel.replicate((state, frozen))
+                log.write_validation(step, validate() | found)
+                log.begin("training")
+            num_steps = _steps_in_dispatch(step, options, border)
+            next_num_steps = _steps_in_dispatch(step + num_steps, options, border)
             arrays, indices = feed.get(step, num_steps, next_num_steps)
             state, metrics = program.train(state, frozen_everywhere, arrays, indices)
             step += num_steps
             log.add(step, num_steps, metrics)
-            validate = step % options.validation_every == 0 or step == options.steps
-            checkpoint = options.checkpoint_every is not None and step % options.checkpoint_every == 0
+            # Where pretraining ends, the model that it initialises is validated instead.
+            ends_pretraining = program is not main_program and step == border
+            validates = (step % options.validation_every == 0 or step == options.steps) and not ends_pretraining
+            checkpoints = options.checkpoint_every is not None and step % options.checkpoint_every == 0
+            checkpoints = checkpoints or ends_pretraining
             # Several processes have to stop at the same step, so they ask each other, though not at every step.
             ask = jax.process_count() == 1 or step % options.log_every == 0
             interrupted = ask and parallel.any_process(signalled())
-            if step % options.log_every == 0 or validate or checkpoint or interrupted:
+            if step % options.log_every == 0 or validates or checkpoints or interrupted:
                 log.write_training()  # also refuses to go on after a non-finite step, before anything is saved
-            if validate:
-                weights = state.trainable if state.ema is None else state.ema
-                values = program.validate(weights, state.mutable, frozen_everywhere, chunks)
+            if validates:
+                values = validate()
                 log.write_validation(step, values)
-                is_best = values["loss"] < best_loss
-                best_loss = min(best_loss, values["loss"])
+                is_best = program is main_program and values["loss"] < best_loss
+                best_loss = min(best_loss, values["loss"]) if program is main_program else best_loss
                 save(is_best)
-                if experiment.images is not None and jax.process_index() == 0:
-                    log.write_images(step, experiment.images(evaluation_model()))
+                if program.images is not None and jax.process_index() == 0:
+                    log.write_images(step, program.images(evaluation_model()))
                 log.restart_clock()
-            elif checkpoint or interrupted:
+            elif checkpoints or interrupted:
                 save(best=False)
                 log.restart_clock()
             if interrupted and step < options.steps:
@@ -214,22 +251,31 @@ def fit(
 
 
 class Program:
-    """The compiled training step and validation pass of an experiment."""
+    """The compiled training step and validation pass of an experiment, whose first step is the run's `first_step`."""
 
-    def __init__(self, experiment: Experiment, options: TrainingOptions):
-        optimizer = call(OptimizerOptions, options.optimizer, "config.optimizer")
+    def __init__(self, experiment: Experiment, options: TrainingOptions, first_step: int = 0):
+        optimizer = options.optimizer
+        if not isinstance(optimizer, OptimizerOptions):
+            optimizer = call(OptimizerOptions, optimizer, "config.optimizer")
         self._loss, self._prepare, self._options = experiment.loss, experiment.prepare, options
-        self._summarise = experiment.summarise
+        self._summarise, self.images = experiment.summarise, experiment.images
+        self._trainable, self._first_step = experiment.trainable, first_step
         self._schedule, self._direction = optimizer.schedule(), optimizer.direction()
         self.graphdef, *self._initial = nnx.split(experiment.model, experiment.trainable, nnx.Param, ...)
         self.train = parallel.pmap(self._train_steps, donate_argnums=0)
         self._validate = parallel.pmap(self._validation_sums)
 
-    def initial_state(self) -> tuple[TrainState, nnx.State]:
-        """Returns the state before the first step, and the frozen parameters; neither replicated."""
+    def initial_state(self, model: nnx.Module | None = None) -> tuple[TrainState, nnx.State]:
+        """Returns the state before the first step, and the frozen parameters; neither replicated.
+
+        Args:
+            model: Whose weights to begin with; None: those of the experiment's model.
+        """
         trainable, frozen, mutable = self._initial
+        if model is not None:
+            _, trainable, frozen, mutable = nnx.split(model, self._trainable, nnx.Param, ...)
         state = TrainState(
-            step=np.int32(0),
+            step=np.int32(self._first_step),
             trainable=trainable,
             mutable=mutable,
             opt_state=self._direction.init(trainable),
@@ -252,10 +298,11 @@ class Program:
         key = jax.random.fold_in(jax.random.key(options.seed), state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
         batch = self._prepare(jax.tree.map(lambda a: a[rows], arrays))
+        step = state.step - self._first_step
 
         def mean_loss(trainable):
             model = nnx.merge(self.graphdef, trainable, frozen, state.mutable, copy=True)
-            terms = self._loss(model, batch, _streams(key), step=state.step, training=True)
+            terms = self._loss(model, batch, _streams(key), step=step, training=True)
             mutable = nnx.state(model, nnx.Not(nnx.Param))
             terms = jax.tree.map(jnp.mean, terms)  # over the batch
             return terms["loss"], (terms, mutable)
@@ -263,7 +310,7 @@ class Program:
         gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
         gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
-        metrics["learning_rate"] = learning_rate = self._schedule(state.step)
+        metrics["learning_rate"] = learning_rate = self._schedule(step)
 
         updates, opt_state = self._direction.update(gradients, state.opt_state, state.trainable)
         trainable = jax.tree.map(lambda p, u: p - learning_rate * u, state.trainable, updates)
@@ -344,10 +391,10 @@ def steps_per_dispatch(options: TrainingOptions) -> int:
     return max(d for d in range(1, min(intervals, _MAX_STEPS_PER_DISPATCH) + 1) if intervals % d == 0)
 
 
-def _steps_in_dispatch(step: int, options: TrainingOptions) -> int:
-    """Steps of the call that begins at `step`; after an interruption or at the end, fewer than usual."""
-    usual = steps_per_dispatch(options)
-    return max(0, min(usual - step % usual, options.steps - step))
+def _steps_in_dispatch(step: int, options: TrainingOptions, border: int = 0) -> int:
+    """Steps of the call that begins at `step`; after an interruption, at `border` or at the end, fewer than usual."""
+    usual, end = steps_per_dispatch(options), border if step < border else options.steps
+    return max(0, min(usual - step % usual, end - step))
 
 
 def _streams(key: jax.Array) -> nnx.Rngs:

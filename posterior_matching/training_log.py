@@ -71,6 +71,13 @@ class TrainingLog:
             self._progress.close()
             self._writer.close()
 
+    def begin(self, phase: str) -> None:
+        """Names what the progress bar shows from now on, and forgets what was measured of the phase before."""
+        self._training = {}
+        self.restart_clock()
+        if self._writes:
+            self._progress.set_description(phase)
+
     def add(self, step: int, num_steps: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a dispatch, without waiting for them."""
         self._pending.append((step, num_steps, metrics))
@@ -115,12 +122,10 @@ class TrainingLog:
         self._write("val", step, values)
         if not self._writes:
             return
-        rate = self._training["steps_per_second"]
         means = {k: v if math.isfinite(v) else None for k, v in self._training.items()}  # JSON knows no NaN
-        row = {f"train_{k}": v for k, v in means.items() if k != "steps_per_second"}
-        self._run.append_metrics(
-            {"step": step, **row, **{f"val_{k}": v for k, v in values.items()}, "steps_per_second": rate}
-        )
+        rate = {k: means.pop(k) for k in ("steps_per_second",) if k in means}  # not so where a phase begins
+        train, val = ({f"{prefix}_{k}": v for k, v in d.items()} for prefix, d in (("train", means), ("val", values)))
+        self._run.append_metrics({"step": step} | train | val | rate)
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._progress.write(f"step {step}: validation {terms}", file=sys.stderr)
 

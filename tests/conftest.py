@@ -3,6 +3,25 @@
 import os
 import tempfile
 
+import pytest
+
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matching_tests_")
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """Keeps what the tests of a module compile, for those that run the same programs again."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
+    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in changes}
+    for values in (changes, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is changes:
+            yield

@@ -138,7 +138,7 @@ def load(name):
 
 def read_everything(name, config):
     """What a training run does with its config, without allocating or computing any weights."""
-    rows = synthetic.dataset(config.dataset, 4)
+    rows = synthetic.dataset(config.dataset, 16)
     nnx.eval_shape(lambda: synthetic.experiment(name, config, rows).model)
     options = {k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__}
     call(OptimizerOptions, call(TrainingOptions, options, "config").optimizer, "config.optimizer")
@@ -220,3 +220,25 @@ def test_tabular_configs_have_the_papers_hyperparameters(name):
             "transition_steps": 200_000,
         },
     }.get(name, cyclic | {"period": 50_000, "delay": 1000})
+
+
+def test_vade_configs_have_the_papers_hyperparameters():
+    config, epoch = load("vade_mnist"), 60_000 / 128
+    model, optimizer, pretraining = config.model, config.optimizer, config.pretraining
+    assert (model.latent_dim, model.num_clusters, config.batch_size) == (10, 10, 128)
+    vae = load("pm_vae_mnist").model  # the same networks
+    assert all(model[part].to_dict() == vae[part].to_dict() for part in ("encoder", "decoder", "likelihood"))
+    assert model.posterior.to_dict() == {"name": "DiagonalGaussian"}
+    assert (pretraining.mixture_inits, pretraining.mixture_iterations) == (10, 300)
+    assert (config.noise_std, config.distortion_std, config.restarts) == (0.0, 0.0, 1)
+    assert abs(pretraining.steps - 150 * epoch) < 1 and abs(config.steps - 450 * epoch) < 2
+    constant = pretraining.optimizer
+    assert (constant.learning_rate, constant.decay_rate, constant.weight_decay) == (2e-3, 1.0, 0.0)
+    assert (optimizer.learning_rate, optimizer.decay_rate, optimizer.eps) == (2e-3, 0.9, 1e-4)
+    assert abs(optimizer.transition_steps - 10 * epoch) < 1
+    config = load("pm_vade_mnist")
+    assert (config.batch_size, config.steps, config.optimizer.learning_rate) == (128, 160_000, 1e-3)
+    assert abs(config.optimizer.transition_steps - 10 * epoch) < 1
+    assert config.mask_generator.to_dict() == {"name": "UniformMaskGenerator"}
+    gmm = {"name": "AutoregressiveGMM", "num_components": 10, "residual_blocks": 2, "hidden_units": 256}
+    assert config.model.partial_posterior.to_dict() == gmm and config.model.partial_encoder is None

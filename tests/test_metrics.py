@@ -1,5 +1,7 @@
 """Scores, schedules, pictures and baselines against loops and values worked out by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from PIL import Image
 
 from posterior_matching import baselines, metrics, schedules
-from posterior_matching.images import image_square, imputation_grid, save_png
-from posterior_matching.metrics import finite_mean, nrmse
+from posterior_matching.images import distort, image_square, imputation_grid, save_png
+from posterior_matching.metrics import clustering_scores, finite_mean, nrmse
 
 # NRMSE
 
@@ -252,3 +254,57 @@ def test_f_scores_interpolate_between_precision_and_recall():
     assert metrics.max_f_score(precision[:1], recall[:1], 1.0) == pytest.approx(2 * 0.09 / 1.0)
     assert metrics.max_f_score(precision, recall, 1e-6) == pytest.approx(0.9)
     assert metrics.max_f_score(precision, recall, 1e6) == pytest.approx(0.6)
+
+
+# Clustering
+
+
+@pytest.mark.parametrize("num_clusters", [2, 4, 5])
+def test_clustering_accuracy_is_that_of_the_best_of_all_assignments(num_clusters):
+    rng = np.random.default_rng(num_clusters)
+    label = rng.integers(0, 4, 60)
+    cluster = np.where(rng.uniform(size=60) < 0.6, (label + 1) % num_clusters, rng.integers(0, num_clusters, 60))
+    slots = [*range(4), *[-1] * max(0, num_clusters - 4)]  # a cluster in slot -1 has no label
+    best = max(np.mean(np.array(a)[cluster] == label) for a in itertools.permutations(slots, num_clusters))
+    assert clustering_scores(label, cluster)["clustering_accuracy"] == pytest.approx(best)
+
+
+def test_clustering_scores_do_not_depend_on_names_and_know_perfect_and_useless_clusters():
+    label = np.repeat([3, 0, 7], 20)
+    perfect = {"clustering_accuracy": 1.0, "nmi": 1.0, "ari": 1.0}
+    assert clustering_scores(label, np.repeat([5, 2, 4], 20)) == pytest.approx(perfect)
+    useless = {"clustering_accuracy": 1 / 3, "nmi": 0.0, "ari": 0.0}
+    assert clustering_scores(label, np.zeros(60, int)) == pytest.approx(useless)
+
+
+def test_nmi_and_ari_by_hand():
+    """Labels 0 0 1 1, clusters 0 0 0 1: I = H(c) - H(c | l) = log 4 - 3/4 log 3 - 1/2 log 2."""
+    found = clustering_scores(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]))
+    entropy_cluster = np.log(4) - 0.75 * np.log(3)
+    information = entropy_cluster - 0.5 * np.log(2)
+    assert found["nmi"] == pytest.approx(information / np.mean([np.log(2), entropy_cluster]))
+    # One pair of two is together in both; 3 pairs of 6 are in clusters, 2 in labels: expected 1, at most 2.5.
+    assert found["ari"] == pytest.approx((1 - 1) / (2.5 - 1))
+    assert found["clustering_accuracy"] == 0.75
+
+
+# Distortion
+
+
+def test_distortion_moves_pixels_as_its_random_map_says():
+    x = jnp.float32(np.random.default_rng(0).uniform(size=(3, 7, 9, 2)))
+    np.testing.assert_allclose(distort(jax.random.key(0), x, 0.0), x, atol=1e-6)
+    # A linear ramp stays one: bilinear interpolation is exact for it, away from the border.
+    rows, columns = np.meshgrid(np.linspace(-1, 1, 21), np.linspace(-1, 1, 21), indexing="ij")
+    ramp = jnp.float32(np.stack([rows, columns], -1))[None]  # its channels are the coordinates
+    many = np.asarray(distort(jax.random.key(1), jnp.tile(ramp, (500, 1, 1, 1)), 0.1), np.float64)
+    inner = many[:, 8:13, 8:13].reshape(500, 25, 2)
+    u = np.stack([rows, columns], -1)[8:13, 8:13].reshape(25, 2)
+    design = np.concatenate([u, np.ones((25, 1))], -1)
+    fits = np.stack([np.linalg.lstsq(design, image, rcond=None)[0] for image in inner])  # [500, 3, 2]
+    np.testing.assert_allclose(np.einsum("pk,nkc->npc", design, fits), inner, atol=1e-4)
+    deviations = fits - np.eye(3)[:, :2]
+    assert np.abs(deviations.mean(0)).max() < 5 * 0.1 / np.sqrt(500)
+    np.testing.assert_allclose(deviations.std(0), 0.1, rtol=5 / np.sqrt(2 * 500))
+    correlations = np.corrcoef(deviations.reshape(500, 6).T) - np.eye(6)
+    assert np.abs(correlations).max() < 5 / np.sqrt(500)  # images are distorted independently, so are coefficients

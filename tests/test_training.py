@@ -1,5 +1,6 @@
 """The training loop, with a linear regression whose every update NumPy can repeat, and with a small PM-VAE."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -16,7 +17,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
 from ml_collections import ConfigDict
 
 import train_pm_vae
@@ -25,7 +25,10 @@ from posterior_matching import data, parallel, runs, training, training_log
 from posterior_matching.batching import EpochOrder, TrainingFeed
 from posterior_matching.config import parse
 from posterior_matching.errors import UserError
-from posterior_matching.training import Experiment, OptimizerOptions, Program, TrainingOptions, fit
+from posterior_matching.training import Experiment, OptimizerOptions, Pretraining, Program, TrainingOptions, fit
+
+# Most of these tests run the same few programs; compiling is most of what they do.
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 DEVICES = 4
 DIM = 3
@@ -71,20 +74,6 @@ def options(**changes):
     values = {"seed": 0, "steps": 8, "batch_size": 3, "validation_every": 4, "log_every": 2}
     values["optimizer"] = {"learning_rate": 0.1}
     return TrainingOptions(**values | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Most of these tests run the same few programs; compiling is most of what they do."""
-    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
-    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in changes}
-    for values in (changes, before):
-        compilation_cache_module.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values is changes:
-            yield
 
 
 @pytest.fixture
@@ -699,6 +688,139 @@ def test_a_long_run_of_skips_stops_the_run(linear, monkeypatch):
     with pytest.raises(UserError, match=r"updates in a row not finite and skipped.*last good checkpoint") as error:
         linear(loss=bad_at(*range(5, 500)), steps=500, skip_nonfinite_updates=True, log_every=1)
     assert "5 updates in a row" in str(error.value)
+
+
+# Pretraining ---------------------------------------------------------------------------------------------------------
+
+BORDER = 5
+
+
+class Pair(nnx.Module):
+    """What is pretrained has another structure than what is trained."""
+
+    def __init__(self):
+        self.first, self.second = Linear(), Linear()
+        self.second.kernel[...] *= 2.0
+
+
+def pretrained_experiment(loss=squared_error):
+    def pair_error(model, batch, *rest, **options):
+        return {"loss": sum(squared_error(m, batch, *rest, **options)["loss"] for m in (model.first, model.second))}
+
+    def finish(pair):
+        pair.second.bias[...] += 1.0
+        return pair.second, {"answer": 42.0}
+
+    pair = Experiment(Pair(), pair_error, prepare=lambda rows: rows)
+    pretraining = Pretraining(pair, BORDER, OptimizerOptions(learning_rate=0.05), finish)
+    return Experiment(Linear(), loss, prepare=lambda rows: rows, pretraining=pretraining)
+
+
+@pytest.fixture
+def pretrained(tmp_path, monkeypatch):
+    """`pretrained(name, stop=...)` trains; it crashes after step `stop` if that is given."""
+    monkeypatch.setitem(runs.MODELS, "linear", Linear)
+    add = training_log.TrainingLog.add
+
+    def run_it(name="run", stop=None, loss=squared_error, **changes):
+        def crash(self, step, *args):
+            if step == stop + 1:
+                raise ZeroDivisionError
+            add(self, step, *args)
+
+        config = ConfigDict({"dataset": "table", "model": {}, "evaluate_checkpoint": "best"})
+        run = runs.open_run(str(tmp_path / name), "linear", config, (DIM,))
+        intervals = {"steps": 13, "validation_every": 4, "checkpoint_every": 3, "log_every": 1}
+        chosen = options(**intervals | {"ema_decay": 0.7} | changes)
+        with monkeypatch.context() as patch, contextlib.suppress(ZeroDivisionError):
+            if stop is not None:
+                patch.setattr(training_log.TrainingLog, "add", crash)
+            return fit(pretrained_experiment(loss), run, chosen, table(), table(13, seed=1))
+
+    run_it.path = tmp_path / "run"
+    return run_it
+
+
+def test_pretraining_then_training_with_an_optimiser_and_steps_of_its_own(pretrained):
+    """As if two programs had run one after the other."""
+    seen = []
+
+    def loss(model, batch, rngs, step, training):
+        if training:
+            jax.debug.callback(lambda s: seen.append(int(s)), step)
+        return squared_error(model, batch, rngs, step, training)
+
+    optimizer = {"learning_rate": 0.1, "warmup_steps": 3}
+    model = pretrained(loss=loss, optimizer=optimizer)
+    experiment = pretrained_experiment()
+    first_options = options(ema_decay=0.7, optimizer={"learning_rate": 0.05})
+    first = Program(experiment.pretraining.experiment, first_options)
+    states, _ = run_steps(first, first_options, table(), BORDER)
+    pair = nnx.merge(first.graphdef, states[-1].ema, nnx.State({}), states[-1].mutable)
+    chosen = options(ema_decay=0.7, optimizer=optimizer)
+    main = Program(experiment, chosen, BORDER)
+    state, frozen = parallel.replicate(main.initial_state(experiment.pretraining.finish(pair)[0]))
+    get, rates = feed_for(chosen, table()), []
+    for step in range(BORDER, 13):
+        state, metrics = main.train(state, frozen, *get(step))
+        rates.append(float(parallel.unreplicate(metrics)["learning_rate"][0]))
+    state = parallel.unreplicate(state)
+    np.testing.assert_allclose(model.kernel[...], state.ema["kernel"][...], rtol=1e-5)
+    np.testing.assert_allclose(model.bias[...], state.ema["bias"][...], rtol=1e-5)
+    np.testing.assert_allclose(rates[:4], [0.0, 0.1 / 3, 0.2 / 3, 0.1], rtol=1e-5)
+    assert int(state.step) == 13 and set(seen) == set(range(8))  # the schedules of the loss, too, begin at the border
+    assert int(model.count[...]) == 13  # what the pretraining counted was handed over
+
+
+def test_where_pretraining_ends_the_initialised_model_is_validated(pretrained):
+    pretrained(optimizer={"learning_rate": 0.0})
+    found = rows(pretrained.path)
+    assert [row["step"] for row in found] == [4, 5, 8, 12, 13]
+    assert found[1]["val_answer"] == 42.0 and all(key == "step" or key.startswith("val_") for key in found[1])
+    assert found[1]["val_loss"] == found[2]["val_loss"]  # nothing was learned since then
+    assert "val_error_squared" not in found[0] and "val_error_squared" in found[1]
+    assert found[2]["train_learning_rate"] == 0.0
+
+
+@pytest.mark.parametrize("stop", [3, BORDER, 6, 12])
+def test_stopped_in_any_phase_it_goes_on_as_if_never_stopped(pretrained, tmp_path, stop):
+    pretrained("whole")
+    assert pretrained("parts", stop=stop) is None
+    assert saved_steps(tmp_path / "parts", "latest") == [stop]
+    assert bool(saved_steps(tmp_path / "parts", "best")) == (stop == 12)
+    pretrained("parts")
+    for name in ("best", "latest"):
+        parts, whole = (runs.load_model(tmp_path / run, checkpoint=name) for run in ("parts", "whole"))
+        assert_same(nnx.state(parts), nnx.state(whole))
+    columns = [[{**row, "steps_per_second": 0} for row in rows(tmp_path / run)] for run in ("whole", "parts")]
+    assert columns[0] == columns[1]
+
+
+@pytest.mark.parametrize("stop", [3, BORDER])
+def test_a_run_that_is_still_pretraining_has_no_model(pretrained, stop):
+    pretrained(stop=stop)
+    with pytest.raises(UserError, match=f"is still pretraining, at step {stop}: train it longer"):
+        runs.load_model(pretrained.path, checkpoint="latest")
+    with pytest.raises(UserError, match="holds no best checkpoint yet"):
+        runs.load_model(pretrained.path, checkpoint="best")
+
+
+def test_there_must_be_steps_after_pretraining(pretrained):
+    with pytest.raises(UserError, match=r"config\.steps must exceed the 5 steps of pretraining, it is 5"):
+        pretrained(steps=BORDER)
+    assert not pretrained.path.exists()
+
+
+def test_a_dispatch_never_crosses_the_end_of_pretraining(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chosen = options(log_every=20, validation_every=50, steps=137)
+    for border in (0, 7, 40, 53):
+        ends, step = [], 0
+        while step < chosen.steps:
+            step += training._steps_in_dispatch(step, chosen, border)
+            ends.append(step)
+        stops = {s for s in range(1, 138) if s % 20 == 0 or s % 50 == 0 or s == 137} | ({border} - {0})
+        assert stops <= set(ends) and ends[-1] == 137
 
 
 # Options and log -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,20 @@
+"""PM-VaDE on MNIST: clusters of partially observed images (paper, section on partially observed clustering).
+
+python train_pm_vade.py --config configs/pm_vade_mnist.py --config.vade_dir=RUN
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.pm_vade()
+    config.model = {
+        "partial_encoder": None,  # that of the VaDE, with weights of its own
+        "partial_posterior": common.autoregressive_gmm(residual_blocks=2),
+    }
+    config.dataset = "mnist"
+    config.batch_size = 128
+    config.steps = 160_000
+    config.validation_every = 2000
+    config.optimizer.transition_steps = round(10 * 60_000 / 128)  # 10 epochs
+    return config

@@ -1,0 +1,222 @@
+"""VaDE, a VAE whose prior is a mixture with one component per cluster, and PM-VaDE, which clusters from x_o alone."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from posterior_matching import distributions, likelihood
+from posterior_matching.config import call
+from posterior_matching.errors import UserError
+from posterior_matching.models.vae import VAE, Config, PartialPosterior
+from posterior_matching.networks import Shape
+
+
+class Terms(NamedTuple):
+    """What VaDE optimises, per example and in nats; all `[B]`."""
+
+    reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
+    kl: jax.Array  # log q(z | x) - log p(z), the same z: KL(q(z | x) || p(z)) with one sample
+
+    def elbo(self) -> jax.Array:
+        """Evidence lower bound on log p(x), estimated with one sample."""
+        return self.reconstruction_ll - self.kl
+
+
+class VADE(VAE):
+    """Variational deep embedding: the prior is p(z) = sum_c pi_c N(z; mean_c, diag(scale_c^2)), c the cluster.
+
+    Args:
+        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+        latent_dim: Dimensions of z.
+        num_clusters: Components of the prior.
+        encoder: Network config.
+        posterior: Head config of q(z | x); a DiagonalGaussian.
+        decoder: Network config.
+        likelihood: Head config of p(x | z).
+        rngs: Source of initial weights.
+
+    Raises:
+        UserError: An option is out of range, or the posterior another distribution.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        latent_dim: int,
+        num_clusters: int,
+        encoder: Config,
+        posterior: Config,
+        decoder: Config,
+        likelihood: Config,
+        rngs: nnx.Rngs,
+    ):
+        if num_clusters < 1:
+            raise UserError(f"config.model.num_clusters must be at least 1, not {num_clusters}")
+        super().__init__(
+            input_shape=input_shape,
+            latent_dim=latent_dim,
+            encoder=encoder,
+            posterior=posterior,
+            decoder=decoder,
+            likelihood=likelihood,
+            rngs=rngs,
+        )
+        if not isinstance(self.posterior_head, distributions.DiagonalGaussian):
+            raise UserError("config.model.posterior must be a DiagonalGaussian in a VaDE")
+        self.num_clusters = num_clusters
+        # Zero until `initialise_prior`: what they should be depends on the pretrained encoder.
+        self.logits = nnx.Param(jnp.zeros(num_clusters))
+        self.means = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
+        self.log_scales = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
+
+    @classmethod
+    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "VADE":
+        """Builds the model from `config.model`, whose keys are the arguments of the class.
+
+        Raises:
+            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
+        """
+        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
+
+    def initialise_prior(self, weights: jax.Array, means: jax.Array, variances: jax.Array) -> None:
+        """Sets the mixture: weights `[K]`, means `[K, e]`, variances `[K, e]` (not standard deviations)."""
+        self.logits[...] = jnp.log(weights)
+        self.means[...] = jnp.asarray(means)
+        self.log_scales[...] = 0.5 * jnp.log(variances)
+
+    def prior(self) -> Any:
+        """p(z), a mixture of K diagonal Gaussians over `[e]`."""
+        return distributions.diagonal_mixture(self.logits[...], self.means[...], jnp.exp(self.log_scales[...]))
+
+    def responsibilities(self, z: jax.Array) -> jax.Array:
+        """gamma_c = p(c | z) by Bayes' rule, `[..., K]`, for `z: [..., e]`."""
+        return jax.nn.softmax(self.prior().component_log_probs(z), axis=-1)  # log pi_c + log p(z | c)
+
+    def terms(
+        self,
+        x: jax.Array,
+        key: jax.Array,
+        *,
+        corrupted_x: jax.Array | None = None,
+        available: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Terms:
+        """The terms of the ELBO.
+
+        Args:
+            x: `[B, *input_shape]`, finite; missing values are zeros.
+            key: Random key of z.
+            corrupted_x: What the encoder sees in place of x, while training: noise, distortions. It has to
+                reconstruct x, so that z forgets them. The ELBO stays a bound on log p(x). None: x.
+            available: Mask of the values that exist in the data, `[B, d]` or `[B, H, W, 1]`; None: all.
+            rngs: Dropout streams, while training.
+        """
+        q = self.posterior(x if corrupted_x is None else corrupted_x, rngs)
+        z = q.sample(key)  # reparameterised
+        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) where this has log p(z). They are the
+        # same: by Bayes' rule every summand's bracket is log p(z).
+        return Terms(
+            reconstruction_ll=self._reconstruction_ll(z, x, available, rngs),
+            kl=q.log_prob(z) - self.prior().log_prob(z),
+        )
+
+    def autoencoder_ll(
+        self,
+        x: jax.Array,
+        *,
+        corrupted_x: jax.Array | None = None,
+        available: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """log p(x | z) in nats, `[B]`, where z is the mean of q(z | x): what pretraining maximises. See `terms`."""
+        z = self.posterior(x if corrupted_x is None else corrupted_x, rngs).mean
+        return self._reconstruction_ll(z, x, available, rngs)
+
+    def cluster_probs(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x)."""
+        return self.responsibilities(self.posterior(x).sample(key, (num_samples,))).mean(0)
+
+    def predict_cluster(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Returns the most probable cluster of every example, int32 `[B]`; see `cluster_probs`."""
+        return self.cluster_probs(x, num_samples, key=key).argmax(-1)
+
+    def _reconstruction_ll(self, z, x, available, rngs):
+        everywhere = jnp.ones_like(x) if available is None else jnp.broadcast_to(available, x.shape)
+        return likelihood.log_prob_of_observed(self.decode(z, rngs), x, everywhere)
+
+
+class PosteriorMatchingVADE(nnx.Module):
+    """A VaDE that also clusters and imputes partially observed examples, through z ~ q(z | x_o).
+
+    Args:
+        vade: The VaDE; it may be trained already.
+        partial_posterior: q(z | x_o), over the same z.
+    """
+
+    def __init__(self, vade: VADE, partial_posterior: PartialPosterior):
+        self.vade = vade
+        self.partial_posterior = partial_posterior
+
+    @classmethod
+    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVADE":
+        """Builds the model from `config.model`.
+
+        Args:
+            config: `vade`, the config of the VaDE; `partial_encoder` and `partial_posterior`, configs of a network
+                and a head. Absent or None, the network is that of the VaDE's encoder, with weights of its own.
+            input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+            rngs: Source of initial weights.
+
+        Raises:
+            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
+        """
+
+        def parts(vade: Config, partial_posterior: Config, partial_encoder: Config | None = None):
+            return vade, partial_posterior, partial_encoder or vade["encoder"]
+
+        vade, head, encoder = call(parts, config, "config.model")
+        vade = VADE.from_config(vade, input_shape, rngs)
+        partial = PartialPosterior(
+            input_shape=input_shape, latent_dim=vade.latent_dim, encoder=encoder, head=head, rngs=rngs
+        )
+        return cls(vade, partial)
+
+    def matching_ll(self, x: jax.Array, b: jax.Array, key: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """log q(z | x_o) in nats, `[B]`, for one z ~ q(z | x): the Posterior Matching objective (paper, equation 4).
+
+        Args:
+            x: `[B, *input_shape]`, finite.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            key: Random key of z.
+            rngs: Dropout streams of the partial posterior, while training.
+        """
+        z = jax.lax.stop_gradient(self.vade.posterior(x).sample(key))
+        return self.partial_posterior(x, b, rngs).log_prob(z)
+
+    def predict_cluster(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """As `VADE.predict_cluster`."""
+        return self.vade.predict_cluster(x, num_samples, key=key)
+
+    def partial_cluster_probs(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """q(c | x_o), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x_o)."""
+        z = self.partial_posterior(x, b).sample(key, (num_samples,))
+        return self.vade.responsibilities(z).mean(0)
+
+    def partial_predict_cluster(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Returns the most probable cluster given x_o, int32 `[B]`.
+
+        Args:
+            x: `[B, *input_shape]`; values where b = 0 have no influence (but must be finite).
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            num_samples: Draws of z ~ q(z | x_o).
+            key: Random key.
+        """
+        return self.partial_cluster_probs(x, b, num_samples, key=key).argmax(-1)
+
+    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """As `PosteriorMatchingVAE.impute`: `[num_samples, B, *input_shape]`, the observed values copied."""
+        z = self.partial_posterior(x, b).sample(key, (num_samples,))
+        return jnp.where(b == 1, x, self.vade.decode_mean(z))

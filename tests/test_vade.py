@@ -1,0 +1,520 @@
+"""VaDE and PM-VaDE: against numerical integration in one latent dimension, and their training scripts on digits."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+from numpyro import distributions as dist
+from scipy.special import logsumexp
+from sklearn.mixture import GaussianMixture
+
+import train_pm_vade
+import train_vade
+from configs import common
+from posterior_matching import data, runs
+from posterior_matching.errors import UserError
+from posterior_matching.models.vade import VADE, PosteriorMatchingVADE
+from posterior_matching.training_log import TrainingLog
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+KEY = jax.random.key(0)
+MLP = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8}
+GMM = {"name": "AutoregressiveGMM", "num_components": 2, "residual_blocks": 0, "hidden_units": 8}
+VADE_CONFIG = {
+    "latent_dim": 2,
+    "num_clusters": 3,
+    "encoder": MLP,
+    "posterior": {"name": "DiagonalGaussian"},
+    "decoder": MLP,
+    "likelihood": {"name": "IdentityGaussian"},
+}
+
+
+# One latent dimension: everything can be integrated on a grid. -------------------------------------------------------
+
+WEIGHTS, MEANS, SCALES = np.array([0.5, 0.3, 0.2]), np.array([-1.0, 0.5, 2.0]), np.array([0.3, 0.8, 0.5])
+Q_MEAN, Q_SCALE = np.array([-0.8, 0.2, 2.3]), np.array([0.4, 0.6, 0.3])
+SIGMA = 0.7
+X = np.array([[-0.5, -1.2], [0.1, 0.3], [1.9, 4.5]], np.float32)
+GRID = np.linspace(-12, 12, 24_001)
+
+
+def decoder_mean(z):
+    """Not linear, so that nothing here has a closed form."""
+    return z[..., None] * np.array([1.0, 1.3]) + np.array([0.0, 0.4]) * (z**2)[..., None]
+
+
+@pytest.fixture(scope="module")
+def line():
+    """A VaDE with that decoder and posterior, over X."""
+    model = nnx.eval_shape(lambda: VADE.from_config(VADE_CONFIG | {"latent_dim": 1}, (2,), nnx.Rngs(0)))
+    model.logits = nnx.Param(jnp.float32(np.log(WEIGHTS) + 3.0))  # logits need not be normalised
+    model.means = nnx.Param(jnp.float32(MEANS)[:, None])
+    model.log_scales = nnx.Param(jnp.float32(np.log(SCALES))[:, None])
+    model.encoder = lambda x, rngs=None: x  # noqa: ARG005
+    model.decoder = lambda z, rngs=None: z  # noqa: ARG005
+
+    def posterior(x):  # the copies of each example lie together
+        repeat = len(x) // len(X)
+        loc, scale = (jnp.repeat(jnp.float32(a), repeat)[:, None] for a in (Q_MEAN, Q_SCALE))
+        return dist.Independent(dist.Normal(loc, scale), 1)
+
+    model.posterior_head = posterior
+    model.likelihood_head = lambda z: dist.Normal(
+        z * jnp.array([1.0, 1.3]) + jnp.array([0.0, 0.4]) * jnp.square(z), SIGMA
+    )
+    return model
+
+
+def log_joints(z):
+    """log pi_c + log p(z | c), `[..., K]`."""
+    return np.log(WEIGHTS) + scipy.stats.norm.logpdf(np.asarray(z)[..., None], MEANS, SCALES)
+
+
+def gammas(z):
+    joint = log_joints(z)
+    return np.exp(joint - logsumexp(joint, axis=-1, keepdims=True))
+
+
+def test_gamma_is_bayes_rule(line):
+    z = np.random.default_rng(0).normal(scale=2.0, size=(4, 7))
+    found = np.asarray(line.responsibilities(jnp.float32(z)[..., None]))
+    np.testing.assert_allclose(found, gammas(z), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_the_elbo_is_vade_s_integrated_over_the_posterior(line):
+    q = scipy.stats.norm.pdf(GRID[:, None], Q_MEAN, Q_SCALE)  # [grid, B]
+    gamma, joint = gammas(GRID), log_joints(GRID)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        clusters = np.where(gamma > 0, gamma * (joint - np.log(gamma)), 0.0).sum(-1)  # paper's form, [grid]
+    log_lik = scipy.stats.norm.logpdf(X, decoder_mean(GRID)[:, None], SIGMA).sum(-1)  # [grid, B]
+    integrand = q * (log_lik + clusters[:, None] - scipy.stats.norm.logpdf(GRID[:, None], Q_MEAN, Q_SCALE))
+    expected = np.trapezoid(integrand, GRID, axis=0)
+
+    n = 20_000
+    terms = jax.jit(lambda key: line.terms(jnp.repeat(jnp.asarray(X), n, axis=0), key))(KEY)
+    elbo = np.asarray(terms.elbo(), np.float64).reshape(len(X), n)
+    error = 5 * elbo.std(1) / np.sqrt(n)
+    assert (error < 0.2).all() and (np.abs(elbo.mean(1) - expected) < error).all()
+    kl = np.asarray(terms.kl, np.float64).reshape(len(X), n)
+    log_q_over_p = scipy.stats.norm.logpdf(GRID[:, None], Q_MEAN, Q_SCALE) - logsumexp(joint, axis=-1)[:, None]
+    exact_kl = np.trapezoid(q * log_q_over_p, GRID, axis=0)
+    assert (np.abs(kl.mean(1) - exact_kl) < 5 * kl.std(1) / np.sqrt(n)).all()
+    # And it is a lower bound on log p(x).
+    log_p_x = np.log(np.trapezoid(np.exp(log_lik + logsumexp(joint, axis=-1)[:, None]), GRID, axis=0))
+    assert (expected < log_p_x).all()
+
+
+def test_the_elbo_has_the_gradient_of_the_form_with_gamma(line):
+    """log p(z) and sum_c gamma_c (log p(z, c) - log gamma_c) are one function, and so are their gradients."""
+    z = jnp.float32(np.linspace(-3, 3, 11))[:, None]
+
+    def with_gamma(means, log_scales, logits):
+        joint = jax.nn.log_softmax(logits) + jax.scipy.stats.norm.logpdf(z, means[:, 0], jnp.exp(log_scales[:, 0]))
+        log_gamma = jax.nn.log_softmax(joint)
+        return (jnp.exp(log_gamma) * (joint - log_gamma)).sum()
+
+    def ours(means, log_scales, logits):
+        graphdef, state = nnx.split(line)
+        model = nnx.merge(graphdef, state)
+        model.means, model.log_scales, model.logits = map(nnx.Param, (means, log_scales, logits))
+        return model.prior().log_prob(z).sum()
+
+    given = (line.means[...], line.log_scales[...], line.logits[...])
+    gradients = (jax.jit(jax.grad(fn, (0, 1, 2)))(*given) for fn in (ours, with_gamma))
+    for found, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_cluster_probabilities_are_gamma_averaged_over_the_posterior(line):
+    q = scipy.stats.norm.pdf(GRID[:, None], Q_MEAN, Q_SCALE)
+    expected = np.trapezoid(q[:, :, None] * gammas(GRID)[:, None], GRID, axis=0)  # [B, K]
+    n = 20_000
+    found = np.asarray(jax.jit(lambda key: line.cluster_probs(jnp.asarray(X), n, key=key))(KEY))
+    assert np.abs(found - expected).max() < 5 * 0.5 / np.sqrt(n)
+    cluster = line.predict_cluster(jnp.asarray(X), 200, key=KEY)
+    np.testing.assert_array_equal(cluster, expected.argmax(-1))
+    assert len(set(cluster.tolist())) == 3
+    one_sample = jax.vmap(lambda key: line.predict_cluster(jnp.asarray(X), 1, key=key))(jax.random.split(KEY, 20))
+    assert len(np.unique(one_sample, axis=0)) > 1  # one sample can mislead where many do not
+
+
+def test_with_one_cluster_and_the_exact_posterior_the_elbo_is_log_p_x():
+    """A linear-Gaussian model: z ~ N(m, s^2), x = w z + noise."""
+    w, sigma, m, s = np.array([1.0, -0.5]), 0.4, 0.7, 1.3
+    model = nnx.eval_shape(
+        lambda: VADE.from_config(VADE_CONFIG | {"latent_dim": 1, "num_clusters": 1}, (2,), nnx.Rngs(0))
+    )
+    model.logits, model.means = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.full((1, 1), m))
+    model.log_scales = nnx.Param(jnp.full((1, 1), np.log(s)))
+    variance = 1 / (1 / s**2 + (w**2).sum() / sigma**2)
+    model.encoder = lambda x, rngs=None: x  # noqa: ARG005
+    model.decoder = lambda z, rngs=None: z  # noqa: ARG005
+    model.posterior_head = lambda x: dist.Independent(
+        dist.Normal(variance * (m / s**2 + (x @ jnp.float32(w))[:, None] / sigma**2), np.sqrt(variance)), 1
+    )
+    model.likelihood_head = lambda z: dist.Normal(z * jnp.float32(w), sigma)
+    covariance = s**2 * np.outer(w, w) + sigma**2 * np.eye(2)
+    expected = scipy.stats.multivariate_normal.logpdf(X, m * w, covariance)
+    np.testing.assert_allclose(model.terms(jnp.asarray(X), KEY).elbo(), expected, rtol=1e-4)
+
+
+# Initialisation ------------------------------------------------------------------------------------------------------
+
+
+def small(shape=(5,), **changes):
+    return VADE.from_config(VADE_CONFIG | changes, shape, nnx.Rngs(0))
+
+
+def test_the_prior_becomes_the_fitted_mixture():
+    """Density for density, so weights, means and standard deviations (not variances) are all in their places."""
+    rng = np.random.default_rng(0)
+    z = np.concatenate([rng.normal(m, s, (60, 2)) for m, s in ((-3.0, 0.2), (0.0, 1.0), (4.0, 2.0))])
+    mixture = GaussianMixture(3, covariance_type="diag", random_state=0).fit(z)
+    model = small()
+    model.initialise_prior(mixture.weights_, mixture.means_, mixture.covariances_)
+    np.testing.assert_allclose(model.prior().log_prob(jnp.float32(z)), mixture.score_samples(z), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(model.responsibilities(jnp.float32(z)), mixture.predict_proba(z), atol=1e-3)
+
+
+def test_the_posterior_scale_is_set_for_every_input_and_its_mean_left_alone():
+    model, x = small(), jnp.float32(np.random.default_rng(0).normal(size=(4, 5)))
+    before = model.posterior(x).mean
+    model.posterior_head.set_scale(jnp.array([0.03, 2.0]))
+    q = model.posterior(x)
+    np.testing.assert_allclose(jnp.sqrt(q.variance), np.tile([0.03, 2.0], (4, 1)), rtol=1e-4)
+    np.testing.assert_array_equal(q.mean, before)
+
+
+def test_the_encoder_sees_the_corrupted_data_and_the_likelihood_scores_the_clean_available_ones():
+    model = small()
+    x, other = (jnp.float32(np.random.default_rng(i).normal(size=(4, 5))) for i in range(2))
+    available = jnp.ones((4, 5)).at[:, 2].set(0.0)
+    z = model.posterior(other).mean
+    p = model.decode(z)
+    expected = np.delete(scipy.stats.norm.logpdf(x, p.mean, jnp.sqrt(p.variance)), 2, axis=1).sum(1)
+    found = model.autoencoder_ll(x, corrupted_x=other, available=available)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # The same in the ELBO, where the posterior is narrow.
+    model.posterior_head.set_scale(jnp.full(2, 1.1e-5))
+    found = model.terms(x, KEY, corrupted_x=other, available=available).reconstruction_ll
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_clusters": 0}, "config.model.num_clusters must be at least 1, not 0"),
+        ({"latent_dim": 0}, "config.model.latent_dim"),
+        ({"posterior": {"name": "TriLGaussian"}}, "config.model.posterior must be a DiagonalGaussian"),
+        ({"num_cluster": 3}, "unknown key 'config.model.num_cluster': did you mean 'num_clusters'"),
+    ],
+)
+def test_bad_model_options(changes, message):
+    with pytest.raises(UserError, match=message):
+        nnx.eval_shape(lambda: VADE.from_config(VADE_CONFIG | changes, (5,), nnx.Rngs(0)))
+
+
+# PM-VaDE -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def matched():
+    """A PM-VaDE of 6x6 images, with a mixture that tells z apart."""
+    vade = VADE_CONFIG | {
+        "encoder": {"name": "ConvEncoder", "conv_layers": ((4, 3, 2), (6, 3, 1))},
+        "decoder": {"name": "ConvDecoder", "conv_layers": ((4, 3, 1), (1, 3, 2))},
+        "likelihood": {"name": "Bernoulli"},
+    }
+    config = {"vade": vade, "partial_posterior": GMM}
+    model = PosteriorMatchingVADE.from_config(config, (6, 6, 1), nnx.Rngs(0))
+    model.vade.means[...] = jnp.array([[-0.5, 0.0], [0.5, 0.0], [0.0, 0.7]])
+    model.vade.log_scales[...] = jnp.full((3, 2), -1.0)
+    rng = np.random.default_rng(0)
+    x, b = rng.uniform(size=(4, 6, 6, 1)), rng.integers(0, 2, (4, 6, 6, 1))
+    return model, jnp.float32(x), jnp.float32(b)
+
+
+def test_unobserved_values_have_no_influence_on_clusters_and_imputations(matched):
+    model, x, b = matched
+
+    @jax.jit
+    def run(x):
+        clusters = lambda x: model.partial_cluster_probs(x, b, 3, key=KEY)  # noqa: E731
+        jacobian = jax.jacobian(lambda x: clusters(x).sum(0))(x)  # an example has no influence on the others
+        return clusters(x), jacobian, model.impute(x, b, 2, key=KEY), model.partial_predict_cluster(x, b, 3, key=KEY)
+
+    probs, jacobian, imputations, cluster = run(x)
+    assert probs.shape == (4, 3) and imputations.shape == (2, 4, 6, 6, 1)
+    np.testing.assert_allclose(probs.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(cluster, probs.argmax(-1))
+    hidden = np.asarray(b) == 0
+    np.testing.assert_array_equal(np.asarray(jacobian)[:, hidden], 0.0)
+    assert (np.asarray(jacobian)[:, ~hidden] != 0).mean() > 0.5
+    others = run(jnp.where(hidden, 0.123, x))
+    np.testing.assert_array_equal(others[0], probs)
+    np.testing.assert_array_equal(others[2][:, hidden], imputations[:, hidden])
+    for imputation in np.asarray(imputations):
+        np.testing.assert_array_equal(imputation[~hidden], np.asarray(x)[~hidden])
+
+
+def test_partial_cluster_probabilities_are_gamma_averaged_over_the_partial_posterior(matched):
+    model, x, b = matched
+    z = np.asarray(model.partial_posterior(x, b).sample(jax.random.key(7), (5000,)), np.float64)
+    joint = scipy.stats.norm.logpdf(z[:, :, None], model.vade.means[...], np.exp(-1.0)).sum(-1)  # equal weights
+    gamma = np.exp(joint - logsumexp(joint, axis=-1, keepdims=True))
+    found = jax.jit(lambda key: model.partial_cluster_probs(x, b, 5000, key=key))(KEY)
+    error = 5 * np.sqrt(2) * gamma.std(0) / np.sqrt(5000)
+    assert (np.abs(found - gamma.mean(0)) < error).all()
+
+
+def test_the_matching_objective_is_the_partial_posterior_s_likelihood_and_leaves_the_vade_alone(matched):
+    model, x, b = matched
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def run(params):
+        def total(params):
+            return nnx.merge(graphdef, params, rest).matching_ll(x, b, KEY).sum()
+
+        merged = nnx.merge(graphdef, params, rest)
+        z = merged.vade.posterior(x).sample(KEY)
+        return merged.matching_ll(x, b, KEY), merged.partial_posterior(x, b).log_prob(z), jax.grad(total)(params)
+
+    found, expected, gradients = run(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradients["vade"]))
+    assert all((np.asarray(g) != 0).any() for g in jax.tree.leaves(gradients["partial_posterior"]))
+
+
+def test_the_partial_encoder_is_that_of_the_vade_by_default_with_weights_of_its_own(matched):
+    model, _, _ = matched
+    ours, theirs = model.partial_posterior.encoder, model.vade.encoder
+    assert [a.kernel.shape[-1] for a in ours.layers] == [a.kernel.shape[-1] for a in theirs.layers]
+    assert ours.layers[0].kernel.shape == (3, 3, 2, 4)  # sees x * b and b
+    given = {"vade": VADE_CONFIG, "partial_posterior": GMM, "partial_encoder": MLP | {"hidden_units": 3}}
+    model = nnx.eval_shape(lambda: PosteriorMatchingVADE.from_config(given, (5,), nnx.Rngs(0)))
+    assert model.partial_posterior.encoder.linear_in.kernel.shape == (10, 3)
+
+
+# Training scripts ----------------------------------------------------------------------------------------------------
+
+
+def vade_config(**changes):
+    config = common.vade()
+    config.model = VADE_CONFIG | {"num_clusters": 10}
+    config.update({"dataset": "digits", "batch_size": 16, "steps": 14, "validation_every": 4, "log_every": 2})
+    config.update({"checkpoint_every": 3, "noise_std": 0.1, "distortion_std": 0.1, "restarts": 2, "ema_decay": 0.5})
+    config.pretraining.update({"steps": 6, "mixture_inits": 1, "mixture_iterations": 200})
+    for optimizer in (config.optimizer, config.pretraining.optimizer):
+        optimizer.learning_rate = 0.01
+    config.update(changes)
+    return config
+
+
+def pm_vade_config(vade_dir, **changes):
+    config = common.pm_vade()
+    config.model = {"partial_encoder": None, "partial_posterior": GMM}
+    config.update({"vade_dir": vade_dir, "batch_size": 16, "steps": 6, "validation_every": 3, "log_every": 1})
+    config.update(changes)
+    return config
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.state(model, nnx.Param) for model in (found, expected)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A VaDE and a PM-VaDE on it, both on digits."""
+    folder = tmp_path_factory.mktemp("vade")
+    train_vade.train(vade_config(), folder / "vade")
+    train_pm_vade.train(pm_vade_config(str(folder / "vade")), folder / "pm_vade")
+    return SimpleNamespace(folder=folder, vade=folder / "vade", pm_vade=folder / "pm_vade")
+
+
+def test_a_run_has_a_row_of_the_initialised_vade_and_scores_clusters_ever_after(trained):
+    found = rows(trained.vade)
+    assert [row["step"] for row in found] == [4, 6, 8, 12, 14]
+    assert "val_clustering_accuracy" not in found[0]
+    scores = {"val_clustering_accuracy", "val_nmi", "val_ari"}
+    start = {"val_restart_0_elbo_nats", "val_restart_1_elbo_nats", "val_restart", "val_mixture_accuracy"}
+    assert (scores | start) < found[1].keys() and not any(key.startswith("train_") for key in found[1])
+    assert all(scores < row.keys() and "train_elbo_nats" in row for row in found[2:])
+    assert all(0.1 < row["val_clustering_accuracy"] <= 1 for row in found[1:])
+
+
+def test_the_restart_with_the_best_elbo_goes_on(trained):
+    row = rows(trained.vade)[1]
+    elbos = [row["val_restart_0_elbo_nats"], row["val_restart_1_elbo_nats"]]
+    assert row["val_restart"] == np.argmax(elbos) and elbos[0] != elbos[1]
+    # It is the ELBO of the whole VaDE, of the validation data like that of the training data.
+    assert row["val_elbo_nats"] == pytest.approx(max(elbos), rel=0.1)
+
+
+def test_restarts_side_by_side_on_an_accelerator_are_those_one_by_one(monkeypatch):
+    restarts = train_vade.Restarts([small(encoder=MLP | {"residual_blocks": 1, "dropout": 0.5}) for _ in range(3)])
+    for i, model in enumerate(restarts.models):
+        model.posterior_head.linear.bias[...] += i
+    x = jnp.float32(np.random.default_rng(0).normal(size=(4, 5)))
+
+    def run():
+        fn = lambda model, key: model.autoencoder_ll(x, rngs=nnx.Rngs(dropout=key))  # noqa: E731
+        return np.asarray(restarts.map(fn, KEY))
+
+    one_by_one = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(run(), one_by_one, rtol=1e-4)
+    assert one_by_one.shape == (3, 4) and len(np.unique(one_by_one)) == 12
+
+
+def test_labels_change_nothing_but_the_scores_and_are_not_needed(trained, monkeypatch):
+    load = data.load_for_training
+
+    def unlabelled(*args):
+        return [data.Dataset(d.name, d.split, d.x, None, d.max_value) for d in load(*args)]
+
+    monkeypatch.setattr(data, "load_for_training", unlabelled)
+    train_vade.train(vade_config(), trained.folder / "unlabelled")
+    models = [runs.load_model(trained.folder / name) for name in ("unlabelled", "vade")]
+    assert_same_weights(*models)
+    found = rows(trained.folder / "unlabelled")
+    assert not any("accuracy" in key or "nmi" in key for row in found for key in row)
+    for row, other in zip(found, rows(trained.vade), strict=True):
+        assert all(row[key] == other[key] for key in row if key != "steps_per_second")
+    train_pm_vade.train(pm_vade_config(str(trained.folder / "unlabelled")), trained.folder / "pm_unlabelled")
+    assert "val_matching_ll_nats" in rows(trained.folder / "pm_unlabelled")[-1]
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9])
+def test_a_run_stopped_in_any_phase_goes_on_as_if_never_stopped(trained, stop, monkeypatch):
+    """In pretraining, at its end (the mixture is fitted again), in the main training; by a crash in mid-air."""
+    run_dir = trained.folder / f"stopped_{stop}"
+    add = TrainingLog.add
+
+    def crash(self, step, *args):
+        if step > stop:
+            raise KeyboardInterrupt
+        add(self, step, *args)
+
+    monkeypatch.setattr(TrainingLog, "add", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train_vade.train(vade_config(), run_dir)
+    monkeypatch.setattr(TrainingLog, "add", add)
+    assert runs.latest_step(run_dir) == stop
+    train_vade.train(vade_config(), run_dir)
+    assert_same_weights(runs.load_model(run_dir), runs.load_model(trained.vade))
+    timeless = [[{**row, "steps_per_second": 0} for row in rows(d)] for d in (run_dir, trained.vade)]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_vade_is_frozen_and_the_run_complete_without_it(trained, tmp_path):
+    model = runs.load_model(trained.pm_vade, "pm_vade")
+    assert_same_weights(model.vade, runs.load_model(trained.vade, "vade"))
+    assert runs.read_description(trained.pm_vade)["config"]["dataset"] == "digits"  # that of the VaDE
+    new = PosteriorMatchingVADE.from_config(
+        runs.read_description(trained.pm_vade)["config"]["model"], (8, 8, 1), nnx.Rngs(0)
+    )
+    before, after = (jax.tree.leaves(nnx.state(m.partial_posterior, nnx.Param)) for m in (new, model))
+    assert all((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after, strict=True))
+    found = rows(trained.pm_vade)
+    assert [row["step"] for row in found] == [3, 6] and found[1]["val_loss"] < found[0]["val_loss"]
+    assert all("val_clustering_accuracy" in row for row in found)
+    # It goes on without the VaDE's directory.
+    shutil.copytree(trained.vade, tmp_path / "vade")
+    train_pm_vade.train(pm_vade_config(str(tmp_path / "vade"), steps=3), tmp_path / "pm_vade")
+    shutil.rmtree(tmp_path / "vade")
+    train_pm_vade.train(pm_vade_config(str(tmp_path / "vade")), tmp_path / "pm_vade")
+    assert_same_weights(runs.load_model(tmp_path / "pm_vade"), model)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"restarts": 0}, r"config\.restarts must be at least 1, not 0"),
+        ({"noise_std": -1.0}, r"config\.noise_std must not be negative"),
+        ({"dataset": "mixture"}, r"config\.distortion_std is for images, the data have shape \(8,\)"),
+        ({"steps": 6}, r"config\.steps must exceed the 6 steps of pretraining, it is 6"),
+    ],
+)
+def test_bad_training_options(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_vade.train(vade_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_bad_training_options(tmp_path):
+    config = vade_config()
+    config.model.num_clusters = 1258
+    with pytest.raises(UserError, match=r"num_clusters is 1258, there are only 1257 training examples"):
+        train_vade.train(config, tmp_path / "run")
+    config = vade_config()
+    config.pretraining.mixture_inits = 0
+    with pytest.raises(UserError, match=r"config\.pretraining\.mixture_inits must be at least 1, not 0"):
+        train_vade.train(config, tmp_path / "run")
+
+
+def test_a_pm_vade_needs_a_vade(trained, tmp_path):
+    for base, message in (
+        (None, r"missing key 'config\.vade_dir': the run directory of a vade run"),
+        (str(trained.pm_vade), r"is a run of pm_vade, not of vade: pass the directory of a vade run"),
+        (str(tmp_path / "nowhere"), r"does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_pm_vade.train(pm_vade_config(base), tmp_path / "run")
+    with pytest.raises(UserError, match=r"trained on data of shape \(8, 8, 1\), config.dataset has shape \(8,\)"):
+        train_pm_vade.train(pm_vade_config(str(trained.vade), dataset="mixture"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Notebook ------------------------------------------------------------------------------------------------------------
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "clustering_plots.ipynb"
+
+
+def execute(run_dir):
+    """Executes the notebook on a run; returns it with its outputs."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    environment = os.environ | {"RUN_DIR": str(run_dir), "NUM_IMAGES": "40", "PYTHONPATH": str(NOTEBOOK.parents[1])}
+    environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment.pop("XLA_FLAGS")  # one device
+    nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(NOTEBOOK.parent), env=environment)
+    return notebook
+
+
+def test_the_notebook_runs_from_start_to_end(trained):
+    notebook = execute(trained.pm_vade)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "40 test images of digits, 10 clusters" in text
+    assert re.search(r"PM-VaDE: 0\.\d+ with all pixels, 0\.\d+ with half, 0\.\d+ with none", text)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+def test_the_notebook_is_committed_with_its_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
+    assert NOTEBOOK.stat().st_size < 300_000
+
+
+def test_the_notebook_says_what_is_wrong_with_a_run(trained):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="is a run of vade, not of pm_vade"):
+        execute(trained.vade)
