@@ -28,8 +28,9 @@ from posterior_matching import parallel
 from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.models.vae import PosteriorMatchingVAE
+from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
 
-MODELS = {"pm_vae": PosteriorMatchingVAE}
+MODELS = {"pm_vae": PosteriorMatchingVAE, "pm_vdvae": PosteriorMatchingVDVAE}
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
 _FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
