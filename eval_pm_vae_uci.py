@@ -14,7 +14,7 @@ from absl import flags
 from flax import nnx
 
 from posterior_matching import baselines, cli, data, masking, metrics, runs
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset
+from posterior_matching.evaluation import ExampleMap, Results, load_dataset, rows, training_rows
 from posterior_matching.images import imputation_grid, save_png
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of train_pm_vae.py.", required=True)
@@ -64,7 +64,7 @@ def main() -> None:
     x, available = (np.asarray(a) for a in data.decode(dataset.x, dataset.max_value))
     truth = rows(np.where(available == 1, x, np.nan))
     results = Results(pathlib.Path(_RUN_DIR.value) / "uci_results", len(dataset), _SEED.value)
-    rivals = baselines.fit(_training_rows(description)) if _BASELINES.value else {}
+    rivals = baselines.fit(training_rows(description)) if _BASELINES.value else {}
     non_finite = 0
 
     for trial in range(_TRIALS.value):
@@ -94,18 +94,6 @@ def main() -> None:
         draws = nnx.jit(lambda model: model.impute(x[shown], b, 6, key=key_impute))(model)
         save_png(path, imputation_grid(x[shown], b, draws))
         print(f"original, observed part, six imputations: {path}")
-
-
-def _training_rows(description: dict) -> np.ndarray:
-    """The rows the run was trained on, `[N, d]`, NaN = missing, in the units of the model."""
-    train = load_dataset(description, None, description["config"]["train_split"], None)
-    x, available = (np.asarray(a) for a in data.decode(train.x, train.max_value))
-    return rows(np.where(available == 1, x, np.nan))
-
-
-def rows(x: np.ndarray) -> np.ndarray:
-    """Flattens every example: `[N, ...]` -> `[N, d]`."""
-    return x.reshape(len(x), -1)
 
 
 if __name__ == "__main__":

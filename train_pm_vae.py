@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from posterior_matching import cli, data, masking, runs, schedules
 from posterior_matching.base import Base, check_shape, load_base
 from posterior_matching.config import build, parse
-from posterior_matching.images import imputation_grid
+from posterior_matching.images import image_square, imputation_grid
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.training import Experiment, TrainingOptions, fit
 
@@ -113,7 +113,7 @@ def example_images(dataset: data.Dataset, generator: masking.MaskGenerator, mode
     x, available = data.decode(dataset.x[:8], dataset.max_value)
     b = generator(jax.random.key(0), available.shape)
     imputations, samples = _draw(model, x, b)
-    return {"imputations": imputation_grid(x, b, imputations), "samples": imputation_grid(samples, None, None)}
+    return {"imputations": imputation_grid(x, b, imputations), "samples": image_square(samples)}
 
 
 @nnx.jit

@@ -27,8 +27,13 @@ SHAPES = {
     "celeb_a": (64, 64, 3),
 }
 # What a config's file name begins with -> its training script, and the model it is built on.
-SCRIPTS = {"pm_vae": "train_pm_vae", "pm_vdvae": "train_pm_vdvae"}
-BASES = {}
+SCRIPTS = {
+    "pm_vae": "train_pm_vae",
+    "vqvae": "train_vqvae",
+    "pm_vqvae": "train_pm_vqvae",
+    "pm_vdvae": "train_pm_vdvae",
+}
+BASES = {"pm_vqvae": "vqvae"}
 
 
 def dataset(name: str, rows: int) -> data.Dataset:

@@ -155,3 +155,47 @@ def pm_vdvae() -> ConfigDict:
         }
     )
     return config
+
+
+def vqvae(hidden_units: int, residual_units: int, codebook_size: int, embedding_dim: int = 64) -> ConfigDict:
+    """All keys of a VQ-VAE config, with what those experiments share; `config.model` is for `models.vqvae.VQVAE`."""
+    config = training()
+    config.evaluate_checkpoint = "best"
+    config.optimizer.update({"learning_rate": 3e-4, "decay_rate": 1.0, "transition_steps": 1})
+    config.noise_std = 0.0  # Gaussian noise on the training images
+    config.model = ConfigDict(
+        {
+            "hidden_units": hidden_units,
+            "residual_units": residual_units,
+            "residual_blocks": 2,
+            "codebook_size": codebook_size,
+            "embedding_dim": embedding_dim,
+            "commitment_cost": 0.25,
+            "use_ema": True,  # False: the codebook is trained by a loss of its own
+            "decay": 0.99,  # of the averages that the codebook follows
+            "strides": (2, 2),  # the code grid is smaller than the image by their product
+        }
+    )
+    return config
+
+
+def pm_vqvae(num_resnet: int, num_filters: int = 128, conditional_dim: int = 512) -> ConfigDict:
+    """All keys of a PM-VQVAE config, with what they share; `config.model.vqvae` comes from the base run."""
+    config = training()
+    config.vqvae_dir = config_dict.placeholder(str)  # run directory of the VQ-VAE
+    config.evaluate_checkpoint = "best"
+    config.optimizer.update({"learning_rate": 3e-4, "decay_rate": 0.999995, "transition_steps": 1})
+    config.noise_std = 0.0  # Gaussian noise on the training images
+    config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
+    config.model = ConfigDict(
+        {
+            "conditional_dim": conditional_dim,  # of what the PixelCNN is told about the observed pixels
+            "pixel_cnn": {
+                "num_resnet": num_resnet,
+                "num_filters": num_filters,
+                "num_hierarchies": 1,
+                "dropout": 0.5,
+            },
+        }
+    )
+    return config

@@ -1,17 +1,20 @@
 """Imputation by scikit-learn, to see what a model is worth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 Imputer = Callable[[np.ndarray], np.ndarray]
 
 
-def fit(train: np.ndarray, max_rows: int = 10_000) -> dict[str, Imputer]:
+def fit(
+    train: np.ndarray, names: Sequence[str] = ("mean", "knn", "iterative"), max_rows: int = 10_000
+) -> dict[str, Imputer]:
     """Fits mean, k-nearest-neighbour (k = 5) and iterative (Bayesian ridge) imputers.
 
     Args:
         train: `[N, d]`, NaN = missing.
+        names: Which of them; the cost of the iterative one grows with the cube of d.
         max_rows: The latter two see at most this many rows, evenly spaced: their cost grows with rows.
 
     Returns:
@@ -23,8 +26,8 @@ def fit(train: np.ndarray, max_rows: int = 10_000) -> dict[str, Imputer]:
 
     some = train[:: -(-len(train) // max_rows)]
     imputers = {
-        "mean": SimpleImputer(keep_empty_features=True).fit(train),
-        "knn": KNNImputer(keep_empty_features=True).fit(some),
-        "iterative": IterativeImputer(random_state=0, keep_empty_features=True).fit(some),
+        "mean": (SimpleImputer(keep_empty_features=True), train),
+        "knn": (KNNImputer(keep_empty_features=True), some),
+        "iterative": (IterativeImputer(random_state=0, keep_empty_features=True), some),
     }
-    return {name: imputer.transform for name, imputer in imputers.items()}
+    return {name: imputer.fit(rows).transform for name, (imputer, rows) in imputers.items() if name in names}

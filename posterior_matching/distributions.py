@@ -180,6 +180,22 @@ class IdentityGaussian(nnx.Module):
         return dist.Normal(loc, jnp.exp(self.log_scale[...]), **_UNCHECKED)
 
 
+class SharedScaleGaussian(nnx.Module):
+    """The features are the means of independent Normals, all with one learned scale (log scale starts at 0).
+
+    Raises:
+        UserError: The network's output does not have the shape of the data.
+    """
+
+    def __init__(self, features_shape: Shape, data_shape: Shape):
+        _require_data_shape("SharedScaleGaussian", "means", features_shape, data_shape)
+        self.log_scale = nnx.Param(jnp.zeros(()))
+
+    def __call__(self, features: jax.Array) -> dist.Distribution:
+        """Maps features `[B, *data_shape]` to Normals of the same batch shape."""
+        return dist.Normal(features, jnp.exp(self.log_scale[...]) + _MIN_SCALE, **_UNCHECKED)
+
+
 class Bernoulli(nnx.Module):
     """The features are the logits of independent Bernoulli variables; data in [0, 1].
 
@@ -188,15 +204,19 @@ class Bernoulli(nnx.Module):
     """
 
     def __init__(self, features_shape: Shape, data_shape: Shape):
-        if tuple(features_shape) != tuple(data_shape):
-            raise UserError(
-                f"a Bernoulli decoder takes the network's output as logits: its shape {tuple(features_shape)} is not "
-                f"that of the data, {tuple(data_shape)}; adapt config.model.decoder"
-            )
+        _require_data_shape("Bernoulli", "logits", features_shape, data_shape)
 
     def __call__(self, features: jax.Array) -> dist.Distribution:
         """Maps features `[B, *data_shape]` to Bernoulli variables of the same batch shape."""
         return dist.Bernoulli(logits=features, **_UNCHECKED)
+
+
+def _require_data_shape(head: str, meaning: str, features_shape: Shape, data_shape: Shape) -> None:
+    if tuple(features_shape) != tuple(data_shape):
+        raise UserError(
+            f"a {head} decoder takes the network's output as {meaning}: its shape {tuple(features_shape)} is not "
+            f"that of the data, {tuple(data_shape)}; adapt config.model.decoder"
+        )
 
 
 class DiscretisedLogisticMixture:
@@ -377,4 +397,8 @@ LATENT_HEADS = {
     "TriLGaussian": TriLGaussian,
     "AutoregressiveGMM": AutoregressiveGMM,
 }
-LIKELIHOOD_HEADS = {"IdentityGaussian": IdentityGaussian, "Bernoulli": Bernoulli}
+LIKELIHOOD_HEADS = {
+    "IdentityGaussian": IdentityGaussian,
+    "SharedScaleGaussian": SharedScaleGaussian,
+    "Bernoulli": Bernoulli,
+}

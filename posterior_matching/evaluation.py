@@ -52,6 +52,18 @@ def load_dataset(
     return dataclasses.replace(dataset, x=dataset.x[:num_instances], label=label)
 
 
+def training_rows(description: Mapping[str, Any]) -> np.ndarray:
+    """The rows a run was trained on, `[N, d]`, NaN = missing, in the units of the model: what baselines learn from."""
+    train = load_dataset(description, None, description["config"]["train_split"], None)
+    x, available = (np.asarray(a) for a in data.decode(train.x, train.max_value))
+    return rows(np.where(available == 1, x, np.nan))
+
+
+def rows(x: np.ndarray) -> np.ndarray:
+    """Flattens every example: `[N, ...]` -> `[N, d]`."""
+    return x.reshape(len(x), -1)
+
+
 class ExampleMap:
     """Maps a function of one example over a dataset, in batches, on all local devices.
 

@@ -8,27 +8,33 @@ _GREY = 0.5  # what is not observed
 _GAP = 2  # pixels between images
 
 
-def imputation_grid(x: np.ndarray, b: np.ndarray | None, imputations: np.ndarray | None) -> np.ndarray:
-    """Lays out one row per image: the original, its observed part, its imputations. Or, without masks, a square.
+def imputation_grid(x: np.ndarray, b: np.ndarray, imputations: np.ndarray) -> np.ndarray:
+    """Lays out one row per image: the original, its observed part (grey where nothing is observed), its imputations.
 
     Args:
         x: Images `[B, H, W, C]` in [0, 1].
-        b: Masks `[B, H, W, 1]`; None: only `x`.
-        imputations: `[S, B, H, W, C]`; None: none.
+        b: Masks `[B, H, W, 1]`.
+        imputations: `[S, B, H, W, C]`.
 
     Returns:
-        `[rows, columns, C]` in [0, 1], grey where nothing is observed.
+        `[rows, columns, C]` in [0, 1], as from all functions here.
     """
-    x = np.asarray(x)
-    if b is None:
-        width = int(np.ceil(np.sqrt(len(x))))
-        blank = np.ones((-len(x) % width, *x.shape[1:]), x.dtype)
-        rows = np.concatenate([x, blank]).reshape(-1, width, *x.shape[1:])
-    else:
-        observed = np.where(np.asarray(b) == 1, x, _GREY)
-        rows = np.stack([x, observed, *np.asarray(imputations)], axis=1)
+    return image_columns(x, np.where(np.asarray(b) == 1, x, _GREY), *np.asarray(imputations))
+
+
+def image_columns(*columns: np.ndarray) -> np.ndarray:
+    """Lays out batches of images `[B, H, W, C]` in [0, 1] as columns: one row per image."""
+    rows = np.stack([np.asarray(column) for column in columns], axis=1)
     padded = [np.pad(row, ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=1.0) for row in rows]
     return np.clip(np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0), 0.0, 1.0)
+
+
+def image_square(x: np.ndarray) -> np.ndarray:
+    """Lays out images `[B, H, W, C]` in [0, 1] as a square."""
+    x = np.asarray(x)
+    width = int(np.ceil(np.sqrt(len(x))))
+    x = np.concatenate([x, np.ones((-len(x) % width, *x.shape[1:]), x.dtype)])
+    return image_columns(*x.reshape(-1, width, *x.shape[1:]).swapaxes(0, 1))
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, min_width: int = 800) -> None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+NUM_CLUSTERS = 20  # of the histograms that precision and recall compare
+
 
 def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     """Normalised root-mean-square error of imputations (paper, UCI experiments).
@@ -29,3 +31,78 @@ def finite_mean(values: np.ndarray) -> tuple[float, int]:
     values = np.asarray(values, np.float64)
     finite = np.isfinite(values)
     return (float(values[finite].mean()) if finite.any() else float("nan")), int((~finite).sum())
+
+
+def psnr(x: np.ndarray, imputation: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of images, in decibels: `-10 log10(mean squared error over all pixels)`.
+
+    Args:
+        x: True images `[N, H, W, C]` in [0, 1].
+        imputation: `[N, H, W, C]` in [0, 1].
+
+    Returns:
+        `[N]`; infinite where the two are equal.
+    """
+    squared_error = np.square(np.asarray(x, np.float64) - imputation).mean((1, 2, 3))  # over pixels and channels
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10(squared_error)
+
+
+def precision_recall_curve(
+    real: np.ndarray, generated: np.ndarray, num_angles: int = 1001
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall of one distribution for another (Sajjadi et al. 2018, arXiv 1806.00035, equation 7).
+
+    For slopes l = tan(angle), precision is `sum_k min(l p_k, q_k)` and recall `sum_k min(p_k, q_k / l)`.
+
+    Args:
+        real: Reference distribution p, `[K]`, sums to one.
+        generated: Distribution q to judge, `[K]`, sums to one.
+        num_angles: Points of the curve, at equal angles strictly between 0 and a right angle.
+
+    Returns:
+        Precision and recall, `[num_angles]` each, in [0, 1].
+    """
+    angles = np.linspace(1e-10, np.pi / 2 - 1e-10, num_angles)
+    slopes = np.tan(angles)[:, None]
+    precision = np.minimum(slopes * real, generated).sum(1)  # over bins
+    recall = np.minimum(real, generated / slopes).sum(1)
+    return precision.clip(0.0, 1.0), recall.clip(0.0, 1.0)  # rounding may exceed 1
+
+
+def precision_recall(
+    real: np.ndarray, generated: np.ndarray, seed: int, *, num_clusters: int = NUM_CLUSTERS, num_runs: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall of samples for data: `precision_recall_curve` of their histograms over common clusters.
+
+    Args:
+        real: Embeddings of the data, `[N, D]`.
+        generated: Embeddings of the samples, `[N, D]`.
+        seed: Of the clusterings.
+        num_clusters: Clusters of the union, by mini-batch k-means.
+        num_runs: Clusterings to average the curves over.
+
+    Returns:
+        Precision and recall, `[1001]` each.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    union = np.concatenate([real, generated])
+    curves = []
+    for run in range(num_runs):
+        clustering = MiniBatchKMeans(num_clusters, n_init=10, random_state=seed + run)
+        labels = clustering.fit(union).labels_
+        histograms = [
+            np.bincount(part, minlength=num_clusters) / len(part) for part in (labels[: len(real)], labels[len(real) :])
+        ]
+        curves.append(precision_recall_curve(*histograms))
+    precision, recall = np.mean(curves, axis=0)  # over runs
+    return precision, recall
+
+
+def max_f_score(precision: np.ndarray, recall: np.ndarray, beta: float) -> float:
+    """Largest `F_beta = (1 + beta^2) P R / (beta^2 P + R)` along a curve; small beta weighs precision, large recall."""
+    denominator = beta**2 * precision + recall
+    with np.errstate(invalid="ignore"):
+        scores = np.where(denominator > 0, (1 + beta**2) * precision * recall / denominator, 0.0)
+    return float(scores.max())

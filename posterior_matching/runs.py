@@ -29,8 +29,14 @@ from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
+from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE
 
-MODELS = {"pm_vae": PosteriorMatchingVAE, "pm_vdvae": PosteriorMatchingVDVAE}
+MODELS = {
+    "pm_vae": PosteriorMatchingVAE,
+    "vqvae": VQVAE,
+    "pm_vqvae": PosteriorMatchingVQVAE,
+    "pm_vdvae": PosteriorMatchingVDVAE,
+}
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
 _FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posterior_matching import baselines, schedules
-from posterior_matching.images import imputation_grid, save_png
+from posterior_matching import baselines, metrics, schedules
+from posterior_matching.images import image_square, imputation_grid, save_png
 from posterior_matching.metrics import finite_mean, nrmse
 
 # NRMSE
@@ -134,7 +134,7 @@ def test_imputation_grid_shows_original_observed_part_and_imputations_of_each_im
 
 def test_images_without_masks_are_laid_out_as_a_square_in_order():
     x = np.arange(16).reshape(16, 1, 1, 1) * np.ones((1, 3, 2, 1)) / 16
-    grid = imputation_grid(x, None, None)
+    grid = image_square(x)
     assert grid.shape == (4 * 5, 4 * 4, 1)
     np.testing.assert_array_equal(grid[::5, ::4, 0], np.arange(16).reshape(4, 4) / 16)
 
@@ -191,3 +191,64 @@ def test_baselines_keep_the_shape_when_a_feature_was_never_seen():
     for name, impute in baselines.fit(train).items():
         filled = impute(np.array([[np.nan, np.nan, 0.5]]))
         assert filled.shape == (1, 3) and np.isfinite(filled).all(), name
+
+
+# PSNR, precision and recall ----------------------------------------------------------------------------------------
+
+
+def test_psnr_is_that_of_the_definition():
+    x = np.random.default_rng(0).uniform(size=(3, 4, 5, 2))
+    y = x + np.array([0.1, 0.01, 0.0]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(metrics.psnr(x, y)[:2], [20.0, 40.0], rtol=1e-6)
+    assert metrics.psnr(x, y)[2] == np.inf
+    noisy = np.clip(x + 0.3 * np.random.default_rng(1).standard_normal(x.shape), 0, 1)
+    np.testing.assert_allclose(
+        metrics.psnr(x, noisy), [-10 * np.log10(((a - b) ** 2).mean()) for a, b in zip(x, noisy, strict=True)]
+    )
+
+
+def test_precision_and_recall_of_equal_and_of_disjoint_histograms():
+    p = np.array([0.2, 0.3, 0.5])
+    precision, recall = metrics.precision_recall_curve(p, p)
+    assert metrics.max_f_score(precision, recall, 1 / 8) == pytest.approx(1.0)
+    assert metrics.max_f_score(precision, recall, 8) == pytest.approx(1.0)
+    precision, recall = metrics.precision_recall_curve(np.array([0.4, 0.6, 0.0]), np.array([0.0, 0.0, 1.0]))
+    assert not precision.any() and not recall.any()
+    assert metrics.max_f_score(precision, recall, 8) == 0.0
+
+
+def test_a_curve_has_the_published_slopes_and_limits():
+    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.5, 0.25])
+    precision, recall = metrics.precision_recall_curve(p, q, num_angles=101)
+    np.testing.assert_allclose(precision[50], np.minimum(p, q).sum(), atol=1e-9)  # slope 1: the overlap
+    np.testing.assert_allclose(recall[50], np.minimum(p, q).sum(), atol=1e-9)
+    slopes = np.tan(np.linspace(1e-10, np.pi / 2 - 1e-10, 101))
+    np.testing.assert_allclose(precision, slopes * recall, atol=1e-6)
+    assert precision[-1] == pytest.approx(0.75)  # share of q on the support of p
+    assert recall[0] == pytest.approx(1.0)  # all of p's support is within q's
+
+
+def test_samples_that_miss_a_mode_lose_recall_and_samples_outside_lose_precision():
+    rng = np.random.default_rng(0)
+    modes = 10 * np.eye(4)
+    data = np.repeat(modes, 100, axis=0) + 0.1 * rng.standard_normal((400, 4))
+    fewer = np.repeat(modes[:2], 200, axis=0) + 0.1 * rng.standard_normal((400, 4))
+    outside = np.concatenate([data[::2], np.full((200, 4), 30.0) + 0.1 * rng.standard_normal((200, 4))])
+
+    def scores(generated):
+        curve = metrics.precision_recall(data, generated, 0, num_clusters=5, num_runs=3)
+        return metrics.max_f_score(*curve, 1 / 8), metrics.max_f_score(*curve, 8)
+
+    precision, recall = scores(data[rng.permutation(400)])
+    assert precision > 0.99 and recall > 0.99
+    precision, recall = scores(fewer)
+    assert precision > 0.95 and recall == pytest.approx(0.5, abs=0.05)  # F_8 of (1, 1/2)
+    precision, recall = scores(outside)
+    assert precision == pytest.approx(0.5, abs=0.05) and recall > 0.95
+
+
+def test_f_scores_interpolate_between_precision_and_recall():
+    precision, recall = np.array([0.9, 0.2]), np.array([0.1, 0.6])
+    assert metrics.max_f_score(precision[:1], recall[:1], 1.0) == pytest.approx(2 * 0.09 / 1.0)
+    assert metrics.max_f_score(precision, recall, 1e-6) == pytest.approx(0.9)
+    assert metrics.max_f_score(precision, recall, 1e6) == pytest.approx(0.6)

@@ -1,0 +1,17 @@
+"""VQ-VAE on scikit-learn's 8x8 digits, the base of `pm_vqvae_digits`.
+
+python train_vqvae.py --config configs/vqvae_digits.py
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.vqvae(hidden_units=64, residual_units=32, codebook_size=64, embedding_dim=16)
+    config.dataset = "digits"
+    config.model.strides = (2, 1)  # a 4x4 grid: with 2x2 codes an image would have too few
+    config.batch_size = 64
+    config.steps = 3000
+    config.validation_every = 500
+    config.optimizer.learning_rate = 1e-3
+    return config

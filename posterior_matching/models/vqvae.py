@@ -1,0 +1,400 @@
+"""The VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), and Posterior Matching over its discrete latents."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from posterior_matching import distributions, likelihood
+from posterior_matching.config import call
+from posterior_matching.errors import UserError
+from posterior_matching.masking import mask_shape, partial_input
+from posterior_matching.models.pixel_cnn import PixelCNN
+from posterior_matching.networks import Conv, ConvTranspose, Shape
+
+
+class ResidualStack(nnx.Module):
+    """Residual blocks `x + Conv1x1(ReLU(Conv3x3(ReLU(x))))`, and a ReLU at the end."""
+
+    def __init__(self, features: int, residual_units: int, residual_blocks: int, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List(
+            nnx.List(
+                (
+                    Conv(features, residual_units, 3, 1, "SAME", rngs=rngs),
+                    nnx.Linear(residual_units, features, rngs=rngs),  # a 1x1 convolution
+                )
+            )
+            for _ in range(residual_blocks)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, features]` to the same shape."""
+        for conv3x3, conv1x1 in self.blocks:
+            x = x + conv1x1(jax.nn.relu(conv3x3(jax.nn.relu(x))))
+        return jax.nn.relu(x)
+
+
+class Encoder(nnx.Module):
+    """Images to a grid of vectors: two 4x4 convolutions that may shrink them, a 3x3 one, residual blocks, a 1x1 one.
+
+    Args:
+        input_shape: `(H, W, C)`.
+        features: Channels of the output.
+        hidden_units: Channels inside; half as many behind the first convolution.
+        residual_units: Channels inside the residual blocks.
+        residual_blocks: Their number.
+        strides: Of the two 4x4 convolutions.
+
+    Raises:
+        UserError: The data are not images, or the strides do not divide their size.
+    """
+
+    def __init__(
+        self,
+        input_shape: Shape,
+        features: int,
+        hidden_units: int,
+        residual_units: int,
+        residual_blocks: int,
+        strides: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if len(input_shape) != 3:
+            raise UserError(f"a VQ-VAE needs images (H, W, C), the data have shape {tuple(input_shape)}")
+        if len(strides) != 2:
+            raise UserError(f"config.model.strides must be two numbers, not {tuple(strides)}")
+        height, width, channels = input_shape
+        shrink = math.prod(strides)
+        if height % shrink or width % shrink:
+            raise UserError(
+                f"images of {height}x{width} do not fit a code grid that is {shrink} times smaller: "
+                "choose other config.model.strides"
+            )
+        self.convs = nnx.List(
+            (
+                Conv(channels, hidden_units // 2, 4, strides[0], "SAME", rngs=rngs),
+                Conv(hidden_units // 2, hidden_units, 4, strides[1], "SAME", rngs=rngs),
+                Conv(hidden_units, hidden_units, 3, 1, "SAME", rngs=rngs),
+            )
+        )
+        self.residual = ResidualStack(hidden_units, residual_units, residual_blocks, rngs=rngs)
+        self.out = nnx.Linear(hidden_units, features, rngs=rngs)  # a 1x1 convolution
+        self.output_shape = (height // shrink, width // shrink, features)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, C]` to `[B, *output_shape]`."""
+        for conv in self.convs:
+            x = jax.nn.relu(conv(x))
+        return self.out(self.residual(x))
+
+
+class Decoder(nnx.Module):
+    """The encoder's mirror image: a grid of vectors to `[B, H, W, channels]`."""
+
+    def __init__(
+        self,
+        features: int,
+        channels: int,
+        hidden_units: int,
+        residual_units: int,
+        residual_blocks: int,
+        strides: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = Conv(features, hidden_units, 3, 1, "SAME", rngs=rngs)
+        self.residual = ResidualStack(hidden_units, residual_units, residual_blocks, rngs=rngs)
+        self.grow = ConvTranspose(hidden_units, hidden_units // 2, 4, strides[1], "SAME", rngs=rngs)
+        self.out = ConvTranspose(hidden_units // 2, channels, 4, strides[0], "SAME", rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, h, w, features]` to `[B, H, W, channels]`."""
+        return self.out(jax.nn.relu(self.grow(self.residual(self.conv(x)))))
+
+
+class Average(nnx.Variable):
+    """Part of the moving averages that a codebook follows: state, not parameter."""
+
+
+class Quantized(NamedTuple):
+    """What the quantiser makes of `z: [B, h, w, e]`."""
+
+    z: jax.Array  # [B, h, w, e], codebook vectors; their gradient goes straight through to the input
+    indices: jax.Array  # [B, h, w] int32
+    loss: jax.Array  # [B], mean squared distances, weighted
+
+
+class VectorQuantizer(nnx.Module):
+    """The nearest of `codebook_size` vectors, with a straight-through gradient.
+
+    By default the codebook follows the encoder by exponential moving averages (the paper's appendix A.1) and has no
+    gradient: `update` takes a step. Otherwise it is a parameter, trained by the codebook loss.
+
+    Args:
+        codebook_size: K, number of vectors.
+        embedding_dim: e, their length.
+        commitment_cost: Weight of the squared distance that holds the encoder close to the codebook.
+        use_ema: Moving averages instead of a codebook loss.
+        decay: Of the moving averages.
+        epsilon: Laplace smoothing of the codes' average counts.
+        rngs: Source of the initial codebook.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        embedding_dim: int,
+        commitment_cost: float = 0.25,
+        use_ema: bool = True,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if codebook_size < 1:
+            raise UserError(f"config.model.codebook_size must be at least 1, not {codebook_size}")
+        if not 0 <= decay < 1:
+            raise UserError(f"config.model.decay must lie in [0, 1), not be {decay}")
+        bound = math.sqrt(3 / embedding_dim)  # variance 1 / e
+        initial = jax.random.uniform(rngs.params(), (codebook_size, embedding_dim), minval=-bound, maxval=bound)
+        self.codebook = Average(initial) if use_ema else nnx.Param(initial)
+        if use_ema:
+            self.count_average = Average(jnp.zeros(codebook_size))
+            self.sum_average = Average(jnp.zeros((codebook_size, embedding_dim)))
+            self.num_updates = Average(jnp.zeros((), jnp.int32))
+        self.commitment_cost, self.use_ema, self.decay, self.epsilon = commitment_cost, use_ema, decay, epsilon
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """Quantises `z: [B, h, w, e]`."""
+        indices = self.nearest(z)
+        quantized = self.lookup(indices)
+        grid = (1, 2, 3)  # positions and dimensions
+        loss = self.commitment_cost * jnp.square(jax.lax.stop_gradient(quantized) - z).mean(grid)
+        if not self.use_ema:
+            loss = loss + jnp.square(quantized - jax.lax.stop_gradient(z)).mean(grid)
+        return Quantized(z + jax.lax.stop_gradient(quantized - z), indices, loss)
+
+    def nearest(self, z: jax.Array) -> jax.Array:
+        """Indices, int32 `[...]`, of the codebook vectors nearest to `z: [..., e]` (squared Euclidean distance)."""
+        codebook = self.codebook[...]
+        # |z - c|^2 = |z|^2 - 2 z c + |c|^2, and |z|^2 does not matter for the choice.
+        distances = jnp.square(codebook).sum(-1) - 2 * z.reshape(-1, z.shape[-1]) @ codebook.T
+        return jnp.argmin(distances, axis=-1).reshape(z.shape[:-1])
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codebook vectors `[..., e]` of `indices: [...]`."""
+        return self.codebook[...][indices]
+
+    def update(self, z: jax.Array, indices: jax.Array, axis_name: str | None = None) -> None:
+        """Moves the codebook towards the vectors that chose it; to be called once per training step.
+
+        Averages are divided by `1 - decay^t`, so that their start at zero does not matter. A code that was never
+        chosen stays where it was initialised (it would go to zero by the formula, and all others with it).
+
+        Args:
+            z: Encoder outputs `[B, h, w, e]`.
+            indices: `[B, h, w]`, from `__call__`.
+            axis_name: Axis of the devices over which to sum the statistics; None: this device's only.
+        """
+        if not self.use_ema:
+            return
+        z = jax.lax.stop_gradient(z).reshape(-1, z.shape[-1])
+        chosen = jax.nn.one_hot(indices.reshape(-1), len(self.codebook[...]))  # [B h w, K]
+        counts, sums = chosen.sum(0), chosen.T @ z
+        if axis_name is not None:
+            counts, sums = jax.lax.psum((counts, sums), axis_name)
+
+        self.num_updates[...] += 1
+        self.count_average[...] = self.decay * self.count_average[...] + (1 - self.decay) * counts
+        self.sum_average[...] = self.decay * self.sum_average[...] + (1 - self.decay) * sums
+        unbiased = 1 - self.decay ** self.num_updates[...].astype(jnp.float32)
+        sizes, sums = self.count_average[...] / unbiased, self.sum_average[...] / unbiased
+        total = sizes.sum()
+        smoothed = (sizes + self.epsilon) / (total + len(sizes) * self.epsilon) * total
+        self.codebook[...] = jnp.where(sizes[:, None] > 0, sums / smoothed[:, None], self.codebook[...])
+
+
+class VQVAETerms(NamedTuple):
+    """What training optimises, per example, and the codes chosen on the way."""
+
+    reconstruction_ll: jax.Array  # [B], log p(x | q) in nats
+    quantizer_loss: jax.Array  # [B], commitment (and codebook) loss
+    indices: jax.Array  # [B, h, w]
+
+    def loss(self) -> jax.Array:
+        """`[B]`: negative log-likelihood plus quantiser loss."""
+        return -self.reconstruction_ll + self.quantizer_loss
+
+
+class VQVAE(nnx.Module):
+    """An autoencoder whose latent is a grid of indices into a codebook; p(x | q) is Gaussian with one learned scale.
+
+    Args:
+        input_shape: `(H, W, C)`; H and W are multiples of the product of `strides`.
+        hidden_units: Channels of encoder and decoder.
+        residual_units: Channels inside their residual blocks.
+        residual_blocks: Number of blocks in each.
+        codebook_size: See `VectorQuantizer`, as for all below.
+        embedding_dim: See there.
+        commitment_cost: See there.
+        use_ema: See there.
+        decay: See there.
+        strides: Of the two convolutions that shrink the image to the code grid.
+        rngs: Source of initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        hidden_units: int,
+        residual_units: int,
+        residual_blocks: int,
+        codebook_size: int,
+        embedding_dim: int,
+        commitment_cost: float = 0.25,
+        use_ema: bool = True,
+        decay: float = 0.99,
+        strides: Sequence[int] = (2, 2),
+        rngs: nnx.Rngs,
+    ):
+        body = {"hidden_units": hidden_units, "residual_units": residual_units, "residual_blocks": residual_blocks}
+        body |= {"strides": tuple(strides), "rngs": rngs}
+        self.encoder = Encoder(input_shape, embedding_dim, **body)
+        self.quantizer = VectorQuantizer(codebook_size, embedding_dim, commitment_cost, use_ema, decay, rngs=rngs)
+        self.decoder = Decoder(embedding_dim, input_shape[-1], **body)
+        self.likelihood_head = distributions.SharedScaleGaussian(input_shape, input_shape)
+        self.codebook_size = codebook_size
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], input_shape: Shape, rngs: nnx.Rngs) -> "VQVAE":
+        """Builds the model from `config.model`, the arguments above.
+
+        Raises:
+            UserError: A key is unknown or missing, or the model does not fit the data.
+        """
+        return call(cls, config, "config.model", input_shape=tuple(input_shape), rngs=rngs)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the code grid."""
+        return self.encoder.output_shape[:2]
+
+    def indices(self, x: jax.Array) -> jax.Array:
+        """The latent code of images `[B, H, W, C]` in [0, 1]: indices `[B, h, w]`."""
+        return self.quantizer.nearest(self.encoder(x))
+
+    def decode(self, indices: jax.Array) -> Any:
+        """p(x | q) for codes `[B, h, w]`: independent Normals, batch shape `[B, H, W, C]`."""
+        return self.likelihood_head(self.decoder(self.quantizer.lookup(indices)))
+
+    def reconstruct(self, x: jax.Array) -> jax.Array:
+        """Images `[B, H, W, C]` through the code and back, clipped to [0, 1]."""
+        return jnp.clip(self.decode(self.indices(x)).mean, 0.0, 1.0)
+
+    def terms(self, x: jax.Array, *, update_codebook: bool = False, axis_name: str | None = None) -> VQVAETerms:
+        """The terms of the training objective.
+
+        Args:
+            x: `[B, H, W, C]` in [0, 1].
+            update_codebook: Also let the codebook follow; while training.
+            axis_name: Axis of the devices whose statistics the codebook follows together.
+        """
+        z = self.encoder(x)
+        quantized = self.quantizer(z)
+        p = self.likelihood_head(self.decoder(quantized.z))
+        if update_codebook:
+            self.quantizer.update(z, quantized.indices, axis_name)
+        everything = jnp.ones((*x.shape[:-1], 1))
+        return VQVAETerms(likelihood.log_prob_of_observed(p, x, everything), quantized.loss, quantized.indices)
+
+
+class PosteriorMatchingVQVAE(nnx.Module):
+    """A VQ-VAE that answers p(x_u | x_o): a PixelCNN over code grids, conditioned on what is observed, is q(z | x_o).
+
+    Args:
+        vqvae: The VQ-VAE, trained already.
+        partial_encoder: Sees `[x * b, b]`; its features go to `condition`.
+        condition: From flattened features to the PixelCNN's conditional input.
+        pixel_cnn: q(z | x_o) given that input.
+    """
+
+    def __init__(self, vqvae: VQVAE, partial_encoder: Encoder, condition: nnx.Linear, pixel_cnn: PixelCNN):
+        self.vqvae = vqvae
+        self.partial_encoder = partial_encoder
+        self.condition = condition
+        self.pixel_cnn = pixel_cnn
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVQVAE":
+        """Builds the model from `config.model`.
+
+        Args:
+            config: `vqvae`, the options of `VQVAE`; `conditional_dim`, length of the PixelCNN's conditional input;
+                `pixel_cnn`, the options of `PixelCNN`. The partial encoder is built like the encoder.
+            input_shape: `(H, W, C)`.
+            rngs: Source of initial weights.
+
+        Raises:
+            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
+        """
+        return call(_build, config, "config.model", input_shape=tuple(input_shape), rngs=rngs)
+
+    def conditional_input(self, x: jax.Array, b: jax.Array) -> jax.Array:
+        """What the PixelCNN knows of the observed pixels of `x: [B, H, W, C]`: `[B, conditional_dim]`."""
+        features = self.partial_encoder(partial_input(x, b))
+        return self.condition(features.reshape(len(x), -1))
+
+    def matching_ll(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """log q(z | x_o) in nats, `[B]`, at the code z of x: its mean is the Posterior Matching objective.
+
+        Args:
+            x: `[B, H, W, C]` in [0, 1].
+            b: Mask, `[B, H, W, 1]`, 1 = observed.
+            rngs: Dropout stream, while training.
+        """
+        return self.pixel_cnn.log_prob(self.vqvae.indices(x), self.conditional_input(x, b), rngs)
+
+    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Draws imputations: decoder means for z ~ q(z | x_o), clipped to [0, 1]; the observed values where observed.
+
+        Args:
+            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence (but must be finite).
+            b: Mask, `[B, H, W, 1]`, 1 = observed.
+            num_samples: Imputations per example.
+            key: Random key.
+
+        Returns:
+            `[num_samples, B, H, W, C]`.
+        """
+        condition = self.conditional_input(x, b)
+        codes = self.pixel_cnn.sample(jnp.tile(condition, (num_samples, 1)), key)  # [S B, h, w]
+        means = jnp.clip(self.vqvae.decode(codes).mean, 0.0, 1.0)
+        return jnp.where(b == 1, x, means.reshape(num_samples, *x.shape))
+
+
+def _build(
+    *,
+    vqvae: Mapping[str, Any],
+    conditional_dim: int,
+    pixel_cnn: Mapping[str, Any],
+    input_shape: Shape,
+    rngs: nnx.Rngs,
+) -> PosteriorMatchingVQVAE:
+    base = VQVAE.from_config(vqvae, input_shape, rngs)
+    body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
+    partial_encoder = Encoder(
+        (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1]),
+        vqvae["embedding_dim"],
+        **body,
+        strides=vqvae.get("strides", (2, 2)),
+        rngs=rngs,
+    )
+    condition = nnx.Linear(math.prod(partial_encoder.output_shape), conditional_dim, rngs=rngs)
+    context = {"grid": base.grid, "codebook_size": base.codebook_size, "conditional_dim": conditional_dim}
+    network = call(PixelCNN, pixel_cnn, "config.model.pixel_cnn", **context, rngs=rngs)
+    return PosteriorMatchingVQVAE(base, partial_encoder, condition, network)
