@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -92,16 +93,70 @@ class ExampleMap:
 
         self._run_batch = parallel.pmap(run_batch, in_axes=(0, None, 0, 0))
 
-    def __call__(self, key: jax.Array, description: str = "") -> dict[str, np.ndarray]:
-        """Returns the results of all examples in order, `{name: [N, ...]}`."""
+    def __call__(
+        self, key: jax.Array, description: str = "", keep_in: pathlib.Path | None = None
+    ) -> dict[str, np.ndarray]:
+        """Returns the results of all examples in order, `{name: [N, ...]}`.
+
+        Args:
+            key: The base key.
+            description: Of the progress bar.
+            keep_in: An existing folder for the results of each batch. Those that an interrupted call left there are
+                read instead of computed; the caller sees to it that they are of the same function, data and batch size.
+        """
         parts = []
-        batches = list(zip(self._indices, self._weights, strict=True))
-        for indices, weights in progress_bar(batches, description, unit="batch", leave=False):
+        batches = list(enumerate(zip(self._indices, self._weights, strict=True)))
+        for number, (indices, weights) in progress_bar(batches, description, unit="batch", leave=False):
+            path = keep_in and keep_in / f"{number:05}.npz"
+            if path and path.exists():
+                parts.append(load_npz(path))
+                continue
             indices = indices.reshape(jax.local_device_count(), -1)
             results = self._run_batch(self._state, key, self._dataset.x[indices], indices)
             real = weights > 0
             parts.append({k: np.asarray(v).reshape(-1, *v.shape[2:])[real] for k, v in results.items()})
+            if path:
+                save_npz(path, parts[-1])
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to a compressed `.npz`, which is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
+def load_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of a `.npz`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def open_parts(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Makes a folder for the parts of a long evaluation, or finds one that an interrupted evaluation left.
+
+    Args:
+        folder: The folder.
+        settings: Everything that the parts depend on, JSON values by name.
+
+    Raises:
+        UserError: The parts in it are of other settings.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        saved = json.loads(path.read_text())
+        changed = [
+            f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} holds an unfinished evaluation that differs ({'; '.join(changed)}): "
+                "finish it with its values, or delete it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(settings), indent=2) + "\n")
 
 
 class Results:
