@@ -147,7 +147,7 @@ def test_parameter_count_of_the_mnist_config():
     assert count(model) == sum(parts.values()) + 2 * 192 == PARAMETERS
 
 
-PARAMETERS = 0
+PARAMETERS = 7_266_942
 
 
 # Terms and their gradients

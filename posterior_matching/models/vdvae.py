@@ -151,12 +151,12 @@ class Block(nnx.Module):
         compute_dtype: Any,
         *,
         output_scale: float = 1.0,
-        rngs: nnx.Rngs,
+        rngs: "_Keys",
     ):
         inner = 3 if resolution > 2 else 1
-        sizes = ((features_in, middle, 1), (middle, middle, inner), (middle, middle, inner), (middle, features, 1))
+        sizes = ((features_in, middle, 1), (middle, middle, inner), (middle, middle, inner))
         self.convs = nnx.List(Conv(i, o, size, 1, "SAME", rngs=rngs) for i, o, size in sizes)
-        self.convs[-1].kernel[...] *= output_scale
+        self.convs.append(Conv(middle, features, 1, 1, "SAME", kernel_scale=output_scale, rngs=rngs))
         self.compute_dtype = compute_dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -200,8 +200,7 @@ class DecoderBlock(nnx.Module):
         self.posterior_head = options.block(2 * width, width, 2 * e, r)
         self.prior_head = options.block(width, width, 2 * e + width, r, output_scale=0.0)
         self.partial_posterior_head = options.block(2 * width, width, tril_gaussian_parameters(e), r)
-        self.project = Conv(e, width, 1, 1, "SAME", rngs=options.rngs)
-        self.project.kernel[...] *= num_blocks**-0.5
+        self.project = Conv(e, width, 1, 1, "SAME", kernel_scale=num_blocks**-0.5, rngs=options.rngs)
         self.resnet = options.block(width, width, width, r, output_scale=num_blocks**-0.5)
 
     def prior(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -298,7 +297,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         decoder_layers = parse_decoder(decoder, size, resolutions)
         widths = parse_widths(custom_widths, width, resolutions)
         self.latent_dim, self.num_levels, self.rematerialise = latent_dim, num_levels, rematerialise
-        options = _Options(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, rngs)
+        options = _Options(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, _Keys(rngs.params()))
         self.encoder = Encoder(self.channels, encoder_layers, widths, options)
         self.partial_encoder = Encoder(self.channels + 1, encoder_layers, widths, options)
         self.blocks = nnx.List(
@@ -492,13 +491,24 @@ class PosteriorMatchingVDVAE(nnx.Module):
         return jnp.broadcast_to(bias, (batch, *shape))
 
 
+class _Keys:
+    """Keys of initial weights, like `nnx.Rngs`, which under tracing takes ever longer for each of hundreds of keys."""
+
+    def __init__(self, key: jax.Array):
+        self._key, self._drawn = key, 0
+
+    def params(self) -> jax.Array:
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+
 class _Options(NamedTuple):
     """What all blocks share."""
 
     bottleneck: float
     compute_dtype: Any
     rematerialise: bool
-    rngs: nnx.Rngs
+    rngs: "_Keys"
 
     def block(self, features_in: int, width: int, features: int, resolution: int, output_scale: float = 1.0) -> Block:
         middle = max(1, int(width * self.bottleneck))
