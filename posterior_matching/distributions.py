@@ -287,8 +287,8 @@ def _locations(loc: jax.Array, shift: jax.Array, value: jax.Array) -> jax.Array:
     if loc.shape[-1] == 1:
         return loc
     red, green = value[..., 0], value[..., 1]
-    shifts = (jnp.zeros_like(shift[..., 0]), shift[..., 0] * red, shift[..., 1] * red + shift[..., 2] * green)
-    return loc + jnp.stack(shifts, axis=-1)
+    of_green, of_blue = shift[..., 0] * red, shift[..., 1] * red + shift[..., 2] * green
+    return loc + jnp.stack([jnp.zeros_like(of_green), of_green, of_blue], axis=-1)
 
 
 def logistic_mixture_parameters(channels: int, num_components: int) -> int:
