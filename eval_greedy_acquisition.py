@@ -7,10 +7,10 @@ and the data `x`; and `results.json`. An interrupted evaluation goes on with the
 """
 
 import functools
-import json
 import math
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from absl import flags
 from posterior_matching import acquisition, cli, runs
 from posterior_matching.data import Dataset, decode
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, save_npz
+from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, open_parts, save_npz
 from posterior_matching.masking import mask_shape
 from posterior_matching.models.lookahead import LookaheadPosterior
 
@@ -65,7 +65,7 @@ def main() -> None:
         )
     model = runs.load_model(_RUN_DIR.value, "lookahead", _CHECKPOINT.value)
     folder = pathlib.Path(_RUN_DIR.value) / "trajectories"
-    _open_folder(folder, description, dataset)
+    open_parts(folder, _settings(description, dataset))
     key = jax.random.key(_SEED.value)
     x = np.asarray(decode(dataset.x, dataset.max_value)[0])
     results = Results(folder, len(dataset), _SEED.value)
@@ -112,10 +112,10 @@ def _features_at_once(model: LookaheadPosterior, dataset: Dataset) -> int:
     return acquisition.features_that_fit(model, *decode(rows, dataset.max_value), _SAMPLES.value, _MEMORY.value)
 
 
-def _open_folder(folder: pathlib.Path, description: dict, dataset: Dataset) -> None:
-    """Makes the results folder and notes what its contents depend on; refuses to mix them with anything else."""
+def _settings(description: dict, dataset: Dataset) -> dict[str, Any]:
+    """What the trajectories depend on."""
     checkpoint = _CHECKPOINT.value or description["config"]["evaluate_checkpoint"]
-    settings = {
+    return {
         "step": runs.latest_step(_RUN_DIR.value, checkpoint),
         "dataset": dataset.name,
         "split": dataset.split,
@@ -126,15 +126,6 @@ def _open_folder(folder: pathlib.Path, description: dict, dataset: Dataset) -> N
         "num_steps": _STEPS.value,
         "seed": _SEED.value,
     }
-    path = folder / "settings.json"
-    if path.exists():
-        saved = json.loads(path.read_text())
-        if changed := [
-            f"{key}: {saved.get(key)} -> {value}" for key, value in settings.items() if saved.get(key) != value
-        ]:
-            raise UserError(f"{folder} holds other trajectories ({'; '.join(changed)}): delete it, or use its values")
-    folder.mkdir(exist_ok=True)
-    runs.write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":

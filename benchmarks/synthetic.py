@@ -34,6 +34,7 @@ SCRIPTS = {
     "vade": "train_vade",
     "pm_vade": "train_pm_vade",
     "lookahead": "train_lookahead_posterior",
+    "pm_vdvae": "train_pm_vdvae",
 }
 BASES = {
     "pm_vqvae": "vqvae",
@@ -49,9 +50,10 @@ def dataset(name: str, rows: int) -> data.Dataset:
     shape = SHAPES[pathlib.Path(name).name]
     rng = np.random.default_rng(0)
     if len(shape) == 3:
-        stored = rng.integers(0, 256, (rows, *shape), np.uint8)
+        max_value = 16 if name == "digits" else 255
+        stored = rng.integers(0, max_value, (rows, *shape), np.uint8, endpoint=True)
         label = np.arange(rows, dtype=np.int32) % 10
-        return data.Dataset(name, "train", stored, label, max_value=255.0)
+        return data.Dataset(name, "train", stored, label, max_value=float(max_value))
     return data.Dataset(name, "train", rng.standard_normal((rows, *shape), np.float32))
 
 

@@ -170,6 +170,37 @@ def pm_vae_image(
     return config
 
 
+def pm_vdvae() -> ConfigDict:
+    """All keys of a PM-VDVAE config. `config.model` has the keys of `models.vdvae.PosteriorMatchingVDVAE`."""
+    config = training()
+    config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
+    config.batch_size = 16
+    config.steps = 500_000
+    config.validation_every = 5000
+    config.evaluate_checkpoint = "best"
+    config.ema_decay = 0.999
+    config.skip_nonfinite_updates = True
+    config.optimizer.learning_rate = 1.5e-4
+    config.optimizer.decay_rate = 1.0
+    config.optimizer.clip_norm = 200.0
+    config.model = ConfigDict(
+        {
+            "encoder": "28x6,28d2,14x4,14d2,7x2,7d2,3x2,3d2,1x2",
+            "decoder": "1x2,3m1,3x2,7m3,7x2,14m7,14x4,28m14,28x6",
+            "latent_dim": 16,
+            "width": 192,
+            "bottleneck": 0.25,
+            "custom_widths": "",  # exceptions from the width, "14:128,7:256"
+            "no_bias_above": 64,
+            "num_components": 10,
+            "num_levels": 256,  # values of a pixel, which bits per dimension are about
+            "rematerialise": False,  # True: less memory, a quarter more operations
+            "compute_dtype": "float32",  # or bfloat16
+        }
+    )
+    return config
+
+
 def vqvae(hidden_units: int, residual_units: int, codebook_size: int, embedding_dim: int = 64) -> ConfigDict:
     """All keys of a VQ-VAE config, with what those experiments share; `config.model` is for `models.vqvae.VQVAE`."""
     config = training()

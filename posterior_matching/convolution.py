@@ -32,6 +32,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Arra
     """
     if padding == "VALID" and x.shape[1:3] == kernel.shape[:2]:  # one output position: a matrix product
         return jnp.einsum("bhwi,hwio->bo", x, kernel)[:, None, None, :]
+    if _is_linear(kernel, stride):
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)
 
 
@@ -54,8 +56,15 @@ def conv_transpose(y: jax.Array, kernel: jax.Array, stride: int, padding: str) -
     return _transpose(y, kernel, stride, padding, size)
 
 
+def _is_linear(kernel: jax.Array, stride: int) -> bool:
+    """A 1x1 kernel at stride one: the same linear layer at every position, on CPUs twice as fast as a convolution."""
+    return kernel.shape[:2] == (1, 1) and stride == 1
+
+
 def _transpose(y: jax.Array, kernel: jax.Array, stride: int, padding: str, size: tuple[int, int]) -> jax.Array:
     """`conv_transpose` to an output of the given `size`, of which several share one `y` when `stride > 1`."""
+    if _is_linear(kernel, stride):
+        return jnp.einsum("bhwo,io->bhwi", y, kernel[0, 0])
     k = kernel.shape[0]
     before = [lax.padtype_to_pads((n,), (k,), (stride,), padding)[0][0] for n in size]
     if stride == 1 or jax.default_backend() != "cpu":  # GPUs and TPUs dilate without multiplying the zeros
@@ -90,6 +99,8 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int,
     """Gradient of `sum(g * conv(x, kernel))` in the kernel."""
     if padding == "VALID" and x.shape[1:3] == kernel.shape[:2]:
         return jnp.einsum("bhwi,bo->hwio", x, g[:, 0, 0, :])
+    if _is_linear(kernel, stride):
+        return jnp.einsum("bhwi,bhwo->io", x, g)[None, None]
     if stride == 1 and padding == "SAME" and 1 < kernel.shape[2] < kernel.shape[3] and jax.default_backend() == "cpu":
         return _kernel_gradient_as_product(x, g, kernel.shape[0])
     forward = functools.partial(

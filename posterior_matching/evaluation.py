@@ -134,6 +134,30 @@ def load_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def open_parts(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Makes a folder for the parts of a long evaluation, or checks one that an earlier evaluation left.
+
+    Args:
+        folder: The folder.
+        settings: Everything that the parts depend on, JSON values by name.
+
+    Raises:
+        UserError: The parts in it are of other settings.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        saved = json.loads(path.read_text())
+        changed = [
+            f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} holds an evaluation that differs ({'; '.join(changed)}): use its values, or delete it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(path, json.dumps(dict(settings), indent=2) + "\n")
+
+
 class Results:
     """Collects trials and writes `results.json`, the same for every evaluation script."""
 

@@ -25,6 +25,27 @@ def log_prob_of_observed(p: Any, x: jax.Array, b: jax.Array) -> jax.Array:
     return log_prob.sum(tuple(range(log_prob.ndim - (x.ndim - 1), log_prob.ndim)))  # over features
 
 
+class ConditionalLogProb(NamedTuple):
+    """Importance-sampled log-likelihoods in nats, and how far to trust them; all `[B]`."""
+
+    log_p_x: jax.Array  # log p(x)
+    log_p_xo: jax.Array  # log p(x_o)
+    log_p_xu_given_xo: jax.Array  # log p(x_u | x_o) = log p(x) - log p(x_o)
+    ess_x: jax.Array  # effective sample size of each estimate, in [1, num_samples]
+    ess_xo: jax.Array
+
+    @classmethod
+    def of(cls, full: "ImportanceEstimate", observed: "ImportanceEstimate") -> "ConditionalLogProb":
+        """From the estimates of log p(x) and log p(x_o)."""
+        return cls(
+            log_p_x=full.log_prob,
+            log_p_xo=observed.log_prob,
+            log_p_xu_given_xo=full.log_prob - observed.log_prob,
+            ess_x=full.effective_sample_size,
+            ess_xo=observed.effective_sample_size,
+        )
+
+
 class ImportanceEstimate(NamedTuple):
     """An importance-sampled log-likelihood, `log (1/K) sum_k p(x, z_k) / q(z_k)`."""
 
@@ -41,8 +62,6 @@ def importance_log_prob(
 ) -> ImportanceEstimate:
     """Estimates the log of the integral of exp(log_joint(z)) dz with `num_samples` draws from `proposal`.
 
-    Works in log space throughout, `chunk_size` samples at a time, so that memory does not grow with `num_samples`.
-
     Args:
         log_joint: Maps `z: [S, B, e]` to log p(x_o | z) + log p(z), `[S, B]`, nats.
         proposal: q, a distribution over `[B, e]`.
@@ -50,12 +69,33 @@ def importance_log_prob(
         num_samples: K.
         chunk_size: Most samples held at once.
     """
+
+    def log_weights(key, chunk_size):
+        z, log_q = sample_and_log_prob(proposal, key, (chunk_size,))
+        return log_joint(z) - log_q
+
+    return log_mean_weight(log_weights, key, num_samples, chunk_size)
+
+
+def log_mean_weight(
+    log_weights: Callable[[jax.Array, int], jax.Array], key: jax.Array, num_samples: int, chunk_size: int
+) -> ImportanceEstimate:
+    """Estimates the log of the mean of importance weights from `num_samples` draws of their logs.
+
+    Works in log space throughout, `chunk_size` samples at a time, so that memory does not grow with `num_samples`.
+
+    Args:
+        log_weights: `log_weights(key, S)` draws `[S, B]`, nats.
+        key: Random key.
+        num_samples: K.
+        chunk_size: Most samples held at once.
+    """
+    chunk_size = min(chunk_size, num_samples)
     num_chunks = -(-num_samples // chunk_size)
 
     def add_chunk(sums, inputs):
         index, key = inputs
-        z, log_q = sample_and_log_prob(proposal, key, (chunk_size,))
-        log_weight = log_joint(z) - log_q  # [S, B]
+        log_weight = log_weights(key, chunk_size)
         counted = index * chunk_size + jnp.arange(chunk_size) < num_samples  # the last chunk may overhang
         log_weight = jnp.where(counted[:, None], log_weight, -jnp.inf)
         log_sum, log_sum_squares = sums
@@ -63,8 +103,7 @@ def importance_log_prob(
         log_sum_squares = jnp.logaddexp(log_sum_squares, jax.nn.logsumexp(2 * log_weight, axis=0))
         return (log_sum, log_sum_squares), None
 
-    chunk_size = min(chunk_size, num_samples)
-    batch_shape = jax.eval_shape(lambda k: proposal.sample(k, (1,)), key).shape[1:-1]
+    batch_shape = jax.eval_shape(lambda k: log_weights(k, chunk_size), key).shape[1:]
     empty = jnp.full(batch_shape, -jnp.inf)
     chunks = (jnp.arange(num_chunks), jax.random.split(key, num_chunks))
     (log_sum, log_sum_squares), _ = jax.lax.scan(add_chunk, (empty, empty), chunks)

@@ -67,15 +67,36 @@ class ResidualMLP(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A convolution with bias; see `convolution.conv`."""
+    """A convolution with bias, computed in the precision of its input; see `convolution.conv`.
 
-    def __init__(self, features_in: int, features: int, size: int, stride: int, padding: str, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_kernel_init(rngs.params(), (size, size, features_in, features)))
+    Args:
+        features_in: Channels of the input.
+        features: Channels of the output.
+        size: Height and width of the kernel.
+        stride: Stride of both axes.
+        padding: "SAME" or "VALID".
+        kernel_scale: Factor of the initial kernel.
+        rngs: Source of initial weights.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features: int,
+        size: int,
+        stride: int,
+        padding: str,
+        *,
+        kernel_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_scale * _kernel_init(rngs.params(), (size, size, features_in, features)))
         self.bias = nnx.Param(jnp.zeros(features))
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return conv(x, self.kernel[...], self.stride, self.padding) + self.bias[...]
+        kernel, bias = (parameter[...].astype(x.dtype) for parameter in (self.kernel, self.bias))
+        return conv(x, kernel, self.stride, self.padding) + bias
 
 
 class ConvTranspose(nnx.Module):

@@ -31,6 +31,7 @@ from posterior_matching.errors import UserError, nearest
 from posterior_matching.models.lookahead import LookaheadPosterior
 from posterior_matching.models.vade import VADE, PosteriorMatchingVADE
 from posterior_matching.models.vae import PosteriorMatchingVAE
+from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
 from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE
 
 MODELS = {
@@ -40,6 +41,7 @@ MODELS = {
     "vade": VADE,
     "pm_vade": PosteriorMatchingVADE,
     "lookahead": LookaheadPosterior,
+    "pm_vdvae": PosteriorMatchingVDVAE,
 }
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.

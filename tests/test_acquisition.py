@@ -219,7 +219,7 @@ def test_other_settings_are_not_mixed(run_dir):
     result = evaluate(run_dir, *FLAGS[:1], "--num_samples=3", *FLAGS[2:])
     assert result.returncode == 1
     message = result.stderr.strip().splitlines()[-1]
-    assert "holds other trajectories (num_samples: 2 -> 3): delete it, or use its values" in message
+    assert "holds an evaluation that differs (num_samples: 2 -> 3): use its values, or delete it" in message
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
 
 

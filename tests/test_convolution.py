@@ -204,3 +204,12 @@ def test_vmap_equals_a_loop(fn):
     total = jax.grad(lambda w: (jax.vmap(lambda x: fn(x, w, 2, "SAME"))(x) ** 2).sum())(jnp.asarray(kernel))
     parts = [jax.grad(lambda w, part=part: (fn(part, w, 2, "SAME") ** 2).sum())(jnp.asarray(kernel)) for part in x]
     np.testing.assert_array_equal(total, sum(parts))
+
+
+def test_one_by_one_kernels_are_matrix_products():
+    def run(x, w):
+        y, pullback = jax.vjp(lambda x, w: conv(x, w, 1, "SAME"), x, w)
+        return y, pullback(y)
+
+    program = str(jax.make_jaxpr(run)(jnp.ones((2, 3, 3, 4)), jnp.ones((1, 1, 4, 5))))
+    assert "dot_general" in program and "conv_general_dilated" not in program

@@ -11,7 +11,7 @@ from flax import nnx
 
 from posterior_matching import data
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset
+from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, open_parts, save_npz
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
 NUM_ROWS, DIM = 1797, 5
@@ -72,6 +72,30 @@ def test_results_do_not_depend_on_the_batch_size(table, model):
         np.testing.assert_allclose(values, large[name], rtol=1e-4, atol=1e-4, err_msg=name)
         np.testing.assert_allclose(values.mean(), large[name].mean(), rtol=1e-5, err_msg=name)
     assert np.isfinite(small["ac_ll"]).all() and small["ac_ll"].std() > 0.1
+
+
+def test_batches_that_an_interrupted_call_left_are_read_and_not_computed_again(table, model, tmp_path):
+    whole = ExampleMap(look, model, table.dataset, 150)(jax.random.key(3), keep_in=tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00000.npz", "00001.npz", "00002.npz"]
+    left = load_npz(tmp_path / "00001.npz")
+    save_npz(tmp_path / "00001.npz", left | {"scalar": left["scalar"] + 100})
+    (tmp_path / "00002.npz").unlink()
+    found = ExampleMap(look, model, table.dataset, 150)(jax.random.key(3), keep_in=tmp_path)
+    np.testing.assert_array_equal(found["draw"], whole["draw"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    expected = whole["scalar"] + np.where((np.arange(NUM_ROWS) >= 600) & (np.arange(NUM_ROWS) < 1200), 100, 0)
+    np.testing.assert_allclose(found["scalar"], expected, rtol=1e-5)
+
+
+def test_parts_of_another_evaluation_are_refused(tmp_path):
+    settings = {"num_samples": 10, "dataset": "digits"}
+    open_parts(tmp_path / "a" / "parts", settings)
+    (tmp_path / "a" / "parts" / "x.npz").touch()
+    open_parts(tmp_path / "a" / "parts", settings)
+    with pytest.raises(UserError, match=r"holds an evaluation that differs \(num_samples: 10 -> 20\)"):
+        open_parts(tmp_path / "a" / "parts", settings | {"num_samples": 20})
+    assert (tmp_path / "a" / "parts" / "x.npz").exists()
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from posterior_matching import distributions, likelihood
 from posterior_matching.config import build, call
 from posterior_matching.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
 from posterior_matching.errors import UserError
+from posterior_matching.likelihood import ConditionalLogProb
 from posterior_matching.masking import mask_shape, partial_input
 from posterior_matching.networks import NETWORKS, Shape
 
@@ -131,16 +132,6 @@ class Terms(NamedTuple):
         return -(self.reconstruction_ll - beta * self.kl) - matching_coef * self.matching_ll
 
 
-class ConditionalLogProb(NamedTuple):
-    """Importance-sampled log-likelihoods in nats, and how far to trust them; all `[B]`."""
-
-    log_p_x: jax.Array  # log p(x)
-    log_p_xo: jax.Array  # log p(x_o)
-    log_p_xu_given_xo: jax.Array  # log p(x_u | x_o) = log p(x) - log p(x_o)
-    ess_x: jax.Array  # effective sample size of each estimate, in [1, num_samples]
-    ess_xo: jax.Array
-
-
 class PosteriorMatchingVAE(nnx.Module):
     """A VAE that answers every conditional p(x_u | x_o) through z ~ q(z | x_o).
 
@@ -259,13 +250,7 @@ class PosteriorMatchingVAE(nnx.Module):
         key_x, key_xo = jax.random.split(key)
         full = estimate(self.vae.posterior(x), available, key_x)
         observed = estimate(self.partial_posterior(x, b), b, key_xo)
-        return ConditionalLogProb(
-            log_p_x=full.log_prob,
-            log_p_xo=observed.log_prob,
-            log_p_xu_given_xo=full.log_prob - observed.log_prob,
-            ess_x=full.effective_sample_size,
-            ess_xo=observed.effective_sample_size,
-        )
+        return ConditionalLogProb.of(full, observed)
 
     def expected_info_gains(
         self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, features_at_once: int = 1

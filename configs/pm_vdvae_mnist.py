@@ -1,0 +1,13 @@
+"""PM-VDVAE on MNIST (paper, section 5.3), made for 8 accelerators; 16 images on each.
+
+python train_pm_vdvae.py --config configs/pm_vdvae_mnist.py
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.pm_vdvae()
+    config.dataset = "mnist"
+    config.mask_generator = {"name": "MNISTMaskGenerator", "dim": 28}
+    return config

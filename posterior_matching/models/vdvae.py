@@ -1,0 +1,547 @@
+"""The very deep VAE (Child 2020, arXiv 2011.10650), and Posterior Matching in every one of its blocks.
+
+Latents z_1, ..., z_L, one per decoder block, are grids of vectors, from coarse to fine:
+
+    p(x, z) = p(x | z) prod_l p(z_l | z_<l)
+    q(z | x) = prod_l q(z_l | z_<l, x)
+    q(z | x_o) = prod_l q(z_l | z_<l, x_o)
+
+The first two are the VAE. The third, the partially observed posterior, has an encoder of its own and one more head per
+decoder block, which see the decoder's state but send it no gradient: the VAE is trained as it would be alone.
+
+Images are whole numbers 0, ..., L - 1 (255 for 8 bits), not [0, 1].
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from posterior_matching.config import call
+from posterior_matching.distributions import (
+    DiscretisedLogisticMixture,
+    diagonal_gaussian,
+    kl_divergence,
+    logistic_mixture_parameters,
+    sample_and_log_prob,
+    tril_gaussian,
+    tril_gaussian_parameters,
+)
+from posterior_matching.errors import UserError
+from posterior_matching.likelihood import ConditionalLogProb, ImportanceEstimate, log_mean_weight, log_prob_of_observed
+from posterior_matching.masking import partial_input
+from posterior_matching.networks import Conv, Shape
+
+_COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Layer(NamedTuple):
+    """One block of an encoder or decoder, as a block string describes it."""
+
+    resolution: int
+    change: int | None  # encoder: pool this many pixels after the block; decoder: add the state of this resolution
+
+
+def parse_blocks(blocks: str, letter: str, where: str) -> list[Layer]:
+    """Parses a block string: `RxN` is N blocks at resolution R, `RdK` or `RmK` one block that changes resolution.
+
+    Args:
+        blocks: Such as "28x6,28d2,14x4".
+        letter: What marks a block that changes resolution, "d" or "m".
+        where: Its config key, for messages.
+
+    Raises:
+        UserError: A part is neither.
+    """
+    layers: list[Layer] = []
+    for part in blocks.split(","):
+        match = re.fullmatch(rf"([1-9]\d*)(x|{letter})([1-9]\d*)", part.strip())
+        if not match:
+            raise UserError(
+                f"{where}: '{part.strip()}' is neither RxN (N blocks at resolution R) nor R{letter}K, as in 28x6,"
+                f"{'28d2,14x4' if letter == 'd' else '28m14'}"
+            )
+        resolution, number = int(match[1]), int(match[3])
+        layers += [Layer(resolution, None)] * number if match[2] == "x" else [Layer(resolution, number)]
+    return layers
+
+
+def parse_encoder(blocks: str, size: int) -> list[Layer]:
+    """Parses `config.model.encoder` for images of `size` x `size` pixels.
+
+    Raises:
+        UserError: It is malformed, or a block is not at the resolution that the blocks before it lead to.
+    """
+    where = "config.model.encoder"
+    layers = parse_blocks(blocks, "d", where)
+    resolution = size
+    for layer in layers:
+        if layer.resolution != resolution:
+            raise UserError(f"{where}: a block of resolution {layer.resolution} where the image has {resolution}")
+        if layer.change is not None:
+            if not 2 <= layer.change <= resolution:
+                raise UserError(
+                    f"{where}: {resolution}d{layer.change} pools over {layer.change} of {resolution} pixels; "
+                    f"it must be 2..{resolution}"
+                )
+            resolution //= layer.change  # what does not fill a window is dropped
+    return layers
+
+
+def encoder_resolutions(layers: list[Layer]) -> list[int]:
+    """The resolutions of the encoder's outputs, from fine to coarse."""
+    return list(dict.fromkeys([layers[0].resolution] + [r // (k or 1) for r, k in layers]))
+
+
+def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[Layer]:
+    """Parses `config.model.decoder` for images of `size` x `size` pixels and an encoder with these `resolutions`.
+
+    Raises:
+        UserError: It is malformed, needs a resolution that the encoder does not have or the decoder has not yet, or
+            does not end at that of the image.
+    """
+    where = "config.model.decoder"
+    layers = parse_blocks(blocks, "m", where)
+    reached: set[int] = set()
+    for resolution, lower in layers:
+        if resolution not in resolutions:
+            raise UserError(f"{where}: resolution {resolution} is none of the encoder's: {resolutions}")
+        if lower is not None and (lower not in reached or lower >= resolution):
+            raise UserError(f"{where}: {resolution}m{lower} needs an earlier block of a lower resolution {lower}")
+        reached.add(resolution)
+    if layers[-1].resolution != size:
+        raise UserError(f"{where}: the last block has resolution {layers[-1].resolution}, the image {size}")
+    return layers
+
+
+def parse_widths(widths: str, width: int, resolutions: list[int]) -> dict[int, int]:
+    """Returns the width at every resolution: `width`, but for the exceptions in `widths`, such as "14:128,7:256".
+
+    Raises:
+        UserError: A part is malformed, or its resolution is not among `resolutions`.
+    """
+    found = dict.fromkeys(resolutions, width)
+    for part in filter(None, widths.split(",")):
+        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", part.strip())
+        if not match or int(match[1]) not in found:
+            raise UserError(
+                f"config.model.custom_widths: '{part.strip()}' is not resolution:width, as in 14:128, "
+                f"with one of the resolutions {resolutions}"
+            )
+        found[int(match[1])] = int(match[2])
+    return found
+
+
+class Block(nnx.Module):
+    """Four convolutions, GELU before each: 1x1 down to `middle` channels, 3x3, 3x3, 1x1 to `features`.
+
+    Resolutions up to 2 have 1x1 convolutions only. Computed in `compute_dtype`; output in float32.
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        middle: int,
+        features: int,
+        resolution: int,
+        compute_dtype: Any,
+        *,
+        output_scale: float = 1.0,
+        rngs: "_Keys",
+    ):
+        inner = 3 if resolution > 2 else 1
+        sizes = ((features_in, middle, 1), (middle, middle, inner), (middle, middle, inner))
+        self.convs = nnx.List(Conv(i, o, size, 1, "SAME", rngs=rngs) for i, o, size in sizes)
+        self.convs.append(Conv(middle, features, 1, 1, "SAME", kernel_scale=output_scale, rngs=rngs))
+        self.compute_dtype = compute_dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, R, R, features_in]` to `[B, R, R, features]`."""
+        x = x.astype(self.compute_dtype)
+        for conv in self.convs:
+            x = conv(jax.nn.gelu(x))
+        return x.astype(jnp.float32)
+
+
+class Encoder(nnx.Module):
+    """Residual blocks and average pooling: an image in, one activation per resolution out."""
+
+    def __init__(self, channels: int, layers: list[Layer], widths: dict[int, int], options: "_Options"):
+        self.pools = tuple(pool or 1 for _, pool in layers)
+        self.widths = tuple(widths[r // (pool or 1)] for r, pool in layers)  # after every block
+        self.conv_in = Conv(channels, widths[layers[0].resolution], 3, 1, "SAME", rngs=options.rngs)
+        self.blocks = nnx.List(
+            options.block(widths[r], widths[r], widths[r], r, output_scale=len(layers) ** -0.5) for r, _ in layers
+        )
+        self.rematerialise = options.rematerialise
+
+    def __call__(self, x: jax.Array) -> dict[int, jax.Array]:
+        """Maps `[B, H, H, channels]` to `{R: [B, R, R, width of R]}`, the last activation at every resolution."""
+        x = self.conv_in(x)
+        activations = {x.shape[1]: x}
+        for block, pool, width in zip(self.blocks, self.pools, self.widths, strict=True):
+            x = x + _checkpointed(block, self.rematerialise)(x)
+            x = _with_channels(_average_pool(x, pool), width)
+            activations[x.shape[1]] = x
+        return activations
+
+
+class DecoderBlock(nnx.Module):
+    """One latent grid z `[B, R, R, e]`: its prior and both posteriors given the state x, and what it does to x."""
+
+    def __init__(self, layer: Layer, width: int, latent_dim: int, num_blocks: int, options: "_Options"):
+        r, e = layer.resolution, latent_dim
+        self.resolution, self.lower_resolution = layer
+        self.width, self.latent_dim = width, latent_dim
+        self.posterior_head = options.block(2 * width, width, 2 * e, r)
+        self.prior_head = options.block(width, width, 2 * e + width, r, output_scale=0.0)
+        self.partial_posterior_head = options.block(2 * width, width, tril_gaussian_parameters(e), r)
+        self.project = Conv(e, width, 1, 1, "SAME", kernel_scale=num_blocks**-0.5, rngs=options.rngs)
+        self.resnet = options.block(width, width, width, r, output_scale=num_blocks**-0.5)
+
+    def prior(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Parameters of p(z_l | z_<l), a diagonal Gaussian at each of `[B, R, R]`, and a residual for the state."""
+        return tuple(jnp.split(self.prior_head(x), [2 * self.latent_dim], axis=-1))
+
+    def posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
+        """Parameters of q(z_l | z_<l, x), a diagonal Gaussian."""
+        return self.posterior_head(jnp.concatenate([x, encoded[self.resolution]], axis=-1))
+
+    def partial_posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
+        """Parameters of q(z_l | z_<l, x_o), a full-covariance Gaussian. No gradient goes into the state."""
+        return self.partial_posterior_head(
+            jnp.concatenate([jax.lax.stop_gradient(x), encoded[self.resolution]], axis=-1)
+        )
+
+    def advance(self, x: jax.Array, residual: jax.Array, z: jax.Array) -> jax.Array:
+        """The state after the block."""
+        x = x + residual + self.project(z)
+        return x + self.resnet(x)
+
+
+# What happens at a decoder block: (block, key, state) -> (residual from the prior, z, terms to collect).
+Step = Callable[[DecoderBlock, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
+
+
+class Terms(NamedTuple):
+    """What training optimises, per example and in nats; all `[B]`."""
+
+    reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
+    kl: jax.Array  # KL(q(z_l | z_<l, x) || p(z_l | z_<l)), summed over blocks
+    pm_kl: jax.Array  # KL(q(z_l | z_<l, x) || q(z_l | z_<l, x_o)), summed over blocks
+
+    def elbo(self) -> jax.Array:
+        """Evidence lower bound on log p(x)."""
+        return self.reconstruction_ll - self.kl
+
+    def loss(self) -> jax.Array:
+        """Negative ELBO plus the Posterior Matching loss, here in closed form (paper, section 4.4)."""
+        return -self.elbo() + self.pm_kl
+
+
+class PosteriorMatchingVDVAE(nnx.Module):
+    """A very deep VAE of images that answers every conditional p(x_u | x_o).
+
+    Args:
+        input_shape: `(H, H, C)`, with 1 or 3 channels.
+        encoder: Blocks of both encoders, for example "28x6,28d2,14x4": `RxN` is N blocks at resolution R, `RdK` one
+            block followed by K-fold average pooling.
+        decoder: Blocks of the decoder, for example "14x4,28m14,28x6": `RmK` is one block whose input adds the state of
+            resolution K, upsampled.
+        latent_dim: e, channels of every latent grid.
+        width: Channels of the state.
+        bottleneck: Channels inside the blocks, as a share of the width.
+        custom_widths: Exceptions from `width`, "14:128,7:256".
+        no_bias_above: States of resolutions up to this start at a learned bias, others at zero.
+        num_components: Components of the discretised mixture of logistics p(x | z).
+        num_levels: How many values a pixel can have: x is in 0..num_levels - 1.
+        rematerialise: Compute activations inside blocks again in the backward pass, to save memory.
+        compute_dtype: "float32" or "bfloat16", of the convolutions in the blocks; all else is float32.
+        rngs: Source of initial weights.
+
+    Raises:
+        UserError: The blocks do not fit each other or the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        encoder: str,
+        decoder: str,
+        latent_dim: int,
+        width: int,
+        bottleneck: float = 0.25,
+        custom_widths: str = "",
+        no_bias_above: int = 64,
+        num_components: int = 10,
+        num_levels: int = 256,
+        rematerialise: bool = False,
+        compute_dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        if len(input_shape) != 3 or input_shape[0] != input_shape[1] or input_shape[2] not in (1, 3):
+            raise UserError(f"a VDVAE needs square images of 1 or 3 channels, the data have shape {tuple(input_shape)}")
+        if compute_dtype not in _COMPUTE_TYPES:
+            raise UserError(f"config.model.compute_dtype must be float32 or bfloat16, not '{compute_dtype}'")
+        for name, value, least in (("latent_dim", latent_dim, 1), ("width", width, 1), ("num_levels", num_levels, 2)):
+            if value < least:
+                raise UserError(f"config.model.{name} must be at least {least}, not {value}")
+        size, _, self.channels = input_shape
+        encoder_layers = parse_encoder(encoder, size)
+        resolutions = encoder_resolutions(encoder_layers)
+        decoder_layers = parse_decoder(decoder, size, resolutions)
+        widths = parse_widths(custom_widths, width, resolutions)
+        self.latent_dim, self.num_levels, self.rematerialise = latent_dim, num_levels, rematerialise
+        options = _Options(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, _Keys(rngs.params()))
+        self.encoder = Encoder(self.channels, encoder_layers, widths, options)
+        self.partial_encoder = Encoder(self.channels + 1, encoder_layers, widths, options)
+        self.blocks = nnx.List(
+            DecoderBlock(layer, widths[layer.resolution], latent_dim, len(decoder_layers), options)
+            for layer in decoder_layers
+        )
+        self.biases = nnx.Dict(
+            {
+                str(r): nnx.Param(jnp.zeros((r, r, widths[r])))
+                for r in {layer.resolution for layer in decoder_layers}
+                if r <= no_bias_above
+            }
+        )
+        self.gain = nnx.Param(jnp.ones(widths[size]))
+        self.bias = nnx.Param(jnp.zeros(widths[size]))
+        outputs = logistic_mixture_parameters(self.channels, num_components)
+        self.conv_out = Conv(widths[size], outputs, 1, 1, "SAME", rngs=rngs)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVDVAE":
+        """Builds the model from `config.model`, whose keys are those of the class.
+
+        Raises:
+            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
+        """
+        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
+
+    def to_levels(self, x: jax.Array) -> jax.Array:
+        """Images in [0, 1] -> whole numbers 0..num_levels - 1, which all other methods take and return."""
+        return jnp.round(x * (self.num_levels - 1))
+
+    def from_levels(self, x: jax.Array) -> jax.Array:
+        """The inverse of `to_levels`."""
+        return x / (self.num_levels - 1)
+
+    def terms(self, x: jax.Array, b: jax.Array, key: jax.Array) -> Terms:
+        """The terms of the training objective.
+
+        Args:
+            x: `[B, H, W, C]`, whole numbers 0..num_levels - 1.
+            b: Mask, `[B, H, W, 1]`, 1 = observed.
+            key: Random key of z.
+        """
+        encoded, partially_encoded = self._encode(x), self._encode_observed(x, b)
+
+        def step(block, key, state):
+            prior, residual = block.prior(state)
+            posterior = block.posterior(state, encoded)
+            matched = block.partial_posterior(state, partially_encoded)
+            return residual, diagonal_gaussian(posterior).sample(key), (prior, posterior, matched)
+
+        p, collected = self._decode(step, key, len(x))
+        # All positions of all blocks in one array, `[B, positions, ...]`: one computation in place of one per block.
+        prior, posterior, matched = (
+            jnp.concatenate([a.reshape(len(x), -1, a.shape[-1]) for a in parts], axis=1)
+            for parts in zip(*collected, strict=True)
+        )
+        q, matched = diagonal_gaussian(posterior), tril_gaussian(matched, self.latent_dim)
+        return Terms(
+            reconstruction_ll=log_prob_of_observed(p, x, jnp.ones_like(b)),
+            kl=kl_divergence(q, diagonal_gaussian(prior)).sum(1),
+            pm_kl=kl_divergence(jax.lax.stop_gradient(q), matched).sum(1),
+        )
+
+    def sample(self, num_samples: int, *, key: jax.Array, mean: bool = False) -> jax.Array:
+        """Draws x ~ p(x | z) (or its mean if `mean`) for z ~ p(z); `[num_samples, H, W, C]`."""
+
+        def step(block, key, state):
+            prior, residual = block.prior(state)
+            return residual, diagonal_gaussian(prior).sample(key), None
+
+        key_z, key_x = jax.random.split(key)
+        p, _ = self._decode(step, key_z, num_samples)
+        return p.mean if mean else p.sample(key_x)
+
+    def reconstruct(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
+        """Mean of p(x | z) for z ~ q(z | x); `[B, H, W, C]` like `x`."""
+        return self._decoded_mean(self._posterior, self._encode(x), key, len(x))
+
+    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Draws imputations: means of p(x | z) for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
+
+        Args:
+            x: `[B, H, W, C]`; values where b = 0 have no influence (but must be finite).
+            b: Mask, `[B, H, W, 1]`, 1 = observed.
+            num_samples: Imputations per example.
+            key: Random key.
+
+        Returns:
+            `[num_samples, B, H, W, C]`, whole numbers 0..num_levels - 1.
+        """
+        encoded = self._encode_observed(x, b)
+
+        def draw(key):
+            return self._decoded_mean(self._partial_posterior, encoded, key, len(x))
+
+        return jnp.where(b == 1, x, jax.lax.map(draw, jax.random.split(key, num_samples)))
+
+    def is_log_prob(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        num_samples: int,
+        *,
+        key: jax.Array,
+        available: jax.Array | None = None,
+        chunk_size: int = 16,
+    ) -> ConditionalLogProb:
+        """Importance-samples log p(x) with the posteriors as proposals, log p(x_o) with the partially observed ones.
+
+        A weight is p(x_o | z) prod_l p(z_l | z_<l) / q(z_l | z_<l, ...) over all blocks.
+
+        Args:
+            x: `[B, H, W, C]`, whole numbers 0..num_levels - 1.
+            b: Mask, `[B, H, W, 1]`, 1 = observed.
+            num_samples: Samples of z for each of the two estimates.
+            key: Random key.
+            available: Mask of the pixels that exist in the data; None: all. Others are never scored.
+            chunk_size: Most samples per example held at once.
+        """
+        available = jnp.ones_like(b) if available is None else available
+        b = b * available
+
+        def estimate(posterior, encoded, mask, key) -> ImportanceEstimate:
+            def log_weights(key, chunk_size):
+                repeated, x_s, mask_s = jax.tree.map(lambda a: _repeat(a, chunk_size), (encoded, x, mask))
+
+                def step(block, key, state):
+                    prior, residual = block.prior(state)
+                    z, log_q = sample_and_log_prob(posterior(block, state, repeated), key)
+                    log_prior = diagonal_gaussian(prior).log_prob(z)
+                    return residual, z, (log_prior - log_q).sum((1, 2))  # over positions
+
+                p, log_ratios = self._decode(step, key, len(x_s))
+                log_weight = log_prob_of_observed(p, x_s, mask_s) + sum(log_ratios)  # over blocks
+                return log_weight.reshape(chunk_size, len(x))
+
+            return log_mean_weight(log_weights, key, num_samples, chunk_size)
+
+        key_x, key_xo = jax.random.split(key)
+        return ConditionalLogProb.of(
+            estimate(self._posterior, self._encode(x), available, key_x),
+            estimate(self._partial_posterior, self._encode_observed(x, b), b, key_xo),
+        )
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        return 2.0 * x / (self.num_levels - 1) - 1.0
+
+    def _encode(self, x: jax.Array) -> dict[int, jax.Array]:
+        return self.encoder(self._scaled(x))
+
+    def _encode_observed(self, x: jax.Array, b: jax.Array) -> dict[int, jax.Array]:
+        return self.partial_encoder(partial_input(self._scaled(x), b))
+
+    def _posterior(self, block: DecoderBlock, state: jax.Array, encoded: dict[int, jax.Array]) -> Any:
+        return diagonal_gaussian(block.posterior(state, encoded))
+
+    def _partial_posterior(self, block: DecoderBlock, state: jax.Array, encoded: dict[int, jax.Array]) -> Any:
+        return tril_gaussian(block.partial_posterior(state, encoded), self.latent_dim)
+
+    def _decode(self, step: Step, key: jax.Array, batch: int) -> tuple[DiscretisedLogisticMixture, list[Any]]:
+        """Runs all blocks; returns p(x | z) and what `step` collected at each."""
+
+        def run_block(block, key, state):
+            residual, z, collected = step(block, key, state)
+            return block.advance(state, residual, z), collected
+
+        states: dict[int, jax.Array] = {}
+        collected = []
+        for block, block_key in zip(self.blocks, jax.random.split(key, len(self.blocks)), strict=True):
+            state = states[block.resolution] if block.resolution in states else self._initial_state(block, batch)
+            if block.lower_resolution is not None:
+                lower = _with_channels(states[block.lower_resolution], block.width)
+                state = state + _upsample(lower, block.resolution)
+            run = _checkpointed(functools.partial(run_block, block), self.rematerialise)
+            state, terms = run(block_key, state)
+            states[block.resolution] = state
+            collected.append(terms)
+        parameters = self.conv_out(state * self.gain[...] + self.bias[...])
+        return DiscretisedLogisticMixture(parameters, self.channels, self.num_levels), collected
+
+    def _decoded_mean(self, posterior, encoded: dict[int, jax.Array], key: jax.Array, batch: int) -> jax.Array:
+        def step(block, key, state):
+            return block.prior(state)[1], posterior(block, state, encoded).sample(key), None
+
+        return self._decode(step, key, batch)[0].mean
+
+    def _initial_state(self, block: DecoderBlock, batch: int) -> jax.Array:
+        name, shape = str(block.resolution), (block.resolution, block.resolution, block.width)
+        bias = self.biases[name][...] if name in self.biases else jnp.zeros(shape)
+        return jnp.broadcast_to(bias, (batch, *shape))
+
+
+class _Keys:
+    """Keys of initial weights, like `nnx.Rngs`, which under tracing takes ever longer for each of hundreds of keys."""
+
+    def __init__(self, key: jax.Array):
+        self._key, self._drawn = key, 0
+
+    def params(self) -> jax.Array:
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+
+class _Options(NamedTuple):
+    """What all blocks share."""
+
+    bottleneck: float
+    compute_dtype: Any
+    rematerialise: bool
+    rngs: "_Keys"
+
+    def block(self, features_in: int, width: int, features: int, resolution: int, output_scale: float = 1.0) -> Block:
+        middle = max(1, int(width * self.bottleneck))
+        return Block(
+            features_in, middle, features, resolution, self.compute_dtype, output_scale=output_scale, rngs=self.rngs
+        )
+
+
+def _checkpointed(fn: Callable[..., Any], rematerialise: bool) -> Callable[..., Any]:
+    return jax.checkpoint(fn) if rematerialise else fn
+
+
+def _average_pool(x: jax.Array, k: int) -> jax.Array:
+    """Means over k x k windows of `[B, H, W, C]`; rows and columns that do not fill a window are dropped."""
+    if k == 1:
+        return x
+    n, height, width, channels = x.shape
+    x = x[:, : height // k * k, : width // k * k]
+    return x.reshape(n, height // k, k, width // k, k, channels).mean((2, 4))
+
+
+def _upsample(x: jax.Array, size: int) -> jax.Array:
+    """Nearest neighbours: pixel i of `size` is pixel floor(i * small / size) of `[B, small, small, C]`."""
+    index = jnp.arange(size) * x.shape[1] // size
+    return x[:, index][:, :, index]
+
+
+def _with_channels(x: jax.Array, channels: int) -> jax.Array:
+    """Cuts channels off `[B, H, W, C]`, or appends zeros, where neighbouring resolutions differ in width."""
+    x = x[..., :channels]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))
+
+
+def _repeat(a: jax.Array, times: int) -> jax.Array:
+    """`[B, ...]` -> `[times * B, ...]`."""
+    return jnp.broadcast_to(a, (times, *a.shape)).reshape(-1, *a.shape[1:])

@@ -1,0 +1,329 @@
+"""The PM-VDVAE: block strings, closed forms, gradients that must not flow, and what it must never look at."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+from flax import nnx
+
+import train_pm_vdvae
+from benchmarks import synthetic
+from configs import pm_vdvae_digits, pm_vdvae_mnist
+from posterior_matching import data
+from posterior_matching.errors import UserError
+from posterior_matching.evaluation import ExampleMap
+from posterior_matching.models import vdvae
+from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, Terms, encoder_resolutions, parse_encoder
+
+KEY = jax.random.key(0)
+TINY = {"encoder": "4x1,4d3,1x1", "decoder": "1x1,4m1", "latent_dim": 2, "width": 8, "num_components": 2}
+TINY |= {"num_levels": 6, "bottleneck": 0.5}
+
+
+def build(channels=1, **options):
+    config = TINY | options
+    return nnx.eval_shape(lambda: PosteriorMatchingVDVAE.from_config(config, (4, 4, channels), nnx.Rngs(0)))
+
+
+def randomised(model, seed=0):
+    """Random weights, those that start at zero too, so that everything matters; drawn by NumPy."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4.0
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+    nnx.update(model, jax.tree.map(draw, nnx.state(model, nnx.Param)))
+    return model
+
+
+def example(channels=1, batch=3):
+    rng = np.random.default_rng(1)
+    x, b = rng.integers(0, 6, (batch, 4, 4, channels)), rng.integers(0, 2, (batch, 4, 4, 1))
+    return jnp.float32(x), jnp.float32(b)
+
+
+# Block strings
+
+
+def test_block_strings():
+    layers = parse_encoder("28x2, 28d2,14x1,14d2,7d2,3x1,3d3", 28)
+    assert layers == [(28, None), (28, None), (28, 2), (14, None), (14, 2), (7, 2), (3, None), (3, 3)]
+    assert encoder_resolutions(layers) == [28, 14, 7, 3, 1]
+    assert vdvae.parse_decoder("1x2,3m1,28m3", 28, [28, 14, 7, 3, 1]) == [(1, None), (1, None), (3, 1), (28, 3)]
+    assert vdvae.parse_widths("", 9, [4, 1]) == {4: 9, 1: 9}
+    assert vdvae.parse_widths("1:5", 9, [4, 1]) == {4: 9, 1: 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "4x1,4p2"}, r"model\.encoder: '4p2' is neither RxN .* nor RdK"),
+        ({"encoder": ""}, r"model\.encoder: '' is neither"),
+        ({"encoder": "4x0"}, r"model\.encoder: '4x0' is neither"),
+        ({"decoder": "1x1,4d1"}, r"model\.decoder: '4d1' is neither RxN .* nor RmK"),
+        ({"encoder": "8x1,8d2"}, r"a block of resolution 8 where the image has 4"),
+        ({"encoder": "4d2,4x1"}, r"a block of resolution 4 where the image has 2"),
+        ({"encoder": "4d5"}, r"4d5 pools over 5 of 4 pixels; it must be 2\.\.4"),
+        ({"encoder": "4d1"}, r"must be 2\.\.4"),
+        ({"decoder": "2x1,4m2"}, r"resolution 2 is none of the encoder's: \[4, 1\]"),
+        ({"decoder": "4m1"}, r"4m1 needs an earlier block of a lower resolution 1"),
+        ({"decoder": "4x1,4m4"}, r"4m4 needs"),
+        ({"decoder": "4x1,1x1"}, r"the last block has resolution 1, the image 4"),
+        ({"custom_widths": "2:8"}, r"'2:8' is not resolution:width"),
+        ({"custom_widths": "4=8"}, r"'4=8' is not resolution:width"),
+        ({"compute_dtype": "float16"}, r"must be float32 or bfloat16, not 'float16'"),
+        ({"latent_dim": 0}, r"config\.model\.latent_dim must be at least 1, not 0"),
+        ({"num_levels": 1}, r"config\.model\.num_levels must be at least 2"),
+        ({"channels": 2}, r"square images of 1 or 3 channels, the data have shape \(4, 4, 2\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        build(**options)
+
+
+def test_bits_per_dimension_are_of_the_values_that_the_data_have():
+    config = pm_vdvae_digits.get_config()
+    config.model.num_levels = 256
+    rows = synthetic.dataset("digits", 4)
+    with pytest.raises(UserError, match=r"num_levels is 256, but the pixels of digits have 17 values"):
+        nnx.eval_shape(lambda: train_pm_vdvae.make_experiment(config, rows, rows).model)
+
+
+# Parts
+
+
+def test_pooling_drops_what_fills_no_window_and_upsampling_repeats_the_nearest():
+    x = jnp.arange(2 * 7 * 7 * 3, dtype=jnp.float32).reshape(2, 7, 7, 3)
+    expected = np.asarray(x)[:, :6, :6].reshape(2, 3, 2, 3, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(vdvae._average_pool(x, 2), expected, rtol=1e-6)
+    small = x[:, :3, :3]
+    index = [0, 0, 0, 1, 1, 2, 2]  # floor(i * 3 / 7)
+    np.testing.assert_array_equal(vdvae._upsample(small, 7), np.asarray(small)[:, index][:, :, index])
+    np.testing.assert_array_equal(vdvae._with_channels(x, 2), x[..., :2])
+    np.testing.assert_array_equal(vdvae._with_channels(x, 4), np.pad(x, ((0, 0),) * 3 + ((0, 1),)))
+
+
+def test_initial_weights():
+    """The prior starts at N(0, softplus(0)^2) and leaves the state alone; outputs of blocks are scaled by 1/sqrt(N)."""
+    options = vdvae._Options(0.5, jnp.float32, False, vdvae._Keys(KEY))
+    block = vdvae.DecoderBlock(vdvae.Layer(1, None), 16, 4, 25, options)
+    head = block.prior_head.convs[-1]
+    assert not head.kernel[...].any() and not head.bias[...].any()
+    for conv in (block.project, block.resnet.convs[-1]):  # 4 x 16 and 8 x 16 weights
+        unit = np.asarray(conv.kernel[...]) * np.sqrt(conv.kernel.shape[2] * 25)
+        assert abs(unit.std() - 1) < 5 / np.sqrt(2 * unit.size)
+
+
+def count(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def test_parameter_count_of_the_mnist_config():
+    config = pm_vdvae_mnist.get_config()
+    model = nnx.eval_shape(lambda: PosteriorMatchingVDVAE.from_config(config.model, (28, 28, 1), nnx.Rngs(0)))
+
+    def block(i, o, kernel, m=48):  # 1x1, two of `kernel`, 1x1
+        return i * m + m + 2 * (kernel**2 * m * m + m) + m * o + o
+
+    encoder = {3: 18, 1: 2}  # kernel -> blocks
+    decoder = {3: 18, 1: 2}
+    parts = {
+        "encoder": 9 * 192 + 192 + sum(n * block(192, 192, k) for k, n in encoder.items()),
+        "partial_encoder": 9 * 2 * 192 + 192 + sum(n * block(192, 192, k) for k, n in encoder.items()),
+        "blocks": sum(
+            n * (block(384, 32, k) + block(192, 32 + 192, k) + block(384, 16 + 136, k) + block(192, 192, k) + 17 * 192)
+            for k, n in decoder.items()
+        ),
+        "biases": 192 * (28**2 + 14**2 + 7**2 + 3**2 + 1),
+        "conv_out": 193 * 30,
+    }
+    assert {name: count(getattr(model, name)) for name in parts} == parts
+    assert count(model) == sum(parts.values()) + 2 * 192 == PARAMETERS
+
+
+PARAMETERS = 7_266_942
+
+
+# Terms and their gradients
+
+
+@functools.cache
+def gradients(**options):
+    """Gradients of each of the three terms in all parameters, by name, and the terms."""
+    model = randomised(build(**options))
+    x, b = example()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def run(params):
+        terms, pullback = jax.vjp(lambda p: nnx.merge(graphdef, p, rest).terms(x, b, KEY), params)
+        ones = jnp.ones(len(x))
+        directions = Terms(*(jnp.eye(3)[:, i, None] * ones for i in range(3)))
+        return terms, jax.vmap(pullback)(directions)[0]
+
+    terms, found = run(params)
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    return terms, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_the_matching_term_reaches_the_partial_posterior_only_and_the_others_all_but_it():
+    terms, found = gradients()
+    partial = {name for name in found if "partial_encoder" in name or "partial_posterior_head" in name}
+    assert 0 < len(partial) < len(found)
+    for i, name in enumerate(Terms._fields):
+        reached = {path for path, g in found.items() if (g[i] != 0).any()}
+        if name == "pm_kl":
+            assert reached == partial
+        elif name == "reconstruction_ll":
+            assert reached == set(found) - partial
+        else:  # what comes after the last block's prior has no part in the KL
+            assert reached and reached < set(found) - partial
+    assert all(np.isfinite(g).all() for g in found.values())
+    assert (np.asarray(terms.kl) > 0).all() and (np.asarray(terms.pm_kl) > 0).all()
+    np.testing.assert_allclose(terms.loss(), -terms.reconstruction_ll + terms.kl + terms.pm_kl, rtol=1e-6)
+
+
+def test_rematerialisation_changes_nothing():
+    (terms, found), (same_terms, same) = gradients(), gradients(rematerialise=True)
+    for name, value in terms._asdict().items():
+        np.testing.assert_allclose(getattr(same_terms, name), value, rtol=1e-5)
+    for name, value in found.items():
+        np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
+
+
+def test_bfloat16_is_close_and_parameters_and_terms_stay_float32():
+    model = randomised(build(compute_dtype="bfloat16"))
+    exact, _ = gradients()
+    terms = jax.jit(lambda: model.terms(*example(), KEY))()
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype("float32")}
+    for name, value in exact._asdict().items():
+        found = getattr(terms, name)
+        assert found.dtype == jnp.float32 and (np.asarray(found) != np.asarray(value)).any()
+        np.testing.assert_allclose(found, value, rtol=0.1, err_msg=name)
+
+
+# Conditionals
+
+
+def test_unobserved_values_have_no_influence_at_all_and_observed_ones_are_copied():
+    model = randomised(build(channels=3, custom_widths="1:12"))
+    x, b = example(channels=3)
+    hidden = np.broadcast_to(np.asarray(b) == 0, x.shape)
+
+    @jax.jit
+    def run(x):
+        scores = model.is_log_prob(x, b, 3, key=KEY, chunk_size=2)
+        return {"imputations": model.impute(x, b, 2, key=KEY), "log p(x_o)": scores.log_p_xo, "ess": scores.ess_xo}
+
+    outputs = run(x)
+    assert outputs["imputations"].shape == (2, *x.shape)
+    for sample in np.asarray(outputs["imputations"]):
+        np.testing.assert_array_equal(sample[~hidden], np.asarray(x)[~hidden])
+        assert np.isin(sample, np.arange(6)).all()
+    changed = run(jnp.where(hidden, (x + 2) % 6, x))
+    for name, value in outputs.items():
+        np.testing.assert_array_equal(changed[name], value, err_msg=name)
+    changed = run(jnp.where(hidden, x, (x + 2) % 6))
+    assert all((np.asarray(changed[name]) != np.asarray(outputs[name])).any() for name in outputs)
+
+
+SIZE, LOC, SCALE, BIAS = 2, 0.3, 0.2, -0.1
+
+
+@functools.cache
+def linear_model():
+    """One block and one linear layer: the location of a pixel's logistic is Gaussian a priori, variance SPREAD."""
+    config = TINY | {"encoder": "2x1", "decoder": "2x1", "num_components": 1}
+    model = randomised(nnx.eval_shape(lambda: PosteriorMatchingVDVAE.from_config(config, (SIZE, SIZE, 1), nnx.Rngs(0))))
+    block = model.blocks[0]
+    for conv in (block.resnet.convs[-1], block.prior_head.convs[-1]):
+        conv.kernel[...] = 0.0 * conv.kernel[...]
+        conv.bias[...] = 0.0 * conv.bias[...]
+    for head in (block.posterior_head, block.partial_posterior_head):  # proposals that are wrong, but not too wrong
+        head.convs[-1].kernel[...] = 0.3 * head.convs[-1].kernel[...]
+        head.convs[-1].bias[...] = 0.3 * head.convs[-1].bias[...]
+    weights = np.zeros((1, 1, 8, 3), np.float32)
+    weights[..., 1] = 0.25 * np.random.default_rng(0).normal(size=8)
+    model.conv_out.kernel[...] = jnp.asarray(weights)
+    scale = np.log(np.expm1(SCALE - np.exp(-7)))
+    model.conv_out.bias[...] = jnp.array([0.0, LOC, scale], jnp.float32)
+    state = model.biases["2"][...] + block.project.bias[...]  # before z is added, [2, 2, 8]
+    mean = (state * model.gain[...] + model.bias[...]) @ weights[0, 0, :, 1] + LOC
+    direction = block.project.kernel[0, 0] @ (model.gain[...] * weights[0, 0, :, 1])
+    spread = np.linalg.norm(direction) * (np.log(2) + 1e-5)
+    return model, np.asarray(mean, np.float64), float(spread)
+
+
+def exact_log_prob(x, mean, spread, levels=6):
+    """log of the integral of P(x | m) N(m; mean, spread^2) dm."""
+    edges = [-np.inf, *(2 * (np.arange(levels - 1) + 0.5) / (levels - 1) - 1), np.inf]
+
+    def integrand(m):
+        cdf = scipy.stats.logistic.cdf([edges[x], edges[x + 1]], m, SCALE)
+        return (cdf[1] - cdf[0]) * scipy.stats.norm.pdf(m, mean, spread)
+
+    return np.log(scipy.integrate.quad(integrand, mean - 10 * spread, mean + 10 * spread, epsabs=1e-10)[0])
+
+
+def test_importance_samples_of_a_linear_model_agree_with_the_closed_form():
+    model, mean, spread = linear_model()
+    rng, copies = np.random.default_rng(0), 40
+    x, b = rng.integers(0, 6, (2, SIZE, SIZE, 1)), np.array([[1, 0, 1, 1], [0, 0, 1, 0]]).reshape(2, SIZE, SIZE, 1)
+    pixels = np.array(
+        [[[exact_log_prob(x[n, i, j, 0], mean[i, j], spread) for j in (0, 1)] for i in (0, 1)] for n in (0, 1)]
+    )
+    tile = lambda a: jnp.repeat(jnp.float32(a), copies, axis=0)  # noqa: E731
+    result = jax.jit(lambda key: model.is_log_prob(tile(x), tile(b), 300, key=key, chunk_size=64))(KEY)
+    for found, mask in ((result.log_p_x, np.ones_like(b)), (result.log_p_xo, b)):
+        exact = (pixels * mask[..., 0]).sum((1, 2))
+        ratio = np.exp(np.asarray(found, np.float64).reshape(2, copies) - exact[:, None])  # expectation 1
+        assert (ratio.std(1) > 1e-3).all() and (ratio.std(1) < 0.5).all()
+        assert (np.abs(ratio.mean(1) - 1) < 5 * ratio.std(1) / np.sqrt(copies)).all()
+    np.testing.assert_allclose(result.log_p_xu_given_xo, result.log_p_x - result.log_p_xo, rtol=1e-5, atol=1e-5)
+    assert (np.asarray(result.ess_x) >= 1).all() and (np.asarray(result.ess_x) < 300).all()
+
+
+def test_joint_samples_of_a_linear_model_have_its_probabilities():
+    model, mean, spread = linear_model()
+    n = 20_000
+    x = np.asarray(jax.jit(lambda key: model.sample(n, key=key))(KEY))
+    for i, j in np.ndindex(SIZE, SIZE):
+        expected = np.exp([exact_log_prob(level, mean[i, j], spread) for level in range(6)])
+        np.testing.assert_allclose(expected.sum(), 1.0, rtol=1e-6)
+        counts = np.bincount(x[:, i, j, 0].astype(int), minlength=6)
+        assert (np.abs(counts - n * expected) < 5 * np.sqrt(n * expected * (1 - expected)) + 1).all()
+
+
+def test_evaluation_on_several_devices_and_batches_equals_one():
+    model = randomised(build())
+    rows = data.Dataset(
+        "synthetic", "test", np.random.default_rng(0).integers(0, 6, (9, 4, 4, 1), np.uint8), max_value=5.0
+    )
+
+    def score(model, key, x, available):
+        b = jnp.ones((1, 4, 4, 1)).at[:, :2].set(0.0) * available[None]
+        found = model.is_log_prob(model.to_levels(x[None]), b, 5, key=key, chunk_size=2)
+        return {"log_p_x": found.log_p_x[0], "log_p_xo": found.log_p_xo[0]}
+
+    found = ExampleMap(score, model, rows, 1)(KEY)  # 4 devices, 3 batches
+
+    @jax.jit
+    def directly():
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(9))
+        return jax.vmap(functools.partial(score, model))(keys, rows.x / jnp.float32(5), jnp.ones((9, 4, 4, 1)))
+
+    for name, value in directly().items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4)
+
+
+def test_levels_are_the_inverse_of_images():
+    model = build(num_levels=17)
+    levels = jnp.arange(17.0)
+    np.testing.assert_array_equal(model.to_levels(model.from_levels(levels)), levels)
+    np.testing.assert_array_equal(model.to_levels(jnp.arange(17) / 16.0), levels)
