@@ -19,13 +19,12 @@ from posterior_matching import cli, data, masking, runs
 from posterior_matching.base import Base, build_on, load_base
 from posterior_matching.clustering import (
     SAMPLES,
-    check_corruption,
     contingency,
-    corrupt,
     summarise_contingency,
     validation_arrays,
 )
 from posterior_matching.config import parse
+from posterior_matching.corruption import check_corruption, corrupt
 from posterior_matching.images import imputation_grid
 from posterior_matching.models.vade import PosteriorMatchingVADE
 from posterior_matching.training import Experiment, TrainingOptions, fit

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from posterior_matching import cli, data, masking, runs
 from posterior_matching.base import Base, build_on, load_base
 from posterior_matching.config import parse
+from posterior_matching.corruption import check_corruption, corrupt
 from posterior_matching.images import imputation_grid
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
 from posterior_matching.training import Experiment, TrainingOptions, fit
@@ -31,6 +33,7 @@ class PMVQVAEOptions:
     train_split: str
     validation_split: str
     noise_std: float
+    distortion_std: float
     mask_generator: Mapping[str, Any]
     model: Mapping[str, Any]
     vqvae_dir: str | None = None
@@ -52,6 +55,7 @@ def make_experiment(
 ) -> Experiment:
     """Builds what the training loop needs, around the VQ-VAE `base`."""
     options, training = parse(config, PMVQVAEOptions, TrainingOptions)
+    check_corruption(options, train_set)
     generator = masking.build_mask_generator(options.mask_generator)
     generator.check(masking.mask_shape(train_set.input_shape))
     model = build_on(base, "pm_vqvae", config, train_set.input_shape, training.seed)
@@ -60,8 +64,8 @@ def make_experiment(
         return data.decode(rows["x"], train_set.max_value)[0]
 
     def loss(model: PosteriorMatchingVQVAE, x, rngs: nnx.Rngs, step, training: bool) -> dict[str, jax.Array]:  # noqa: ARG001
-        if training and options.noise_std:
-            x = x + options.noise_std * jax.random.normal(rngs.noise(), x.shape)
+        if training:
+            x = corrupt(x, jnp.ones_like(x), rngs.noise(), options.noise_std, options.distortion_std)
         b = generator(rngs.mask(), (len(x), *masking.mask_shape(x.shape[1:])))
         matching_ll = model.matching_ll(x, b, rngs if training else None)
         return {"loss": -matching_ll, "matching_ll_nats": matching_ll}

@@ -20,13 +20,12 @@ from posterior_matching import cli, data, runs
 from posterior_matching.batching import padded_batches
 from posterior_matching.clustering import (
     SAMPLES,
-    check_corruption,
     contingency,
-    corrupt,
     summarise_contingency,
     validation_arrays,
 )
 from posterior_matching.config import call, parse
+from posterior_matching.corruption import check_corruption, corrupt
 from posterior_matching.errors import UserError
 from posterior_matching.metrics import clustering_scores
 from posterior_matching.models.vade import VADE

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, parallel, runs
 from posterior_matching.config import parse
+from posterior_matching.corruption import check_corruption, corrupt
 from posterior_matching.images import image_columns
 from posterior_matching.models.vqvae import VQVAE
 from posterior_matching.training import Experiment, TrainingOptions, fit
@@ -29,6 +30,7 @@ class VQVAEOptions:
     train_split: str
     validation_split: str
     noise_std: float
+    distortion_std: float
     model: Mapping[str, Any]
 
 
@@ -45,6 +47,7 @@ def train(config: ConfigDict, run_dir: str | None = None) -> str:
 def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set: data.Dataset) -> Experiment:
     """Builds what the training loop needs."""
     options, training = parse(config, VQVAEOptions, TrainingOptions)
+    check_corruption(options, train_set)
     model = VQVAE.from_config(options.model, train_set.input_shape, nnx.Rngs(training.seed))
     num_codes = model.codebook_size
 
@@ -52,8 +55,8 @@ def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set:
         return data.decode(rows["x"], train_set.max_value)[0]
 
     def loss(model: VQVAE, x, rngs: nnx.Rngs, step, training: bool) -> dict[str, jax.Array]:  # noqa: ARG001
-        if training and options.noise_std:
-            x = x + options.noise_std * jax.random.normal(rngs.noise(), x.shape)
+        if training:
+            x = corrupt(x, jnp.ones_like(x), rngs.noise(), options.noise_std, options.distortion_std)
         terms = model.terms(x, update_codebook=training, axis_name=parallel.AXIS)
         values = {
             "loss": terms.loss(),

@@ -70,7 +70,7 @@ def vade() -> ConfigDict:
     """All keys of a VaDE config. `config.model` has the keys of `models.vade.VADE`."""
     config = training()
     config.noise_std = 0.0  # Gaussian noise on what the encoder sees while training (not on what is reconstructed)
-    config.distortion_std = 0.0  # random affine distortion of the same, `images.distort`
+    config.distortion_std = 0.0  # random affine distortion of the same, `corruption.distort`
     config.restarts = 1  # networks pretrained side by side; the one whose VaDE begins with the best ELBO goes on
     config.pretraining = ConfigDict(
         {
@@ -88,7 +88,7 @@ def pm_vade() -> ConfigDict:
     config = training()
     config.vade_dir = config_dict.placeholder(str)  # run directory of the VaDE
     config.noise_std = 0.0  # Gaussian noise on the training data
-    config.distortion_std = 0.0  # random affine distortion of the training images, `images.distort`
+    config.distortion_std = 0.0  # random affine distortion of the training images, `corruption.distort`
     config.mask_generator = ConfigDict({"name": "UniformMaskGenerator"})
     return config
 
@@ -207,6 +207,7 @@ def vqvae(hidden_units: int, residual_units: int, codebook_size: int, embedding_
     config.evaluate_checkpoint = "best"
     config.optimizer.update({"learning_rate": 3e-4, "decay_rate": 1.0, "transition_steps": 1})
     config.noise_std = 0.0  # Gaussian noise on the training images
+    config.distortion_std = 0.0  # random affine distortion of the same, `corruption.distort`
     config.model = ConfigDict(
         {
             "hidden_units": hidden_units,
@@ -230,6 +231,7 @@ def pm_vqvae(num_resnet: int, num_filters: int = 128, conditional_dim: int = 512
     config.evaluate_checkpoint = "best"
     config.optimizer.update({"learning_rate": 3e-4, "decay_rate": 0.999995, "transition_steps": 1})
     config.noise_std = 0.0  # Gaussian noise on the training images
+    config.distortion_std = 0.0  # random affine distortion of the same, `corruption.distort`
     config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
     config.model = ConfigDict(
         {

@@ -1,4 +1,4 @@
-"""What the training of VaDE and that of PM-VaDE share: corrupted inputs, and scores of clusters at validation."""
+"""What the training of VaDE and that of PM-VaDE share: scores of clusters at validation."""
 
 from typing import Any
 
@@ -6,21 +6,9 @@ import jax
 import numpy as np
 
 from posterior_matching import data
-from posterior_matching.errors import UserError
-from posterior_matching.images import distort
 from posterior_matching.metrics import clustering_scores
 
 SAMPLES = 50  # of z, for a prediction of the cluster
-
-
-def corrupt(x: jax.Array, available: jax.Array, key: jax.Array, noise_std: float, distortion_std: float) -> jax.Array:
-    """Distorts images, `images.distort`, and adds Gaussian noise to the values that are available."""
-    key_distortion, key_noise = jax.random.split(key)
-    if distortion_std:
-        x = distort(key_distortion, x, distortion_std)
-    if noise_std:
-        x = x + noise_std * jax.random.normal(key_noise, x.shape) * available
-    return x
 
 
 def validation_arrays(dataset: data.Dataset) -> dict[str, np.ndarray]:
@@ -41,12 +29,3 @@ def summarise_contingency(num_examples: int, means: dict[str, np.ndarray]) -> di
     counts = np.rint(means["contingency"] * num_examples).astype(int)
     label, cluster = (np.repeat(index.ravel(), counts.ravel()) for index in np.indices(counts.shape))
     return {k: v for k, v in means.items() if k != "contingency"} | clustering_scores(label, cluster)
-
-
-def check_corruption(options: Any, train_set: data.Dataset) -> None:
-    """Raises UserError if `noise_std` or `distortion_std` is out of range, or does not fit the data."""
-    for name in ("noise_std", "distortion_std"):
-        if getattr(options, name) < 0:
-            raise UserError(f"config.{name} must not be negative, it is {getattr(options, name)}")
-    if options.distortion_std and len(train_set.input_shape) != 3:
-        raise UserError(f"config.distortion_std is for images, the data have shape {train_set.input_shape}")

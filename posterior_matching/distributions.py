@@ -347,10 +347,11 @@ def kl_to_standard_normal(q: dist.Distribution) -> jax.Array:
 
 
 class _TriLNormal(dist.MultivariateNormal):
-    """A MultivariateNormal whose log-density calls no solver; see `_triangular_inverse`."""
+    """A MultivariateNormal whose log-density calls none of JAX's solvers; see `_triangular_inverse`."""
 
     def log_prob(self, value: jax.Array) -> jax.Array:
-        noise = jnp.einsum("...ij,...j->...i", _triangular_inverse(self.scale_tril), value - self.loc)
+        difference = value - self.loc
+        noise = _solve(jnp.broadcast_to(self.scale_tril, (*difference.shape, difference.shape[-1])), difference)
         log_determinant = jnp.log(jnp.diagonal(self.scale_tril, axis1=-2, axis2=-1)).sum(-1)
         return _standard_log_prob(noise) - log_determinant
 
@@ -369,6 +370,35 @@ def kl_divergence(q: dist.Distribution, p: dist.Distribution) -> jax.Array:
     distance = jnp.square((inverse * (q.mean - p.mean)[..., None, :]).sum(-1)).sum(-1)
     log_determinants = jnp.log(jnp.diagonal(p.scale_tril, axis1=-2, axis2=-1) / scale).sum(-1)  # over e
     return 0.5 * (spread + distance - q.event_shape[0]) + log_determinants
+
+
+@jax.custom_vjp
+def _solve(tril: jax.Array, v: jax.Array) -> jax.Array:
+    """L^-1 v by forward substitution, for lower triangular L `[..., e, e]` and v `[..., e]`; see below."""
+    index = jnp.arange(v.shape[-1])
+
+    def add_entry(solution, i):
+        row = jnp.take(tril, i, axis=-2)
+        entry = (jnp.take(v, i, axis=-1) - (row * solution).sum(-1)) / jnp.take(row, i, axis=-1)
+        return jnp.where(index == i, entry[..., None], solution), None
+
+    return jax.lax.scan(add_entry, jnp.zeros_like(v), index)[0]
+
+
+def _solve_forward(tril, v):
+    solution = _solve(tril, v)
+    return solution, (tril, solution)
+
+
+def _solve_backward(residuals, g):
+    tril, solution = residuals
+    # L^T with both axes reversed is lower triangular.
+    transposed = jnp.flip(tril.swapaxes(-1, -2), (-2, -1))
+    v_gradient = jnp.flip(_solve(transposed, jnp.flip(g, -1)), -1)
+    return -jnp.tril(v_gradient[..., :, None] * solution[..., None, :]), v_gradient
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
 
 
 @jax.custom_vjp

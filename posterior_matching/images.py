@@ -2,38 +2,10 @@
 
 import os
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 _GREY = 0.5  # what is not observed
 _GAP = 2  # pixels between images
-
-
-def distort(key: jax.Array, x: jax.Array, std: float) -> jax.Array:
-    """Maps every image by a random affine map of its own: near the identity, bilinear, zeros beyond the border.
-
-    Args:
-        key: Random key.
-        x: Images `[B, H, W, C]`.
-        std: Standard deviation of all six coefficients' deviations from the identity, in coordinates in which the image
-            is the square [-1, 1]^2.
-
-    Returns:
-        `[B, H, W, C]`.
-    """
-    _, height, width, _ = x.shape
-    half = jnp.array([(height - 1) / 2, (width - 1) / 2])
-    pixels = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1).reshape(-1, 2)
-    deviations = std * jax.random.normal(key, (len(x), 2, 3))
-
-    def one(image, deviation):  # the new image at each pixel is the old one at where the map takes it
-        u = pixels / half - 1
-        source = (u + u @ deviation[:, :2].T + deviation[:, 2] + 1) * half
-        interpolate = jax.vmap(lambda c: jax.scipy.ndimage.map_coordinates(c, list(source.T), order=1), -1, -1)
-        return interpolate(image).reshape(image.shape)
-
-    return jax.vmap(one)(x, deviations)
 
 
 def imputation_grid(x: np.ndarray, b: np.ndarray, imputations: np.ndarray) -> np.ndarray:

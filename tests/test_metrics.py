@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from posterior_matching import baselines, metrics, schedules
-from posterior_matching.images import distort, image_square, imputation_grid, save_png
+from posterior_matching.corruption import distort
+from posterior_matching.images import image_square, imputation_grid, save_png
 from posterior_matching.metrics import clustering_scores, finite_mean, nrmse
 
 # NRMSE
