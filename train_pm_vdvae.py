@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from posterior_matching import cli, data, masking, runs
 from posterior_matching.config import parse
 from posterior_matching.errors import UserError
-from posterior_matching.images import imputation_grid
+from posterior_matching.images import image_columns, image_square, imputation_grid
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
 from posterior_matching.training import Experiment, TrainingOptions, fit
 
@@ -84,11 +83,10 @@ def example_images(
     x, available = data.decode(dataset.x[:8], dataset.max_value)
     b = generator(jax.random.key(0), available.shape)
     reconstructions, imputations, samples = _draw(model, x, b)
-    pairs = jnp.stack([x, reconstructions], axis=1).reshape(-1, *x.shape[1:])  # original, reconstruction, original, ...
     return {
-        "reconstructions": imputation_grid(pairs, None, None),
+        "reconstructions": image_columns(x, reconstructions),
         "imputations": imputation_grid(x, b, imputations),
-        "samples": imputation_grid(samples, None, None),
+        "samples": image_square(samples),
     }
 
 

@@ -1,6 +1,14 @@
 """The PM-VDVAE: block strings, closed forms, gradients that must not flow, and what it must never look at."""
 
 import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +27,7 @@ from posterior_matching.evaluation import ExampleMap
 from posterior_matching.models import vdvae
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, Terms, encoder_resolutions, parse_encoder
 
+ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
 TINY = {"encoder": "4x1,4d3,1x1", "decoder": "1x1,4m1", "latent_dim": 2, "width": 8, "num_components": 2}
 TINY |= {"num_levels": 6, "bottleneck": 0.5}
@@ -327,3 +336,63 @@ def test_levels_are_the_inverse_of_images():
     levels = jnp.arange(17.0)
     np.testing.assert_array_equal(model.to_levels(model.from_levels(levels)), levels)
     np.testing.assert_array_equal(model.to_levels(jnp.arange(17) / 16.0), levels)
+
+
+# Scripts
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a tiny model on digits, a few steps."""
+    config = pm_vdvae_digits.get_config()
+    config.model.update(TINY | {"encoder": "8x1,8d8,1x1", "decoder": "1x1,8m1", "num_levels": 17})
+    config.update({"steps": 4, "validation_every": 2, "log_every": 2, "batch_size": 8})
+    return train_pm_vdvae.train(config, str(tmp_path_factory.mktemp("vdvae") / "run"))
+
+
+def start(script, run_dir, *arguments):
+    command = [sys.executable, str(ROOT / f"{script}.py"), f"--run_dir={run_dir}", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, **pipes)
+
+
+def test_a_run_logs_what_it_should(run):
+    (*_, last) = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+    terms = {"loss", "elbo_nats", "reconstruction_ll_nats", "kl_nats", "pm_kl_nats", "bpd"}
+    assert {f"val_{term}" for term in terms} <= last.keys() and "train_skipped_updates" in last
+    assert last["val_bpd"] == pytest.approx(-last["val_elbo_nats"] / (64 * np.log(2)), rel=1e-5)
+
+
+def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
+    options = ["--embedding=pixels", "--num_instances=30", "--num_samples=2", "--num_trials=1", "--baselines"]
+    process = start("eval_pm_vdvae_imputation", run, *options)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    found = json.loads((Path(run) / "imputation_results" / "results.json").read_text())["metrics"]
+    assert 5 < found["psnr_db"]["mean"] < 40 and 5 < found["psnr_mean_db"]["mean"] < 40
+
+
+def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopped(run, tmp_path):
+    options = ["--num_instances=40", "--num_samples=200", "--num_trials=1", "--batch_size=2"]
+    copies = [shutil.copytree(run, tmp_path / name) for name in ("whole", "stopped")]
+    whole, stopped = (start("eval_pm_vdvae_likelihood", copy, *options) for copy in copies)
+    parts = copies[1] / "likelihood_results" / "parts" / "trial_1"
+    while stopped.poll() is None and not list(parts.glob("*.npz")):
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    message = stopped.communicate(timeout=300)[1].strip().splitlines()[-1]
+    assert stopped.returncode == 1 and "the same command goes on" in message
+    assert not (copies[1] / "likelihood_results" / "results.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    assert kept
+    for process in (whole, start("eval_pm_vdvae_likelihood", copies[1], *options)):
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, err
+    assert not parts.exists()
+    for name in ("x_lls", "xo_lls", "bpd"):
+        arrays = [np.load(copy / "likelihood_results" / f"{name}.npy") for copy in copies]
+        np.testing.assert_array_equal(*arrays)
+    found = json.loads((copies[0] / "likelihood_results" / "results.json").read_text())["metrics"]
+    difference = found["log_p_x_nats"]["mean"] - found["log_p_xo_nats"]["mean"]
+    assert found["ac_ll_nats"]["mean"] == pytest.approx(difference, abs=1e-3)
+    assert found["non_finite_x"]["mean"] == 0 and 1 <= found["effective_sample_size_x"]["mean"] <= 200
