@@ -25,7 +25,7 @@ demo: install
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ def get_config():
     config = common.pm_vqvae(num_resnet=2, num_filters=48, conditional_dim=128)
     config.dataset = "digits"
     config.mask_generator = {"name": "MNISTMaskGenerator", "dim": 8}
-    config.distortion_std = 0.1
     config.noise_std = 0.05
     config.batch_size = 64
     config.steps = 4000
