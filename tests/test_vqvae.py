@@ -22,6 +22,7 @@ from posterior_matching.errors import UserError
 from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE, VectorQuantizer
 from posterior_matching.training import Program, TrainingOptions
 
+MNIST = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tensorflow_datasets"))
 OPTIONS = {"hidden_units": 8, "residual_units": 4, "residual_blocks": 1, "codebook_size": 6, "embedding_dim": 3}
 
 
@@ -295,3 +296,25 @@ def test_without_network_the_default_embedding_fails_in_one_line_before_any_work
     assert finished.returncode == 1
     (line,) = finished.stderr.strip().splitlines()
     assert line.startswith("error: cannot download the Inception weights") and line.endswith("--embedding=pixels")
+
+
+# Real data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (MNIST / "mnist").is_dir(), reason="MNIST is not prepared")
+def test_a_short_run_on_mnist_improves_the_validation_loss(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(MNIST))
+
+    def losses(name, train, **changes):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        config.update({"train_split": "train[:2000]", "validation_split": "test[:200]", "batch_size": 8} | changes)
+        config.update({"steps": 40, "validation_every": 20, "log_every": 20})
+        if "pixel_cnn" in config.model:
+            config.model.pixel_cnn.update({"num_resnet": 1, "num_filters": 32})
+        run_dir = train(config, str(tmp_path / name))
+        return [json.loads(line)["val_loss"] for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+    first, last = losses("vqvae_mnist", train_vqvae.train)
+    assert last < first
+    first, last = losses("pm_vqvae_mnist", train_pm_vqvae.train, vqvae_dir=str(tmp_path / "vqvae_mnist"))
+    assert last < first < 1.25 * 49 * np.log(256)
