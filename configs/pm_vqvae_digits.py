@@ -13,8 +13,8 @@ def get_config():
     config.model.pixel_cnn.dropout = 0.3
     config.noise_std = 0.08
     config.batch_size = 64
-    config.steps = 6000
+    config.steps = 4000
     config.validation_every = 500
     config.ema_decay = 0.995
-    config.optimizer.update({"learning_rate": 1e-3, "decay_rate": 0.9, "transition_steps": 500})
+    config.optimizer.update({"learning_rate": 1e-3, "decay_rate": 0.9, "transition_steps": 300})
     return config

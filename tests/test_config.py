@@ -148,6 +148,8 @@ def read_everything(name, config):
 def test_every_config_is_read_to_the_last_key(name):
     """Renaming any one key is an error that names it: so no key is without a reader."""
     original = load(name)
+    if "pixel_cnn" in original.model:
+        original.model.pixel_cnn.num_resnet = 1  # builds faster, and reads the same keys
     dataset, plain = original.dataset, original.to_dict()
     read_everything(name, original)
     checked = list(leaves(plain))

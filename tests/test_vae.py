@@ -457,7 +457,7 @@ def abstract_model(name):
     return nnx.eval_shape(lambda: PosteriorMatchingVAE.from_config(config.model, shape, nnx.Rngs(0))), shape
 
 
-GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian")
+GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian", "pm_vae_digits_sparse")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
