@@ -17,6 +17,7 @@ from posterior_matching.distributions import (
     DiagonalGaussian,
     DiscretisedLogisticMixture,
     IdentityGaussian,
+    SharedScaleGaussian,
     TriLGaussian,
     _triangular_inverse,
     diagonal_gaussian,
@@ -458,7 +459,7 @@ def test_bernoulli_refuses_a_network_whose_output_is_not_of_the_datas_shape():
 def test_heads_are_listed_under_their_class_names():
     for registry, heads in (
         (LATENT_HEADS, (DiagonalGaussian, TriLGaussian, AutoregressiveGMM)),
-        (LIKELIHOOD_HEADS, (IdentityGaussian, Bernoulli)),
+        (LIKELIHOOD_HEADS, (IdentityGaussian, SharedScaleGaussian, Bernoulli)),
     ):
         assert {head.__name__: head for head in heads} == registry
 
@@ -572,3 +573,13 @@ def test_gradients_of_pixels_are_finite_far_out_and_at_the_edges(channels):
         jax.value_and_grad(lambda v: DiscretisedLogisticMixture(v, channels, 256).log_prob(x).sum())
     )(values)
     assert np.isfinite(value) and np.isfinite(gradient).all() and (np.asarray(gradient) != 0).any()
+
+
+def test_shared_scale_gaussian_takes_the_features_for_means():
+    head = SharedScaleGaussian((2, 2, 1), (2, 2, 1))
+    head.log_scale[...] = -0.5
+    x, means = (jax.random.normal(jax.random.key(i), (3, 2, 2, 1)) for i in range(2))
+    expected = scipy.stats.norm(np.asarray(means), np.exp(-0.5) + 1e-5).logpdf(np.asarray(x))
+    np.testing.assert_allclose(head(means).log_prob(x), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"takes the network's output as means: its shape \(1, 1, 1\)"):
+        SharedScaleGaussian((1, 1, 1), (2, 2, 1))
