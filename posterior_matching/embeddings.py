@@ -297,7 +297,7 @@ def read_torch_weights(content: bytes) -> dict[str, np.ndarray]:
     """Reads a state dict that PyTorch has saved, in its older or its zip format, without PyTorch.
 
     Raises:
-        UserError: The file holds something else than tensors.
+        UserError: The file holds something else than tensors, or less than they need.
     """
     file = io.BytesIO(content)
     if zipfile.is_zipfile(file):
@@ -320,6 +320,9 @@ def read_torch_weights(content: bytes) -> dict[str, np.ndarray]:
     def array(tensor: _Tensor) -> np.ndarray:
         key, dtype = tensor.storage
         values = np.frombuffer(storages[key], dtype)[tensor.offset :]
+        steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
+        if tensor.offset < 0 or min(tensor.strides, default=0) < 0 or sum(steps) >= len(values):
+            raise UserError("a file of weights is damaged: a tensor reaches beyond what is stored")
         strides = [stride * values.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(values, tensor.shape, strides).copy()
 

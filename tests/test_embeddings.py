@@ -142,6 +142,19 @@ def test_weights_that_want_to_run_code_are_refused():
         embeddings.read_torch_weights(zipped(attack))
 
 
+def test_weights_that_reach_beyond_what_is_stored_are_refused():
+    torch = pytest.importorskip("torch")
+    saved = io.BytesIO()
+    torch.save(collections.OrderedDict(a=torch.arange(6.0)), saved)
+    cut = io.BytesIO()
+    with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(cut, "w") as shorter:
+        for name in archive.namelist():
+            content = archive.read(name)
+            shorter.writestr(name, content[:-4] if "/data/" in name else content)
+    with pytest.raises(UserError, match="beyond what is stored"):
+        embeddings.read_torch_weights(cut.getvalue())
+
+
 def test_inception_pooling_leaves_padding_out():
     x = jnp.ones((1, 4, 5, 2))
     np.testing.assert_array_equal(embeddings._POOLS["mean"](x), x)
