@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, masking, runs
-from posterior_matching.base import Base, build_on, load_base
+from posterior_matching.base import Base, build_on, load_base, load_datasets
 from posterior_matching.config import parse
 from posterior_matching.models.lookahead import LookaheadPosterior, check_options
 from posterior_matching.training import Experiment, TrainingOptions, fit
@@ -37,9 +37,7 @@ def train(config: ConfigDict, run_dir: str | None = None) -> str:
     """Trains and returns the run directory."""
     options, training = parse(config, LookaheadOptions, TrainingOptions)
     base = load_base(options.pm_vae_dir, "pm_vae", run_dir)
-    if config.dataset is None:
-        config.dataset = base.dataset
-    train_set, validation_set = data.load_for_training(config, base.standardisation)
+    train_set, validation_set = load_datasets(base, config)
     experiment = make_experiment(config, train_set, validation_set, base)
     run = runs.open_run(run_dir, "lookahead", config, train_set.input_shape, train_set.standardisation)
     fit(experiment, run, training, {"x": train_set.x}, {"x": validation_set.x})

@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, masking, runs
-from posterior_matching.base import Base, build_on, load_base
+from posterior_matching.base import Base, build_on, load_base, load_datasets
 from posterior_matching.clustering import (
     SAMPLES,
     contingency,
@@ -48,9 +48,7 @@ def train(config: ConfigDict, run_dir: str | None = None) -> str:
     """Trains and returns the run directory."""
     options, training = parse(config, PMVADEOptions, TrainingOptions)
     vade = load_base(options.vade_dir, "vade", run_dir)
-    if options.dataset is None:
-        config.dataset = vade.dataset
-    train_set, validation_set = data.load_for_training(config, vade.standardisation)
+    train_set, validation_set = load_datasets(vade, config)
     experiment = make_experiment(config, train_set, validation_set, vade)
     run = runs.open_run(run_dir, "pm_vade", config, train_set.input_shape, train_set.standardisation)
     fit(experiment, run, training, {"x": train_set.x}, validation_arrays(validation_set))

@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, masking, runs
-from posterior_matching.base import Base, build_on, load_base
+from posterior_matching.base import Base, build_on, load_base, load_datasets
 from posterior_matching.config import parse
 from posterior_matching.corruption import check_corruption, corrupt
 from posterior_matching.images import imputation_grid
@@ -43,7 +43,7 @@ def train(config: ConfigDict, run_dir: str | None = None) -> str:
     """Trains and returns the run directory."""
     options, training = parse(config, PMVQVAEOptions, TrainingOptions)
     base = load_base(options.vqvae_dir, "vqvae", run_dir)
-    train_set, validation_set = data.load_for_training(config, base.standardisation)
+    train_set, validation_set = load_datasets(base, config)
     experiment = make_experiment(config, train_set, validation_set, base)
     run = runs.open_run(run_dir, "pm_vqvae", config, train_set.input_shape, train_set.standardisation)
     fit(experiment, run, training, {"x": train_set.x}, {"x": validation_set.x})

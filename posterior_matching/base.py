@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import runs
-from posterior_matching.data import Standardisation
+from posterior_matching.data import Dataset, Standardisation, load_for_training
 from posterior_matching.errors import UserError
 
 
@@ -63,6 +63,17 @@ def load_base(base_dir: str | None, name: str, run_dir: str | os.PathLike | None
         input_shape=tuple(description["input_shape"]),
         standardisation=Standardisation.from_json(saved) if saved else None,
     )
+
+
+def load_datasets(base: Base, config: ConfigDict) -> tuple[Dataset, Dataset]:
+    """Loads the training and the validation part, in the base's units; `config.dataset` defaults to the base's.
+
+    Raises:
+        UserError: See `data.load`.
+    """
+    if config.dataset is None:
+        config.dataset = base.dataset
+    return load_for_training(config, base.standardisation)
 
 
 def build_on(base: Base, model: str, config: ConfigDict, input_shape: tuple[int, ...], seed: int) -> nnx.Module:

@@ -211,7 +211,7 @@ def chain(tmp_path_factory):
     train_vqvae.train(tiny("vqvae_digits"), str(folder / "base"))
     base = runs.flat_weights(nnx.state(runs.load_model(folder / "base", "vqvae")))
     config = tiny("pm_vqvae_digits")
-    config.vqvae_dir = str(folder / "base")
+    config.update({"vqvae_dir": str(folder / "base"), "dataset": None})
     train_pm_vqvae.train(config, str(folder / "pm"))
     return folder, base
 
@@ -227,6 +227,7 @@ def test_the_vqvae_of_a_pm_vqvae_run_is_that_of_its_base_bit_for_bit(chain):
 
 def test_a_pm_vqvae_run_goes_on_without_its_base(chain):
     folder, base = chain
+    assert runs.read_description(folder / "pm")["config"]["dataset"] == "digits"  # the base's, since none was named
     (folder / "base").rename(folder / "gone")
     try:
         config = tiny("pm_vqvae_digits")
