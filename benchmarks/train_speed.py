@@ -5,7 +5,8 @@
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, the
 floating-point operations per step that XLA counts in the compiled program, the rate at which they are done, and the
 rate of a large matrix product measured in the same run. All are medians. The share of the two rates is what to compare
-between machines. (Strided transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies.)
+between machines. (Strided transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies. It
+counts the body of a loop once: the share of lookahead configs, which loop over features, is higher than printed.)
 """
 
 import pathlib
