@@ -151,7 +151,7 @@ class AutoregressiveMixture:
         mask = (before @ self._first_m).reshape(len(z), *[1] * (z.ndim - 1), -1)
         # The barrier keeps XLA from adding these again, with slow index arithmetic, wherever `hidden` is used.
         hidden = jax.lax.optimization_barrier(hidden + mask + self._from_context)
-        features = self._head.network.after_input(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
+        features = self._head.network.after_first(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
         parameters = jnp.einsum("i...h,ihk->i...k", features, self._output)
         bias = self._output_bias.reshape(len(z), *[1] * (z.ndim - 1), -1)
         return _mixture(parameters + bias).log_prob(z).sum(0)
@@ -168,7 +168,7 @@ class AutoregressiveMixture:
 
         def draw(hidden, inputs):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
             key, first_z, first_m, output, bias = inputs
-            conditional = _mixture(self._head.network.after_input(hidden) @ output + bias[0])
+            conditional = _mixture(self._head.network.after_first(hidden) @ output + bias[0])
             z = conditional.sample(key)  # [*sample_shape, B]
             return hidden + z[..., None] * first_z + first_m, (z, conditional.log_prob(z))
 

@@ -1,7 +1,7 @@
 """Network bodies: arrays in, features out. What the features mean is a matter of the heads in `distributions.py`.
 
-Every network takes `x: [B, *input_shape]` and returns `[B, *output_shape]`. `rngs` is given while training only:
-without it, dropout is off. Kernels start truncated normal with standard deviation 1 / sqrt(fan_in), biases at zero.
+Every network takes `x: [B, *input_shape]` and returns `[B, *output_shape]`: `after_first(first(x))`, where `first` is
+affine. `rngs` is given while training only: without it, dropout is off. Kernels start truncated normal with standard deviation 1 / sqrt(fan_in), biases at zero.
 """
 
 import math
@@ -51,10 +51,14 @@ class ResidualMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps `[B, *input_shape]` to `[B, hidden_units]`."""
-        return self.after_input(self.linear_in(x.reshape(x.shape[0], -1)), rngs)
+        return self.after_first(self.first(x), rngs)
 
-    def after_input(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Everything behind the first linear layer, whose output is `h: [..., hidden_units]`."""
+    def first(self, x: jax.Array) -> jax.Array:
+        """The first linear layer, `[B, hidden_units]`."""
+        return self.linear_in(x.reshape(x.shape[0], -1))
+
+    def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Everything behind it, for `h: [..., hidden_units]`."""
         h = self._norm(h)
         for first, second in self.blocks:
             residual = self._norm(first(jax.nn.relu(h)))
@@ -141,11 +145,19 @@ class ConvEncoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.output_shape = (height, width, channels)
 
-    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, *output_shape]`."""
-        for layer in self.layers:
-            x = jax.nn.leaky_relu(layer(x))
-        return x
+        return self.after_first(self.first(x), rngs)
+
+    def first(self, x: jax.Array) -> jax.Array:
+        """The first convolution."""
+        return self.layers[0](x)
+
+    def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
+        """Everything behind it."""
+        for layer in self.layers[1:]:
+            h = layer(jax.nn.leaky_relu(h))
+        return jax.nn.leaky_relu(h)
 
 
 class ConvDecoder(nnx.Module):
@@ -176,13 +188,19 @@ class ConvDecoder(nnx.Module):
         self.activate_output = activate_output
         self.output_shape = (position, position, channels)
 
-    def __call__(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
+    def __call__(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps `[B, d]` to `[B, *output_shape]`."""
-        x = z[:, None, None, :]
-        for layer in self.layers[:-1]:
-            x = jax.nn.leaky_relu(layer(x))
-        x = self.layers[-1](x)
-        return jax.nn.leaky_relu(x) if self.activate_output else x
+        return self.after_first(self.first(z), rngs)
+
+    def first(self, z: jax.Array) -> jax.Array:
+        """The first transposed convolution."""
+        return self.layers[0](z[:, None, None, :])
+
+    def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
+        """Everything behind it."""
+        for layer in self.layers[1:]:
+            h = layer(jax.nn.leaky_relu(h))
+        return jax.nn.leaky_relu(h) if self.activate_output else h
 
 
 def _require_image(shape: Shape, name: str) -> None:

@@ -70,6 +70,14 @@ class Exact:
             loc = jnp.einsum("bef,df,bd->be", covariance, w, b * (x - mean)) / sigma**2
             return dist.MultivariateNormal(loc, covariance_matrix=widen * covariance)
 
+        def posterior_with_feature(x, b, i):
+            def given(value):
+                shape = (len(value), x.shape[1])
+                return posterior(jnp.broadcast_to(x, shape).at[:, i].set(value[:, 0]), b.at[:, i].set(1.0))
+
+            return given
+
+        posterior.with_feature = posterior_with_feature
         vae.encoder = lambda x, rngs=None: x  # noqa: ARG005
         vae.posterior_head = lambda x: posterior(x, jnp.ones_like(x))
         vae.decoder = lambda z, rngs=None: z  # noqa: ARG005
@@ -270,6 +278,38 @@ def conditional_outputs(model, x, b):
         "log p(x) - log p(x_u | x_o)": scores.log_p_x - scores.log_p_xu_given_xo,
         "effective sample size": scores.ess_xo,
     }
+
+
+@each_kind
+def test_one_more_feature_changes_the_partial_posterior_as_if_it_were_observed(kind):
+    """Where it is observed already, it keeps its value."""
+    model, (x, b) = tiny(kind), example(kind)
+    channels = x.size // b.size
+    value = jnp.float32(np.random.default_rng(3).uniform(size=(len(x), channels)))
+    z = jnp.float32(np.random.default_rng(4).normal(size=(len(x), 3)))
+
+    @jax.jit
+    def run(i):
+        known = b.reshape(len(b), -1)[:, i, None]
+        features = x.reshape(len(x), -1, channels)
+        revealed = features.at[:, i].set(jnp.where(known == 1, features[:, i], value)).reshape(x.shape)
+        expected = model.partial_posterior(revealed, b.reshape(len(b), -1).at[:, i].set(1.0).reshape(b.shape))
+        found = model.partial_posterior.with_feature(x, b, i)(value)
+        one_for_all = model.partial_posterior.with_feature(x[:1], b[:1], i)(value)  # an example, several values
+        same_z = jnp.broadcast_to(z[:1], z.shape)
+        return expected.log_prob(z), found.log_prob(z), one_for_all.log_prob(same_z), known[:, 0]
+
+    before = np.asarray(jax.jit(lambda: model.partial_posterior(x, b).log_prob(z))())
+    known, changed = [], []
+    for i in (0, 2, b[0].size - 1):
+        expected, found, one_for_all, observed = map(np.asarray, run(i))
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(one_for_all[0], expected[0], rtol=2e-4, atol=2e-4)
+        assert len(np.unique(one_for_all)) == (1 if observed[0] else len(x)), i
+        known.append(observed == 1)
+        changed.append(np.abs(found - before) > 1e-3)
+    assert np.any(known) and not np.all(known)
+    np.testing.assert_array_equal(np.array(changed), ~np.array(known))
 
 
 @each_kind

@@ -111,21 +111,29 @@ class LookaheadPosterior(nnx.Module):
         (batch, *_), flat = b.shape, b.reshape(len(b), -1)
         chosen = jax.random.choice(key_chosen, self.num_features, (num_features,), replace=False)
         imputations = self.pm_vae.impute(x, b, num_samples, key=key_impute)
-        imputations = imputations.reshape(num_samples * batch, *x.shape[1:])
+        imputations = imputations.reshape(num_samples, *flat.shape, -1)  # [S, B, features, C]
         centre = distributions.mean(self.pm_vae.partial_posterior(x, b), key_centre, num_samples)  # [B, e]
+        # On a CPU, networks are fastest while activations stay in its cache.
+        at_once = max(1, 64 // batch) if jax.default_backend() == "cpu" else num_samples
 
-        def sample_posterior(inputs):  # of every imputation, with feature i revealed
+        def sample_posteriors(inputs):  # [S, B, e]: of every imputation, with feature i revealed
             i, key = inputs
-            revealed = jnp.tile(flat.at[:, i].set(1.0), (num_samples, 1)).reshape(-1, *b.shape[1:])
-            q = self.pm_vae.partial_posterior(imputations, revealed)
-            if spread == "total":
-                return q.sample(key).reshape(num_samples, batch, -1)
-            # The difference of two draws has mean zero and twice the covariance of q, whatever q is.
-            z = q.sample(key, (2,)).reshape(2, num_samples, batch, -1)
-            return (z[0] - z[1]) / math.sqrt(2)
+            posterior = self.pm_vae.partial_posterior.with_feature(x, b, i)
+
+            def sample_posterior(inputs):  # [B, e]: of one imputation
+                value, key = inputs
+                q = posterior(value)
+                if spread == "total":
+                    return q.sample(key)
+                # The difference of two draws has mean zero and twice the covariance of q, whatever q is.
+                z = q.sample(key, (2,))
+                return (z[0] - z[1]) / math.sqrt(2)
+
+            inputs = (imputations[:, :, i], jax.random.split(key, num_samples))
+            return jax.lax.map(sample_posterior, inputs, batch_size=at_once)
 
         # One feature after the other, so that memory does not grow with their number: [K, S, B, e].
-        z = jax.lax.map(sample_posterior, (chosen, jax.random.split(key_z, num_features)))
+        z = jax.lax.map(sample_posteriors, (chosen, jax.random.split(key_z, num_features)))
         z = z.transpose(1, 2, 0, 3)
         lookahead = self(x, b, chosen, rngs)
         if spread == "remaining":

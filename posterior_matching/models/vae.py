@@ -1,6 +1,6 @@
 """The VAE, and Posterior Matching: a second encoder q(z | x_o) that gives it every conditional p(x_u | x_o)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -114,6 +114,34 @@ class PartialPosterior(nnx.Module):
     def __call__(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
         """q(z | x_o) over `[B, e]` for `x: [B, *input_shape]` and mask `b` (1 = observed)."""
         return self.head(self.encoder(partial_input(x, b), rngs))
+
+    def with_feature(self, x: jax.Array, b: jax.Array, i: jax.Array) -> Callable[[jax.Array], Any]:
+        """Returns the function from values of feature i, `[B, C]`, to q(z | x_o, x_i) over `[B, e]`.
+
+        The inputs of the encoder differ in one feature only, and its first layer is affine, so that of this layer only
+        the difference has to be computed for each value.
+
+        Args:
+            x: `[B, *input_shape]`, or one example `[1, *input_shape]` for all values.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. Examples that have feature i observed keep their value.
+            i: Index of a mask entry.
+        """
+        channels = x.size // b.size
+        one = jnp.zeros((b[0].size, 1)).at[i].set(1.0)
+        values = one[None] * jnp.eye(channels)[:, None]  # one image or row for each channel of x_i
+        inputs = [jnp.concatenate([v.reshape(x.shape[1:]), jnp.zeros(b.shape[1:])], -1) for v in values]
+        inputs.append(jnp.concatenate([jnp.zeros(x.shape[1:]), one.reshape(b.shape[1:])], -1))
+        bias = self.encoder.first(jnp.zeros_like(inputs[0])[None])
+        *by_value, by_mask = self.encoder.first(jnp.stack(inputs)) - bias  # each [...], as the first layer's output
+        now = self.encoder.first(partial_input(x, b))  # [B, ...]
+        unobserved = 1.0 - b.reshape(len(b), -1)[:, i]
+
+        def posterior(value: jax.Array) -> Any:
+            change = by_mask + jnp.tensordot(value, jnp.stack(by_value), 1)  # [B, ...]
+            change = change * unobserved.reshape(-1, *[1] * by_mask.ndim)
+            return self.head(self.encoder.after_first(now + change))
+
+        return posterior
 
 
 class Terms(NamedTuple):
@@ -271,13 +299,13 @@ class PosteriorMatchingVAE(nnx.Module):
             `[b.size]`, one entry per mask entry, -inf where observed.
         """
         key_impute, key_now, key_then = jax.random.split(key, 3)
-        imputations = self.impute(x[None], b[None], num_samples, key=key_impute)[:, 0]
+        imputations = self.impute(x[None], b[None], num_samples, key=key_impute)
+        imputations = imputations.reshape(num_samples, b.size, -1)  # [S, features, C]
         now = distributions.entropy(self.partial_posterior(x[None], b[None]), key_now, num_samples)[0]
 
         def expected_entropy(i):
-            revealed = b.reshape(-1).at[i].set(1.0).reshape(b.shape)
-            revealed = jnp.broadcast_to(revealed, (num_samples, *b.shape))
-            return distributions.entropy(self.partial_posterior(imputations, revealed), key_then, num_samples).mean()
+            then = self.partial_posterior.with_feature(x[None], b[None], i)(imputations[:, i])
+            return distributions.entropy(then, key_then, num_samples).mean()
 
         gains = now - jax.lax.map(expected_entropy, jnp.arange(b.size), batch_size=features_at_once)
         return jnp.where(b.reshape(-1) == 1, -jnp.inf, gains)
