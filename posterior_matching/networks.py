@@ -1,7 +1,8 @@
 """Network bodies: arrays in, features out. What the features mean is a matter of the heads in `distributions.py`.
 
 Every network takes `x: [B, *input_shape]` and returns `[B, *output_shape]`: `after_first(first(x))`, where `first` is
-affine. `rngs` is given while training only: without it, dropout is off. Kernels start truncated normal with standard deviation 1 / sqrt(fan_in), biases at zero.
+affine. `rngs` is given while training only: without it, dropout is off. Kernels start truncated normal with standard
+deviation 1 / sqrt(fan_in), biases at zero.
 """
 
 import math
