@@ -1,4 +1,4 @@
-"""Random distortions of images; pictures of images and their imputations, as arrays (no plotting library)."""
+"""Pictures of images and their imputations, as arrays (no plotting library)."""
 
 import os
 

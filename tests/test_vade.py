@@ -508,13 +508,6 @@ def test_the_notebook_runs_from_start_to_end(trained):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
 
-def test_the_notebook_is_committed_with_its_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
-    assert NOTEBOOK.stat().st_size < 300_000
-
-
 def test_the_notebook_says_what_is_wrong_with_a_run(trained):
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="is a run of vade, not of pm_vade"):
         execute(trained.vade)

@@ -126,20 +126,21 @@ class PartialPosterior(nnx.Module):
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. Examples that have feature i observed keep their value.
             i: Index of a mask entry.
         """
-        channels = x.size // b.size
-        one = jnp.zeros((b[0].size, 1)).at[i].set(1.0)
-        values = one[None] * jnp.eye(channels)[:, None]  # one image or row for each channel of x_i
-        inputs = [jnp.concatenate([v.reshape(x.shape[1:]), jnp.zeros(b.shape[1:])], -1) for v in values]
-        inputs.append(jnp.concatenate([jnp.zeros(x.shape[1:]), one.reshape(b.shape[1:])], -1))
-        bias = self.encoder.first(jnp.zeros_like(inputs[0])[None])
-        *by_value, by_mask = self.encoder.first(jnp.stack(inputs)) - bias  # each [...], as the first layer's output
-        now = self.encoder.first(partial_input(x, b))  # [B, ...]
-        unobserved = 1.0 - b.reshape(len(b), -1)[:, i]
+        channels, first = x.size // b.size, self.encoder.first
+        # What the encoder sees more: one input for each channel of the value, one for the mask; [C + 1, ...].
+        feature = jnp.zeros(b[0].size).at[i].set(1.0)
+        in_x = (jnp.eye(channels)[:, None] * feature[:, None]).reshape(channels, *x.shape[1:])
+        in_b = feature.reshape(1, *b.shape[1:])
+        more_x = jnp.concatenate([in_x, jnp.zeros((1, *x.shape[1:]))])
+        more_b = jnp.concatenate([jnp.zeros((channels, *b.shape[1:])), in_b])
+        inputs = jnp.concatenate([more_x, more_b], axis=-1)
+        change = first(inputs) - first(jnp.zeros_like(inputs))  # without the bias
+        now = first(partial_input(x, b))
+        unobserved = 1.0 - b.reshape(len(b), -1)[:, i, None]  # [B, 1]
 
         def posterior(value: jax.Array) -> Any:
-            change = by_mask + jnp.tensordot(value, jnp.stack(by_value), 1)  # [B, ...]
-            change = change * unobserved.reshape(-1, *[1] * by_mask.ndim)
-            return self.head(self.encoder.after_first(now + change))
+            more = jnp.concatenate([value, jnp.ones((len(value), 1))], axis=-1) * unobserved  # [B, C + 1]
+            return self.head(self.encoder.after_first(now + jnp.tensordot(more, change, 1)))
 
         return posterior
 

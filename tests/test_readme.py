@@ -1,0 +1,207 @@
+"""Every command and the Python example of the README, in its order: as written, but with small configs and few samples.
+
+Only what lies outside is replaced: the data that would be downloaded, the hosts. `make` is asked what it would do.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LINKED = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.toml"), ROOT / "Makefile"]
+LINKED += [ROOT / "benchmarks", ROOT / "posterior_matching"]
+
+# What every config of the README is changed by, besides a few steps.
+STEPS = {"steps": 2, "validation_every": 2, "log_every": 1, "batch_size": 8}
+MLP = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8}
+SMALL_VAE = {
+    "model.encoder": MLP,
+    "model.decoder": MLP,
+    "model.partial_encoder": MLP,
+    "model.partial_posterior": {"name": "DiagonalGaussian"},
+}
+SMALL = {
+    "pm_vae_digits": SMALL_VAE,
+    "pm_vae_digits_sparse": SMALL_VAE,
+    "pm_vae_whitewine": SMALL_VAE | {"batch_size": 4},
+    "pm_vae_gas": SMALL_VAE | {"dataset": "mixture"},  # of as many features
+    "vqvae_digits": {"model.hidden_units": 8, "model.residual_blocks": 1},
+    "pm_vqvae_digits": {"model.pixel_cnn.num_resnet": 1, "model.pixel_cnn.num_filters": 4},
+    "pm_vdvae_digits": {"model.encoder": "8x1,8d8,1x1", "model.decoder": "1x1,8m1", "model.width": 8},
+    "vade_digits": {
+        "model.encoder": MLP,
+        "model.decoder": MLP,
+        "pretraining.steps": 1,
+        "pretraining.mixture_inits": 1,
+        "pretraining.mixture_iterations": 2,
+    },
+    "pm_vade_digits": {},
+    "lookahead_digits": {"model_samples": 2, "lookahead_subsample": 2, "model.lookahead_encoder": MLP},
+}
+SMALL_CONFIG = """
+
+_full = get_config
+
+
+def get_config():
+    config = _full()
+    for path, value in {changes}.items():
+        *parts, name = path.split(".")
+        branch = config
+        for part in parts:
+            branch = branch[part]
+        branch[name] = value
+    return config
+"""
+
+# Flags by which evaluations and benchmarks are made small; each gets those it has.
+FEW = {
+    "eval_pm_vae_uci": {"num_instances": 9, "num_samples": 2, "num_trials": 1},
+    "eval_pm_vqvae": {"num_instances": 30, "num_samples": 2, "num_trials": 1},
+    "eval_pm_vdvae_imputation": {"num_instances": 30, "num_samples": 2, "num_trials": 1},
+    "eval_pm_vdvae_likelihood": {"num_instances": 3, "num_samples": 2, "num_trials": 1},
+    "eval_greedy_acquisition": {"num_instances": 3, "num_steps": 3, "num_samples": 2},
+    "benchmarks/train_speed": {"seconds": 0.1},
+    "benchmarks/imputation_speed": {"batch_size": 1, "num_samples": 1},
+    "benchmarks/acquisition_speed": {"batch_size": 1, "num_samples": 2, "repeats": 1},
+    "benchmarks/clustering_seeds": {"num_seeds": 1},
+}
+EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+
+
+def sections():
+    """The README's sections with commands: heading -> commands."""
+    found = {}
+    for section in README.split("\n## ")[1:]:
+        heading, text = section.split("\n", 1)
+        lines = re.sub(r" \\\n *", " ", re.sub(r"```.*?```", "", text, flags=re.DOTALL)).splitlines()
+        commands = [re.sub(r"  +#.*", "", line.strip()) for line in lines if line.startswith("    ")]
+        if commands := [c for c in commands if c.split()[0] in ("python", "make", "tensorboard")]:
+            found[heading] = commands
+    return found
+
+
+SECTIONS = sections()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A checkout with small configs, the user's own table in it."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in LINKED:
+        (folder / path.name).symlink_to(path)
+    for name in ("configs", "figures"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name, changes in SMALL.items():
+        with open(folder / "configs" / f"{name}.py", "a") as file:
+            file.write(SMALL_CONFIG.format(changes=STEPS | changes))
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 12)) @ rng.normal(size=(12, 12))
+    values[rng.uniform(size=values.shape) < 0.1] = np.nan
+    rows = [",".join("" if np.isnan(v) else f"{v:.3f}" for v in row) for row in values]
+    (folder / "mine.csv").write_text("\n".join([",".join("abcdefghijkl"), *rows]) + "\n")
+    return folder
+
+
+def small(command, port):
+    """The arguments of a command of the README, with few samples of everything."""
+    name, *arguments = shlex.split(command)
+    if name == "make":
+        return ["make", "--dry-run", f"PYTHON={sys.executable}", *arguments]
+    if name == "tensorboard":
+        return [sys.executable, "-m", "tensorboard.main", "--inspect", *arguments]
+    arguments = [a.replace("HOST0:1234", f"localhost:{port}").replace("DIR", "runs/shared") for a in arguments]
+    for flag, value in FEW.get(arguments[0].removesuffix(".py"), {}).items():
+        if f"--{flag}" in arguments:
+            arguments[arguments.index(f"--{flag}") + 1] = str(value)
+        else:
+            arguments.append(f"--{flag}={value}")
+    return [sys.executable, *arguments]
+
+
+def start(arguments, folder):
+    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=folder, env=variables, **pipes)
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{process.args}\n{out}"
+    return out
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_every_command_stands_in_a_block_and_every_script_in_a_command():
+    assert not re.findall(r"`(?:python (?!-c)|make )[^`]*[ /][^`]*`", README)
+    scripts = {c.split()[1] for commands in SECTIONS.values() for c in commands if c.startswith("python")}
+    assert {path.name for path in ROOT.glob("*.py")} <= scripts
+    configs = set(re.findall(r"configs/(\w+)\.py", " ".join(c for commands in SECTIONS.values() for c in commands)))
+    assert configs <= SMALL.keys()
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_the_commands_of_a_section_run(heading, checkout):
+    side_by_side, port = [], free_port()
+    for command in SECTIONS[heading]:
+        process = start(small(command, port), checkout)
+        if "--num_processes" in command:
+            side_by_side.append(process)
+            continue
+        out = finish(process)
+        if command.startswith("make"):
+            assert "train_pm_vae.py" in out or "pytest" in out
+        elif command.startswith("tensorboard"):
+            assert "loss" in out
+        elif "--output" in command:
+            assert (checkout / command.split("--output ")[1]).stat().st_size > 10_000
+        elif command.startswith("python eval"):
+            assert list((checkout / re.search(r"--run_dir (\S+)", command)[1]).glob("*/results.json"))
+        elif command.startswith("python train"):
+            assert (checkout / re.search(r"--run_dir (\S+)", command)[1] / "metrics.jsonl").exists()
+        else:
+            assert re.search(r"\d", out)
+    assert len(side_by_side) in (0, 2)
+    for process in side_by_side:
+        finish(process)
+    assert not side_by_side or (checkout / "runs" / "shared" / "metrics.jsonl").exists()
+    if heading == "Your own data":
+        assert re.search(r"\[\[ *-?\d", finish(start([sys.executable, "-c", EXAMPLE], checkout)))
+
+
+def test_the_notebook_of_partial_posteriors_executes(checkout):
+    """On the run that the section before has left."""
+    path = ROOT / "notebooks" / "mnist_plots.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    variables |= {"RUN_DIR": str(checkout / "runs" / "digits"), "NUM_IMAGES": "60", "PYTHONPATH": str(ROOT)}
+    variables |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(path.parent), env=variables)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "60 test images of digits" in text and re.search(r"everything +\d+\.\d\d", text)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")])
+def test_notebooks_are_committed_with_their_outputs(name):
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
+    assert path.stat().st_size < 500_000
