@@ -62,7 +62,7 @@ def get_config():
 @pytest.fixture(scope="module")
 def server():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS")
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS_OF_SCRIPTS"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes) as process:
         yield process

@@ -494,7 +494,7 @@ def execute(run_dir):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     environment = os.environ | {"RUN_DIR": str(run_dir), "NUM_IMAGES": "40", "PYTHONPATH": str(NOTEBOOK.parents[1])}
     environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    environment.pop("XLA_FLAGS")  # one device
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS_OF_SCRIPTS"]
     nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(NOTEBOOK.parent), env=environment)
     return notebook
 

@@ -353,7 +353,7 @@ def run(tmp_path_factory):
 def start(script, run_dir, *arguments):
     command = [sys.executable, str(ROOT / f"{script}.py"), f"--run_dir={run_dir}", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, **pipes)
+    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"]}, **pipes)
 
 
 def test_a_run_logs_what_it_should(run):

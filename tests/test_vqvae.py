@@ -269,7 +269,7 @@ def test_a_checkpoint_with_another_codebook_is_refused(chain, tmp_path):
 
 
 def evaluate(folder, *arguments):
-    environment = os.environ | {"XLA_FLAGS": "", "https_proxy": "http://localhost:9"}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"], "https_proxy": "http://localhost:9"}
     script = Path(__file__).parents[1] / "eval_pm_vqvae.py"
     command = [sys.executable, str(script), f"--run_dir={folder / 'pm'}", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
