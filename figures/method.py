@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--output", default="method.png")
-    parser.add_argument("--example", type=int, default=4, help="which test image")
+    parser.add_argument("--example", type=int, default=2, help="which test image")
     arguments = parser.parse_args()
     try:
         draw(arguments.run_dir, arguments.output, arguments.example)
