@@ -24,8 +24,9 @@ demo: install
 	@echo "numbers:     $(DEMO)/uci_results/results.json"
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
 
+# Files in alphabetical order: by default those of fewest tests, among them the longest, would come last.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import pathlib
+import re
 
 import pytest
 from flax import nnx
@@ -150,6 +151,9 @@ def test_every_config_is_read_to_the_last_key(name):
     original = load(name)
     if "pixel_cnn" in original.model:
         original.model.pixel_cnn.num_resnet = 1  # builds faster, and reads the same keys
+    if name.startswith("pm_vdvae"):
+        blocks = {key: re.sub(r"x\d+", "x1", original.model[key]) for key in ("encoder", "decoder")}
+        original.model.update(blocks)
     dataset, plain = original.dataset, original.to_dict()
     read_everything(name, original)
     checked = list(leaves(plain))

@@ -373,7 +373,7 @@ def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
 
 
 def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopped(run, tmp_path):
-    options = ["--num_instances=40", "--num_samples=200", "--num_trials=1", "--batch_size=2"]
+    options = ["--num_instances=80", "--num_samples=200", "--num_trials=1", "--batch_size=1"]
     copies = [shutil.copytree(run, tmp_path / name) for name in ("whole", "stopped")]
     whole, stopped = (start("eval_pm_vdvae_likelihood", copy, *options) for copy in copies)
     parts = copies[1] / "likelihood_results" / "parts" / "trial_1"
