@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         draw(arguments.run_dirs, arguments.output)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:  # the latter two: OUTPUT cannot be written
         sys.exit(f"error: {error}")
 
 

@@ -104,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         draw(arguments.run_dir, arguments.output, arguments.example)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:  # the latter two: OUTPUT cannot be written
         sys.exit(f"error: {error}")
 
 

@@ -184,6 +184,26 @@ def test_the_commands_of_a_section_run(heading, checkout):
         assert re.search(r"\[\[ *-?\d", finish(start([sys.executable, "-c", EXAMPLE], checkout)))
 
 
+@pytest.mark.parametrize(
+    ("script", "run_dir", "output", "message"),
+    [
+        ("method", "nowhere", "a.png", "error: run directory nowhere does not exist"),
+        ("learning_curves", "configs", "a.png", "error: configs is not a run directory: it has no config.json"),
+        (
+            "learning_curves",
+            "runs/digits",
+            "no/such/folder/a.png",
+            "error: .*No such file or directory: 'no/such/fold.*",
+        ),
+    ],
+)
+def test_figures_say_what_is_wrong_in_one_line(script, run_dir, output, message, checkout):
+    process = start([sys.executable, f"figures/{script}.py", run_dir, "--output", output], checkout)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and re.fullmatch(message, out.strip()), out
+    assert not (checkout / output).exists()
+
+
 def test_the_notebook_of_partial_posteriors_executes(checkout):
     """On the run that the section before has left."""
     path = ROOT / "notebooks" / "mnist_plots.ipynb"
