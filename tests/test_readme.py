@@ -223,4 +223,4 @@ def test_notebooks_are_committed_with_their_outputs(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
-    assert path.stat().st_size < 500_000
+    assert path.stat().st_size < 300_000

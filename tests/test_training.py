@@ -773,11 +773,11 @@ def test_pretraining_then_training_with_an_optimiser_and_steps_of_its_own(pretra
 
 
 def test_where_pretraining_ends_the_initialised_model_is_validated(pretrained):
-    pretrained(optimizer={"learning_rate": 0.0})
+    pretrained(optimizer={"learning_rate": 0.0}, ema_decay=None)  # averaging equal weights may round
     found = rows(pretrained.path)
     assert [row["step"] for row in found] == [4, 5, 8, 12, 13]
     assert found[1]["val_answer"] == 42.0 and all(key == "step" or key.startswith("val_") for key in found[1])
-    assert found[1]["val_loss"] == pytest.approx(found[2]["val_loss"], rel=1e-6)  # nothing was learned since then
+    assert found[1]["val_loss"] == found[2]["val_loss"]  # nothing was learned since then
     assert "val_error_squared" not in found[0] and "val_error_squared" in found[1]
     assert found[2]["train_learning_rate"] == 0.0
 
