@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from numpyro import distributions as dist
 
+from posterior_matching import triangular
 from posterior_matching.errors import UserError
 from posterior_matching.networks import ResidualMLP, Shape
 
@@ -239,84 +240,6 @@ def _require_data_shape(head: str, meaning: str, features_shape: Shape, data_sha
         )
 
 
-class DiscretisedLogisticMixture:
-    """Mixtures of logistics over whole pixel values 0, ..., L - 1, one per pixel, its channels together.
-
-    In units where the values span [-1, 1], component k has a location m_k, a scale s_k and the distribution function
-    F_k; value v has probability F_k(v + 1/2) - F_k(v - 1/2), and the two outermost values also have the tails, so that
-    probabilities sum to one. With three channels the location of green is shifted by a linear function of red, and
-    that of blue by one of red and green (as in PixelCNN++, Salimans et al. 2017, but with unbounded coefficients).
-
-    Args:
-        parameters: `[..., logistic_mixture_parameters(C, K)]`.
-        channels: C, 1 or 3.
-        num_levels: L, at least 2.
-    """
-
-    def __init__(self, parameters: jax.Array, channels: int, num_levels: int):
-        num_components = parameters.shape[-1] // logistic_mixture_parameters(channels, 1)
-        parameters = parameters.reshape(*parameters.shape[:-1], num_components, -1)
-        logits, loc, scale, shift = jnp.split(parameters, [1, 1 + channels, 1 + 2 * channels], axis=-1)
-        self._log_weight = jax.nn.log_softmax(logits[..., 0])  # [..., K]
-        self._loc, self._shift = loc, shift  # [..., K, C] and [..., K, 0 or 3]
-        self._scale = jax.nn.softplus(scale) + math.exp(-7)  # [..., K, C]
-        self._channels, self._last = channels, num_levels - 1
-
-    def log_prob(self, x: jax.Array) -> jax.Array:
-        """Log-probability in nats of pixels `[..., C]`, whole numbers 0..L-1, all channels together: `[..., 1]`."""
-        x = x[..., None, :]  # [..., 1, C]
-        value = 2.0 * x / self._last - 1.0
-        centred = value - _locations(self._loc, self._shift, value)  # [..., K, C]
-        half = 1.0 / self._last  # of the distance between two values
-        upper, lower = (centred + half) / self._scale, (centred - half) / self._scale
-        first, last = x < 0.5, x > self._last - 0.5
-        # F(u) - F(l) = F(u) (1 - F(l)) (1 - exp(l - u)), which loses no digits however small it is.
-        below = jnp.where(last, 0.0, jax.nn.log_sigmoid(upper))
-        above = jnp.where(first, 0.0, jax.nn.log_sigmoid(-lower))
-        width = jnp.where(first | last, 0.0, jnp.log(-jnp.expm1(-2.0 * half / self._scale)))
-        component = (below + above + width).sum(-1)  # over channels
-        return jax.nn.logsumexp(self._log_weight + component, axis=-1, keepdims=True)
-
-    def sample(self, key: jax.Array) -> jax.Array:
-        """Draws pixels `[..., C]`."""
-        key_component, key_noise = jax.random.split(key)
-        component = jax.random.categorical(key_component, self._log_weight)[..., None, None]
-        loc, scale, shift = (
-            jnp.take_along_axis(a, component, axis=-2)[..., 0, :] for a in (self._loc, self._scale, self._shift)
-        )
-        noise = scale * jax.random.logistic(key_noise, scale.shape)
-        x = jnp.zeros_like(loc)
-        for _ in range(self._channels):  # a channel depends on those before it only: after round c it is final
-            x = jnp.round(self._level(_locations(loc, shift, 2.0 * x / self._last - 1.0) + noise))
-        return x
-
-    @property
-    def mean(self) -> jax.Array:
-        """Weighted average of the components' locations, each clipped to the values, rounded: pixels `[..., C]`."""
-        value = jnp.zeros_like(self._loc)
-        for _ in range(self._channels):  # as in `sample`
-            value = jnp.clip(_locations(self._loc, self._shift, value), -1.0, 1.0)
-        return jnp.round(self._level(jnp.einsum("...k,...kc->...c", jnp.exp(self._log_weight), value)))
-
-    def _level(self, value: jax.Array) -> jax.Array:
-        return jnp.clip((value + 1.0) / 2.0, 0.0, 1.0) * self._last
-
-
-def _locations(loc: jax.Array, shift: jax.Array, value: jax.Array) -> jax.Array:
-    """Locations `[..., C]` of the channels of a logistic, given the values of the channels before each."""
-    if loc.shape[-1] == 1:
-        return loc
-    red, green = value[..., 0], value[..., 1]
-    of_green, of_blue = shift[..., 0] * red, shift[..., 1] * red + shift[..., 2] * green
-    return loc + jnp.stack([jnp.zeros_like(of_green), of_green, of_blue], axis=-1)
-
-
-def logistic_mixture_parameters(channels: int, num_components: int) -> int:
-    """How many parameters a pixel's `DiscretisedLogisticMixture` takes: weight, locations, scales and shifts of each
-    component."""
-    return num_components * (1 + 2 * channels + channels * (channels - 1) // 2)
-
-
 def standard_normal(event_size: int) -> dist.Distribution:
     """The prior p(z) = N(0, I) over `[event_size]`."""
     return _diagonal(jnp.zeros(event_size), jnp.ones(event_size))
@@ -347,11 +270,13 @@ def kl_to_standard_normal(q: dist.Distribution) -> jax.Array:
 
 
 class _TriLNormal(dist.MultivariateNormal):
-    """A MultivariateNormal whose log-density calls none of JAX's solvers; see `_triangular_inverse`."""
+    """A MultivariateNormal whose log-density calls none of JAX's solvers; see `triangular`."""
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         difference = value - self.loc
-        noise = _solve(jnp.broadcast_to(self.scale_tril, (*difference.shape, difference.shape[-1])), difference)
+        noise = triangular.solve(
+            jnp.broadcast_to(self.scale_tril, (*difference.shape, difference.shape[-1])), difference
+        )
         log_determinant = jnp.log(jnp.diagonal(self.scale_tril, axis1=-2, axis2=-1)).sum(-1)
         return _standard_log_prob(noise) - log_determinant
 
@@ -365,72 +290,11 @@ def kl_divergence(q: dist.Distribution, p: dist.Distribution) -> jax.Array:
     if not isinstance(p, dist.MultivariateNormal):
         return dist.kl_divergence(q, p)
     # With p = N(m, L L^T) and q = N(n, S^2): (||L^-1 S||^2 + |L^-1 (n - m)|^2 - e) / 2 + log det L - log det S.
-    scale, inverse = q.base_dist.scale, _triangular_inverse(p.scale_tril)
+    scale, inverse = q.base_dist.scale, triangular.inverse(p.scale_tril)
     spread = jnp.square(inverse * scale[..., None, :]).sum((-2, -1))
     distance = jnp.square((inverse * (q.mean - p.mean)[..., None, :]).sum(-1)).sum(-1)
     log_determinants = jnp.log(jnp.diagonal(p.scale_tril, axis1=-2, axis2=-1) / scale).sum(-1)  # over e
     return 0.5 * (spread + distance - q.event_shape[0]) + log_determinants
-
-
-@jax.custom_vjp
-def _solve(tril: jax.Array, v: jax.Array) -> jax.Array:
-    """L^-1 v by forward substitution, for lower triangular L `[..., e, e]` and v `[..., e]`; see below."""
-    index = jnp.arange(v.shape[-1])
-
-    def add_entry(solution, i):
-        row = jnp.take(tril, i, axis=-2)
-        entry = (jnp.take(v, i, axis=-1) - (row * solution).sum(-1)) / jnp.take(row, i, axis=-1)
-        return jnp.where(index == i, entry[..., None], solution), None
-
-    return jax.lax.scan(add_entry, jnp.zeros_like(v), index)[0]
-
-
-def _solve_forward(tril, v):
-    solution = _solve(tril, v)
-    return solution, (tril, solution)
-
-
-def _solve_backward(residuals, g):
-    tril, solution = residuals
-    # L^T with both axes reversed is lower triangular.
-    transposed = jnp.flip(tril.swapaxes(-1, -2), (-2, -1))
-    v_gradient = jnp.flip(_solve(transposed, jnp.flip(g, -1)), -1)
-    return -jnp.tril(v_gradient[..., :, None] * solution[..., None, :]), v_gradient
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
-
-
-@jax.custom_vjp
-def _triangular_inverse(tril: jax.Array) -> jax.Array:
-    """Inverts lower triangular matrices `[..., e, e]` by forward substitution, row by row.
-
-    For many small matrices faster than LAPACK's solver on CPUs, where moreover two of JAX's batched solvers at once can
-    wait for each other for ever if there are only two cores (seen with jaxlib 0.10.2).
-    """
-    e = tril.shape[-1]
-    index = jnp.arange(e)
-
-    def add_row(inverse, i):
-        row = jnp.take(tril, i, axis=-2)
-        before = jnp.einsum("...k,...kj->...j", jnp.where(index < i, row, 0.0), inverse)
-        solved = (jnp.where(index == i, 1.0, 0.0) - before) / jnp.take(row, i, axis=-1)[..., None]
-        return jnp.where((index == i)[:, None], solved[..., None, :], inverse), None
-
-    return jax.lax.scan(add_row, jnp.zeros_like(tril), index)[0]
-
-
-def _triangular_inverse_forward(tril):
-    inverse = _triangular_inverse(tril)
-    return inverse, inverse
-
-
-def _triangular_inverse_backward(inverse, g):
-    transposed = inverse.swapaxes(-1, -2)
-    return (-jnp.tril(transposed @ g @ transposed),)
-
-
-_triangular_inverse.defvjp(_triangular_inverse_forward, _triangular_inverse_backward)
 
 
 def sample_and_log_prob(

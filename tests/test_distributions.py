@@ -15,16 +15,13 @@ from posterior_matching.distributions import (
     AutoregressiveGMM,
     Bernoulli,
     DiagonalGaussian,
-    DiscretisedLogisticMixture,
     IdentityGaussian,
     SharedScaleGaussian,
     TriLGaussian,
-    _triangular_inverse,
     diagonal_gaussian,
     entropy,
     kl_divergence,
     kl_to_standard_normal,
-    logistic_mixture_parameters,
     sample_and_log_prob,
     standard_normal,
     tril_gaussian,
@@ -492,87 +489,6 @@ def test_kl_between_diagonal_gaussians_equals_monte_carlo():
     q, p = (diagonal_gaussian(jnp.asarray(normal(seed, 4, 6))) for seed in (1, 2))
     z = q.sample(KEY, (20_000,))
     assert (np.abs(standard_errors(q.log_prob(z) - p.log_prob(z), np.asarray(kl_divergence(q, p)))) < Z_LIMIT).all()
-
-
-def test_triangular_inverse_and_its_gradient():
-    tril = np.tril(normal(0, 2, 4, 5, 5)) + 3 * np.eye(5, dtype=np.float32)
-    g = normal(1, 2, 4, 5, 5)
-
-    @jax.jit
-    def run(tril):
-        value, pullback = jax.vjp(_triangular_inverse, tril)
-        return value, pullback(jnp.asarray(g))[0]
-
-    value, gradient = run(jnp.asarray(tril))
-    inverse = np.linalg.inv(tril.astype(np.float64))
-    np.testing.assert_allclose(value, inverse, rtol=1e-4, atol=1e-6)
-    transposed = inverse.swapaxes(-1, -2)
-    np.testing.assert_allclose(gradient, -np.tril(transposed @ g @ transposed), rtol=1e-3, atol=1e-5)
-
-
-# Discretised mixture of logistics
-
-
-def grids(levels, channels):
-    return np.stack(np.meshgrid(*[np.arange(levels)] * channels, indexing="ij"), -1).reshape(-1, channels)
-
-
-@pytest.mark.parametrize(("levels", "channels", "scale"), [(256, 1, 1.0), (17, 1, 30.0), (2, 1, 1.0), (5, 3, 2.0)])
-def test_probabilities_of_all_pixel_values_sum_to_one(levels, channels, scale):
-    parameters = scale * normal(0, 6, 1, logistic_mixture_parameters(channels, 4))
-    x = grids(levels, channels)
-    p = DiscretisedLogisticMixture(jnp.asarray(parameters), channels, levels)
-    log_prob = np.asarray(jax.jit(p.log_prob)(jnp.float32(x)), np.float64)
-    assert log_prob.shape == (6, len(x), 1)
-    np.testing.assert_allclose(np.exp(log_prob).sum(1), 1.0, atol=2e-5)
-
-
-def test_grey_pixels_equal_scipys_logistic():
-    levels, k = 17, 3
-    parameters = normal(0, 4, 1, 3 * k)
-    x = np.arange(levels)
-    found = DiscretisedLogisticMixture(jnp.asarray(parameters), 1, levels).log_prob(jnp.float32(x)[:, None])
-    weight, loc, scale = np.moveaxis(parameters.astype(np.float64).reshape(4, 1, k, 3), -1, 0)
-    scale = softplus(scale) + np.exp(-7)
-    edges = np.concatenate([[-np.inf], 2 * (x[:-1] + 0.5) / (levels - 1) - 1, [np.inf]])[:, None]
-    mass = np.diff(scipy.stats.logistic.cdf(edges, loc, scale), axis=1)  # [4, levels, k]
-    weight = np.exp(weight) / np.exp(weight).sum(-1, keepdims=True)
-    np.testing.assert_allclose(np.asarray(found)[..., 0], np.log((weight * mass).sum(-1)), rtol=1e-4)
-
-
-@pytest.mark.parametrize(("levels", "channels"), [(9, 1), (3, 3)])
-def test_pixel_samples_follow_their_probabilities(levels, channels):
-    n, x = 40_000, grids(levels, channels)
-    p = DiscretisedLogisticMixture(
-        jnp.asarray(normal(3, 1, logistic_mixture_parameters(channels, 2))), channels, levels
-    )
-    expected = np.exp(np.asarray(p.log_prob(jnp.float32(x)), np.float64))[:, 0]
-    draws = np.asarray(jax.jit(jax.vmap(p.sample))(jax.random.split(KEY, n)), int)[:, 0]
-    counts = np.bincount(draws @ levels ** np.arange(channels)[::-1], minlength=len(x))
-    assert (np.abs(counts - n * expected) < Z_LIMIT * np.sqrt(n * expected) + 1).all()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_narrow_components_have_their_locations_as_mean_and_clip_them(channels):
-    """One component, scale near its minimum, locations chosen on and beyond the values; shifts included."""
-    shift = [0.5, -0.25, 0.25][: channels * (channels - 1) // 2]
-    parameters = jnp.array([0.0, *[-1.0, 1.0, 0.0][:channels], *[-20.0] * channels, *shift])
-    p = DiscretisedLogisticMixture(parameters, channels, 17)
-    # red -1; green 1 - 0.5; blue 0 + 0.25 + 0.25 * 0.5
-    np.testing.assert_array_equal(p.mean, [0.0, 12.0, 11.0][:channels])
-    np.testing.assert_array_equal(p.sample(KEY), p.mean)
-    beyond = DiscretisedLogisticMixture(parameters.at[1].set(7.0), channels, 17)
-    assert float(beyond.mean[0]) == 16.0
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_gradients_of_pixels_are_finite_far_out_and_at_the_edges(channels):
-    values = jnp.asarray(normal(0, 8, logistic_mixture_parameters(channels, 3)) * 100)
-    x = jnp.asarray(np.random.default_rng(0).choice([0.0, 1.0, 254.0, 255.0], (8, channels)), jnp.float32)
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda v: DiscretisedLogisticMixture(v, channels, 256).log_prob(x).sum())
-    )(values)
-    assert np.isfinite(value) and np.isfinite(gradient).all() and (np.asarray(gradient) != 0).any()
 
 
 def test_shared_scale_gaussian_takes_the_features_for_means():

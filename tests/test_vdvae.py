@@ -25,7 +25,14 @@ from posterior_matching import data
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import ExampleMap
 from posterior_matching.models import vdvae
-from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, Terms, encoder_resolutions, parse_encoder
+from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, Terms
+from posterior_matching.models.vdvae_layout import (
+    Layer,
+    encoder_resolutions,
+    parse_decoder,
+    parse_encoder,
+    parse_widths,
+)
 
 ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -63,9 +70,9 @@ def test_block_strings():
     layers = parse_encoder("28x2, 28d2,14x1,14d2,7d2,3x1,3d3", 28)
     assert layers == [(28, None), (28, None), (28, 2), (14, None), (14, 2), (7, 2), (3, None), (3, 3)]
     assert encoder_resolutions(layers) == [28, 14, 7, 3, 1]
-    assert vdvae.parse_decoder("1x2,3m1,28m3", 28, [28, 14, 7, 3, 1]) == [(1, None), (1, None), (3, 1), (28, 3)]
-    assert vdvae.parse_widths("", 9, [4, 1]) == {4: 9, 1: 9}
-    assert vdvae.parse_widths("1:5", 9, [4, 1]) == {4: 9, 1: 5}
+    assert parse_decoder("1x2,3m1,28m3", 28, [28, 14, 7, 3, 1]) == [(1, None), (1, None), (3, 1), (28, 3)]
+    assert parse_widths("", 9, [4, 1]) == {4: 9, 1: 9}
+    assert parse_widths("1:5", 9, [4, 1]) == {4: 9, 1: 5}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +128,7 @@ def test_pooling_drops_what_fills_no_window_and_upsampling_repeats_the_nearest()
 def test_initial_weights():
     """The prior starts at N(0, softplus(0)^2) and leaves the state alone; outputs of blocks are scaled by 1/sqrt(N)."""
     options = vdvae._Options(0.5, jnp.float32, False, vdvae._Keys(KEY))
-    block = vdvae.DecoderBlock(vdvae.Layer(1, None), 16, 4, 25, options)
+    block = vdvae.DecoderBlock(Layer(1, None), 16, 4, 25, options)
     head = block.prior_head.convs[-1]
     assert not head.kernel[...].any() and not head.bias[...].any()
     for conv in (block.project, block.resnet.convs[-1]):  # 4 x 16 and 8 x 16 weights

@@ -1,0 +1,65 @@
+"""Forward substitution for many small triangular matrices, with derivatives.
+
+On CPUs it is faster than LAPACK's solver for them, and two of JAX's batched solvers at once can wait for each other for
+ever if there are only two cores (seen with jaxlib 0.10.2).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def solve(tril: jax.Array, v: jax.Array) -> jax.Array:
+    """L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]`, entry by entry."""
+    index = jnp.arange(v.shape[-1])
+
+    def add_entry(solution, i):
+        row = jnp.take(tril, i, axis=-2)
+        entry = (jnp.take(v, i, axis=-1) - (row * solution).sum(-1)) / jnp.take(row, i, axis=-1)
+        return jnp.where(index == i, entry[..., None], solution), None
+
+    return jax.lax.scan(add_entry, jnp.zeros_like(v), index)[0]
+
+
+def _solve_forward(tril, v):
+    solution = solve(tril, v)
+    return solution, (tril, solution)
+
+
+def _solve_backward(residuals, g):
+    tril, solution = residuals
+    # L^T with both axes reversed is lower triangular.
+    transposed = jnp.flip(tril.swapaxes(-1, -2), (-2, -1))
+    v_gradient = jnp.flip(solve(transposed, jnp.flip(g, -1)), -1)
+    return -jnp.tril(v_gradient[..., :, None] * solution[..., None, :]), v_gradient
+
+
+solve.defvjp(_solve_forward, _solve_backward)
+
+
+@jax.custom_vjp
+def inverse(tril: jax.Array) -> jax.Array:
+    """L^-1 for lower triangular L `[..., e, e]`, row by row."""
+    e = tril.shape[-1]
+    index = jnp.arange(e)
+
+    def add_row(rows, i):
+        row = jnp.take(tril, i, axis=-2)
+        before = jnp.einsum("...k,...kj->...j", jnp.where(index < i, row, 0.0), rows)
+        solved = (jnp.where(index == i, 1.0, 0.0) - before) / jnp.take(row, i, axis=-1)[..., None]
+        return jnp.where((index == i)[:, None], solved[..., None, :], rows), None
+
+    return jax.lax.scan(add_row, jnp.zeros_like(tril), index)[0]
+
+
+def _inverse_forward(tril):
+    result = inverse(tril)
+    return result, result
+
+
+def _inverse_backward(result, g):
+    transposed = result.swapaxes(-1, -2)
+    return (-jnp.tril(transposed @ g @ transposed),)
+
+
+inverse.defvjp(_inverse_forward, _inverse_backward)

@@ -1,0 +1,49 @@
+"""Forward substitution and its derivatives against NumPy's solver and the textbook's formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posterior_matching import triangular
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def triangles():
+    return np.tril(normal(0, 2, 4, 5, 5)) + 3 * np.eye(5, dtype=np.float32)
+
+
+def test_inverse_and_its_gradient():
+    tril = triangles()
+    g = normal(1, 2, 4, 5, 5)
+
+    @jax.jit
+    def run(tril):
+        value, pullback = jax.vjp(triangular.inverse, tril)
+        return value, pullback(jnp.asarray(g))[0]
+
+    value, gradient = run(jnp.asarray(tril))
+    inverse = np.linalg.inv(tril.astype(np.float64))
+    np.testing.assert_allclose(value, inverse, rtol=1e-4, atol=1e-6)
+    transposed = inverse.swapaxes(-1, -2)
+    np.testing.assert_allclose(gradient, -np.tril(transposed @ g @ transposed), rtol=1e-3, atol=1e-5)
+
+
+def test_solution_and_its_gradients():
+    tril, v, g = triangles(), normal(1, 2, 4, 5), normal(2, 2, 4, 5)
+
+    @jax.jit
+    def run(tril, v):
+        value, pullback = jax.vjp(triangular.solve, tril, v)
+        return value, *pullback(jnp.asarray(g))
+
+    value, tril_gradient, v_gradient = run(jnp.asarray(tril), jnp.asarray(v))
+    inverse = np.linalg.inv(tril.astype(np.float64))
+    expected = np.einsum("...ij,...j->...i", inverse, v)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+    expected_gradient = np.einsum("...ji,...j->...i", inverse, g)  # L^-T g
+    np.testing.assert_allclose(v_gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+    outer = expected_gradient[..., :, None] * expected[..., None, :]
+    np.testing.assert_allclose(tril_gradient, -np.tril(outer), rtol=1e-3, atol=1e-5)
