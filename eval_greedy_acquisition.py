@@ -23,7 +23,7 @@ from posterior_matching.evaluation import ExampleMap, Results, load_dataset, loa
 from posterior_matching.masking import mask_shape
 from posterior_matching.models.lookahead import LookaheadPosterior
 
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of train_lookahead_posterior.py.", required=True)
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_lookahead_posterior.py", required=True)
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset; 'all' for every row of your own file.")
 _CHECKPOINT = flags.DEFINE_enum(

@@ -17,7 +17,7 @@ from posterior_matching import baselines, cli, data, masking, metrics, runs
 from posterior_matching.evaluation import ExampleMap, Results, load_dataset, rows, training_rows
 from posterior_matching.images import imputation_grid, save_png
 
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of train_pm_vae.py.", required=True)
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_pm_vae.py", required=True)
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset; 'all' for every row of your own file.")
 _CHECKPOINT = flags.DEFINE_enum(

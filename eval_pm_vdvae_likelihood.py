@@ -21,7 +21,7 @@ from posterior_matching.evaluation import ExampleMap, Results, load_dataset, ope
 
 _INSTANCES_PER_DEVICE = 625  # as published
 
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of train_pm_vdvae.py.", required=True)
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_pm_vdvae.py", required=True)
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
 _CHECKPOINT = flags.DEFINE_enum(

@@ -16,12 +16,11 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from benchmarks import synthetic
 from posterior_matching import acquisition, cli, data, masking
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The lookahead experiment to measure.", lock_config=True)
+_CONFIG = cli.config_flag("the lookahead experiment to measure")
 _SAMPLES = flags.DEFINE_integer("num_samples", 50, "Imputations per example.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Examples at once.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from benchmarks import synthetic
 from posterior_matching import cli, data, masking
 from posterior_matching.models.pixel_cnn import PixelCNN
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A config of a PM-VQVAE.", lock_config=True)
+_CONFIG = cli.config_flag("a config of a PM-VQVAE")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("num_samples", 10, "Imputations of each.", lower_bound=1)
 

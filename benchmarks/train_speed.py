@@ -22,14 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from benchmarks import synthetic
 from posterior_matching import cli, parallel, training
 from posterior_matching.config import call
 from posterior_matching.training import TrainingOptions
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment to measure.", lock_config=True)
+_CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
 
 

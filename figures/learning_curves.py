@@ -1,9 +1,8 @@
 """Draws the loss of runs against the step, from their metrics.jsonl.
 
-python figures/learning_curves.py runs/a runs/b ... --output figures/learning_curves.png
+python figures/learning_curves.py --run_dir runs/a --run_dir runs/b --output figures/learning_curves.png
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -15,9 +14,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from absl import flags
 
-from posterior_matching import runs
+from posterior_matching import cli, runs
 from posterior_matching.errors import UserError
+
+_RUN_DIRS = flags.DEFINE_multi_string("run_dir", None, "a run directory; give it once for each run", required=True)
+_OUTPUT = flags.DEFINE_string("output", "learning_curves.png", "Where the picture goes.")
 
 _COLUMNS = 3
 
@@ -58,16 +61,13 @@ def draw(run_dirs: list[str], output: str) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
-    parser.add_argument("--output", default="learning_curves.png")
-    arguments = parser.parse_args()
+    """Draws what the flags say."""
     try:
-        draw(arguments.run_dirs, arguments.output)
-    except (UserError, OSError, ValueError) as error:  # the latter two: OUTPUT cannot be written
-        sys.exit(f"error: {error}")
+        draw(_RUN_DIRS.value, _OUTPUT.value)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --output={_OUTPUT.value}: {error}") from None
+    print(f"written to {_OUTPUT.value}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,9 +1,8 @@
 """Draws the figure of the README: what Posterior Matching is, with the images and latents of a trained run.
 
-python figures/method.py runs/demo --output figures/method.png
+python figures/method.py --run_dir runs/demo --output figures/method.png
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -12,14 +11,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 import matplotlib
 import numpy as np
+from absl import flags
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from posterior_matching import data, runs
+from posterior_matching import cli, data, runs
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import load_dataset
+
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_pm_vae.py, on images", required=True)
+_OUTPUT = flags.DEFINE_string("output", "method.png", "Where the figure goes.")
+_EXAMPLE = flags.DEFINE_integer("example", 2, "Which test image.")
 
 _POSTERIOR, _PARTIAL = "tab:red", "tab:blue"
 
@@ -96,17 +100,13 @@ def draw(run_dir: str, output: str, example: int) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", metavar="RUN_DIR")
-    parser.add_argument("--output", default="method.png")
-    parser.add_argument("--example", type=int, default=2, help="which test image")
-    arguments = parser.parse_args()
+    """Draws what the flags say."""
     try:
-        draw(arguments.run_dir, arguments.output, arguments.example)
-    except (UserError, OSError, ValueError) as error:  # the latter two: OUTPUT cannot be written
-        sys.exit(f"error: {error}")
+        draw(_RUN_DIR.value, _OUTPUT.value, _EXAMPLE.value)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --output={_OUTPUT.value}: {error}") from None
+    print(f"written to {_OUTPUT.value}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

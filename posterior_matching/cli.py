@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -21,17 +22,13 @@ FLAGS = flags.FLAGS
 
 def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
     """Runs a training script: `--config FILE [--config.key=value ...] [--run_dir DIR]`, and flags for several hosts."""
-    config = config_flags.DEFINE_config_file("config", None, "The experiment: a file of configs/.", lock_config=True)
+    config = config_flag("the experiment, for example configs/pm_vae_digits.py")
     run_dir = flags.DEFINE_string("run_dir", None, "Run directory; resumed if it holds this run.")
     coordinator = flags.DEFINE_string("coordinator_address", None, "Several hosts: host:port of process 0.")
     num_processes = flags.DEFINE_integer("num_processes", 1, "Several hosts: number of processes.", lower_bound=1)
     process_id = flags.DEFINE_integer("process_id", 0, "Several hosts: index of this process.", lower_bound=0)
 
     def main() -> None:
-        if config.value is None:
-            raise UserError(
-                "missing flag --config: the experiment to run, for example --config configs/pm_vae_digits.py"
-            )
         if num_processes.value > 1:
             if coordinator.value is None or run_dir.value is None:
                 raise UserError("--num_processes above 1 needs --coordinator_address and --run_dir")
@@ -41,6 +38,13 @@ def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
         train(config.value, run_dir.value)
 
     run(main)
+
+
+def config_flag(meaning: str) -> flags.FlagHolder:
+    """Defines the required flag `--config FILE`, whose keys are flags too; `meaning` is its help."""
+    config = config_flags.DEFINE_config_file("config", None, meaning, lock_config=True)
+    flags.mark_flag_as_required("config")
+    return config
 
 
 def run(main: Callable[[], None]) -> None:
@@ -69,7 +73,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         _fail(f"unknown flag --{error.flagname}: {_nearest_flag(error.flagname)}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(_override_problem(arguments, config) or str(error).replace("\n", " "))
+        _fail(_override_problem(arguments, config) or _missing_flag(error) or str(error).replace("\n", " "))
 
 
 def _read_config(path: str) -> ConfigDict:
@@ -86,6 +90,12 @@ def _read_config(path: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         _fail(f"cannot read the config {path}: get_config() returns {type(config).__name__}, not a ConfigDict")
     return config
+
+
+def _missing_flag(error: Exception) -> str | None:
+    """Says which required flag is missing; None if the error is another."""
+    missing = re.match(r"flag --(\w+)=None: Flag --\1 must have a value", str(error))
+    return missing and f"missing flag --{missing[1]}: {FLAGS[missing[1]].help}"
 
 
 def _nearest_flag(name: str) -> str:

@@ -60,7 +60,9 @@ def parse(config: Mapping[str, Any], *option_types: type) -> tuple[Any, ...]:
     known = set().union(*fields)
     for key in config:
         if key not in known:
-            raise UserError(f"unknown key 'config.{key}': {nearest(key, known)}")
+            raise UserError(
+                f"unknown key 'config.{key}': {nearest(key, known)} (or the config is one for another script)"
+            )
     return tuple(
         call(option_type, {key: config[key] for key in config if key in names}, "config")
         for option_type, names in zip(option_types, fields, strict=True)

@@ -19,7 +19,7 @@ from posterior_matching.evaluation import ExampleMap, Results, load_dataset, row
 from posterior_matching.images import imputation_grid, save_png
 from posterior_matching.progress import progress_bar
 
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "Run directory of the training script.", required=True)
+_RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of the training script", required=True)
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
 _CHECKPOINT = flags.DEFINE_enum(

@@ -127,7 +127,12 @@ def test_the_harness_can_succeed(script):
 
 def test_no_config(script):
     message = refused(script, "train_pm_vae", "--run_dir=run")
-    assert "--config" in message and "configs/pm_vae_digits.py" in message
+    assert message == "error: missing flag --config: the experiment, for example configs/pm_vae_digits.py"
+
+
+def test_a_config_of_another_script(script):
+    message = train(script, config=ROOT / "configs" / "vade_digits.py")
+    assert "unknown key 'config." in message and "(or the config is one for another script)" in message
 
 
 @pytest.mark.parametrize("argument", ["--config=configs/pm_vae_nothing.py", "--config=", "--config=configs"])
@@ -332,7 +337,7 @@ def evaluate(script, *arguments):
 
 
 def test_evaluating_no_run(script):
-    assert "--run_dir" in evaluate(script)
+    assert evaluate(script) == "error: missing flag --run_dir: run directory of train_pm_vae.py"
     assert "run directory run does not exist" in evaluate(script, "--run_dir=run")
     (script.folder / "empty").mkdir()
     assert "empty is not a run directory: it has no config.json" in evaluate(script, "--run_dir=empty")
