@@ -40,7 +40,7 @@ def main() -> None:
 
     @nnx.jit
     def anew(model, x, b):
-        condition = jnp.concatenate([model.conditional_input(x, b)] * _SAMPLES.value)
+        condition = jnp.tile(model.conditional_input(x, b), (_SAMPLES.value, 1))
         return model.vqvae.decode(sample_anew(model.pixel_cnn, condition, jax.random.key(0))).mean
 
     seconds = {name: time_call(fn, model, x, b) for name, fn in (("remembering", remembering), ("anew", anew))}

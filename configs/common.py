@@ -236,7 +236,6 @@ def pm_vqvae(num_resnet: int, num_filters: int = 128, conditional_dim: int = 512
     config.model = ConfigDict(
         {
             "conditional_dim": conditional_dim,  # of what the PixelCNN is told about the observed pixels
-            "spatial_condition": False,  # True: for each position of the code grid; False: one vector, as published
             "pixel_cnn": {
                 "num_resnet": num_resnet,
                 "num_filters": num_filters,

@@ -86,7 +86,7 @@ class GatedResidual(nnx.Module):
         if beside:
             h = h + self.beside(concat_elu(jnp.concatenate(beside, axis=-1)))
         h = self.dropout(concat_elu(h), deterministic=rngs is None, rngs=rngs)
-        h = view.conv(self.second, h, level) + self.condition(view.condition(condition, level))
+        h = view.conv(self.second, h, level) + view.spread(self.condition(condition))
         value, gate = jnp.split(h, 2, axis=-1)
         return x + value * jax.nn.sigmoid(gate)
 
@@ -211,7 +211,7 @@ class PixelCNN(nnx.Module):
 
         Args:
             codes: `[B, H, W]`, int32.
-            condition: `[B, conditional_dim]`, or `[B, H, W, conditional_dim]`: one for each position.
+            condition: `[B, conditional_dim]`.
             rngs: Dropout stream, while training.
         """
         view, embedded = _WholeGrid(self.grid), self.embedding(codes)
@@ -224,7 +224,7 @@ class PixelCNN(nnx.Module):
         return jnp.take_along_axis(log_probs, codes[..., None], axis=-1).sum((1, 2, 3))  # over positions
 
     def sample(self, condition: jax.Array, key: jax.Array) -> jax.Array:
-        """Draws codes, int32 `[B, H, W]`, given `condition` as in `logits`; one position after the other."""
+        """Draws codes, int32 `[B, H, W]`, given `condition: [B, conditional_dim]`; one position after the other."""
         height, width = self.grid
 
         def row(i, embedded, memory=None):
@@ -287,9 +287,9 @@ class _WholeGrid:
         """Applies a convolution to what is there already."""
         return conv(x)
 
-    def condition(self, condition: jax.Array, level: int) -> jax.Array:
-        """The condition at the positions in view, or one for all of them."""
-        return condition[:, None, None] if condition.ndim == 2 else condition[:, :: 2**level, :: 2**level]
+    def spread(self, condition: jax.Array) -> jax.Array:
+        """Gives `[B, C]` the axes of the positions."""
+        return condition[:, None, None, :]
 
     def other(self, features: jax.Array, level: int) -> jax.Array:  # noqa: ARG002 (the same at all levels)
         """The features of the other stack that belong to the positions in view."""
@@ -325,11 +325,8 @@ class _OneRow:
         starts = range(_LEFT + conv.columns[0], _LEFT + conv.columns[1] + 1)
         return conv.at([row[start : start + width : conv.stride] for row in rows for start in starts])
 
-    def condition(self, condition: jax.Array, level: int) -> jax.Array:
-        if condition.ndim == 2:
-            return condition
-        row = lax.dynamic_index_in_dim(condition, self._i >> level << level, axis=1, keepdims=False)  # [B, W, C]
-        return row.swapaxes(0, 1)[:: 2**level]
+    def spread(self, condition: jax.Array) -> jax.Array:
+        return condition
 
     def grow(self, y: jax.Array, level: int) -> jax.Array:
         w, n, _ = y.shape
@@ -361,10 +358,6 @@ class _OnePosition(_OneRow):
         size = conv.kernel.shape[:2]
         window = lax.dynamic_slice(seen, (above, left, 0, 0), (*size, *seen.shape[2:]))
         return conv.at(list(window.reshape(math.prod(size), *seen.shape[2:])))
-
-    def condition(self, condition: jax.Array, level: int) -> jax.Array:
-        row = super().condition(condition, level)
-        return row if condition.ndim == 2 else lax.dynamic_index_in_dim(row, self._j >> level, keepdims=False)
 
     def other(self, features: jax.Array, level: int) -> jax.Array:
         return lax.dynamic_index_in_dim(features, self._j >> level, keepdims=False)

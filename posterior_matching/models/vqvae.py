@@ -322,33 +322,23 @@ class PosteriorMatchingVQVAE(nnx.Module):
     Args:
         vqvae: The VQ-VAE, trained already.
         partial_encoder: Sees `[x * b, b]`; its features go to `condition`.
-        condition: From features, of the whole grid or of each position, to the PixelCNN's conditional input.
+        condition: From flattened features to the PixelCNN's conditional input.
         pixel_cnn: q(z | x_o) given that input.
-        spatial_condition: Whether it is of each position.
     """
 
-    def __init__(
-        self,
-        vqvae: VQVAE,
-        partial_encoder: Encoder,
-        condition: nnx.Linear,
-        pixel_cnn: PixelCNN,
-        spatial_condition: bool,
-    ):
+    def __init__(self, vqvae: VQVAE, partial_encoder: Encoder, condition: nnx.Linear, pixel_cnn: PixelCNN):
         self.vqvae = vqvae
         self.partial_encoder = partial_encoder
         self.condition = condition
         self.pixel_cnn = pixel_cnn
-        self.spatial_condition = spatial_condition
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVQVAE":
         """Builds the model from `config.model`.
 
         Args:
-            config: `vqvae`, the options of `VQVAE`; `pixel_cnn`, the options of `PixelCNN`; `conditional_dim`, length
-                of its conditional input; `spatial_condition`, whether that is one vector for each position of the code
-                grid or, as published, one for all. The partial encoder is built like the encoder.
+            config: `vqvae`, the options of `VQVAE`; `conditional_dim`, length of the PixelCNN's conditional input;
+                `pixel_cnn`, the options of `PixelCNN`. The partial encoder is built like the encoder.
             input_shape: `(H, W, C)`.
             rngs: Source of initial weights.
 
@@ -358,9 +348,9 @@ class PosteriorMatchingVQVAE(nnx.Module):
         return call(_build, config, "config.model", input_shape=tuple(input_shape), rngs=rngs)
 
     def conditional_input(self, x: jax.Array, b: jax.Array) -> jax.Array:
-        """What the PixelCNN knows of the observed pixels of `x: [B, H, W, C]`: `[B, (h, w,) conditional_dim]`."""
+        """What the PixelCNN knows of the observed pixels of `x: [B, H, W, C]`: `[B, conditional_dim]`."""
         features = self.partial_encoder(partial_input(x, b))
-        return self.condition(features if self.spatial_condition else features.reshape(len(x), -1))
+        return self.condition(features.reshape(len(x), -1))
 
     def matching_ll(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """log q(z | x_o) in nats, `[B]`, at the code z of x: its mean is the Posterior Matching objective.
@@ -385,8 +375,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
             `[num_samples, B, H, W, C]`.
         """
         condition = self.conditional_input(x, b)
-        condition = jnp.concatenate([condition] * num_samples)
-        codes = self.pixel_cnn.sample(condition, key)  # [S B, h, w]
+        codes = self.pixel_cnn.sample(jnp.tile(condition, (num_samples, 1)), key)  # [S B, h, w]
         means = jnp.clip(self.vqvae.decode(codes).mean, 0.0, 1.0)
         return jnp.where(b == 1, x, means.reshape(num_samples, *x.shape))
 
@@ -396,7 +385,6 @@ def _build(
     vqvae: Mapping[str, Any],
     conditional_dim: int,
     pixel_cnn: Mapping[str, Any],
-    spatial_condition: bool = False,
     input_shape: Shape,
     rngs: nnx.Rngs,
 ) -> PosteriorMatchingVQVAE:
@@ -409,8 +397,7 @@ def _build(
         strides=vqvae.get("strides", (2, 2)),
         rngs=rngs,
     )
-    features = partial_encoder.output_shape[-1] if spatial_condition else math.prod(partial_encoder.output_shape)
-    condition = nnx.Linear(features, conditional_dim, rngs=rngs)
+    condition = nnx.Linear(math.prod(partial_encoder.output_shape), conditional_dim, rngs=rngs)
     context = {"grid": base.grid, "codebook_size": base.codebook_size, "conditional_dim": conditional_dim}
     network = call(PixelCNN, pixel_cnn, "config.model.pixel_cnn", **context, rngs=rngs)
-    return PosteriorMatchingVQVAE(base, partial_encoder, condition, network, spatial_condition)
+    return PosteriorMatchingVQVAE(base, partial_encoder, condition, network)
