@@ -1,7 +1,6 @@
 """Lookahead posteriors: what will be known about z after observing one more feature, before its value is seen."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,10 +11,8 @@ from posterior_matching import distributions
 from posterior_matching.config import build, call
 from posterior_matching.errors import UserError
 from posterior_matching.masking import mask_shape, partial_input
-from posterior_matching.models.vae import PosteriorMatchingVAE
+from posterior_matching.models.vae import Config, PosteriorMatchingVAE
 from posterior_matching.networks import NETWORKS, Shape
-
-Config = Mapping[str, Any]
 
 SPREADS = ("remaining", "total")
 
