@@ -10,11 +10,11 @@ def get_config():
     config = common.pm_vqvae(num_resnet=2, num_filters=48, conditional_dim=128)
     config.dataset = "digits"
     config.mask_generator = {"name": "MNISTMaskGenerator", "dim": 8}
-    config.model.pixel_cnn.dropout = 0.3
+    config.model.pixel_cnn.dropout = 0.1
     config.noise_std = 0.08
-    config.batch_size = 64
-    config.steps = 4000
-    config.validation_every = 500
-    config.ema_decay = 0.995
-    config.optimizer.update({"learning_rate": 1e-3, "decay_rate": 0.9, "transition_steps": 300})
+    config.batch_size = 32
+    config.steps = 7000
+    config.validation_every = 1000
+    config.ema_decay = 0.998
+    config.optimizer.update({"learning_rate": 2e-3, "decay_rate": 0.9, "transition_steps": 400})
     return config

@@ -7,13 +7,13 @@ from configs import common
 
 
 def get_config():
-    config = common.vqvae(hidden_units=64, residual_units=32, codebook_size=128, embedding_dim=16)
+    config = common.vqvae(hidden_units=64, residual_units=32, codebook_size=16, embedding_dim=16)
     config.dataset = "digits"
     config.model.strides = (2, 1)  # a 4x4 grid: with 2x2 codes an image would have too few
     config.noise_std = 0.05  # with 1,257 images, noise and averaged weights (EMA) gain 2 dB of reconstruction
     config.ema_decay = 0.995
     config.batch_size = 64
-    config.steps = 3000
+    config.steps = 4000
     config.validation_every = 500
-    config.optimizer.update({"learning_rate": 1e-3, "decay_rate": 0.9, "transition_steps": 200})
+    config.optimizer.update({"learning_rate": 2e-3, "decay_rate": 0.9, "transition_steps": 300})
     return config
