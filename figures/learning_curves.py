@@ -40,8 +40,8 @@ def read_losses(run_dir: str) -> dict[str, np.ndarray]:
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in ("step", "train_loss", "val_loss")}
 
 
-def draw(run_dirs: list[str], output: str) -> None:
-    """Writes one picture with a panel for each run."""
+def draw(run_dirs: list[str]) -> plt.Figure:
+    """Draws one picture with a panel for each run."""
     losses = [read_losses(run_dir) for run_dir in run_dirs]
     num_rows = -(-len(losses) // _COLUMNS)
     figure, axes = plt.subplots(num_rows, _COLUMNS, figsize=(9, 2.1 * num_rows), squeeze=False)
@@ -57,13 +57,14 @@ def draw(run_dirs: list[str], output: str) -> None:
     figure.supxlabel("step", fontsize=8)
     figure.supylabel("loss, nats", fontsize=8)
     figure.tight_layout()
-    figure.savefig(output, dpi=100)
+    return figure
 
 
 def main() -> None:
-    """Draws what the flags say."""
+    """Draws what the flags say, and writes it."""
+    figure = draw(_RUN_DIRS.value)
     try:
-        draw(_RUN_DIRS.value, _OUTPUT.value)
+        figure.savefig(_OUTPUT.value, dpi=100)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write --output={_OUTPUT.value}: {error}") from None
     print(f"written to {_OUTPUT.value}")

@@ -28,8 +28,8 @@ _EXAMPLE = flags.DEFINE_integer("example", 2, "Which test image.")
 _POSTERIOR, _PARTIAL = "tab:red", "tab:blue"
 
 
-def draw(run_dir: str, output: str, example: int) -> None:
-    """Writes the figure, about test image number `example` of a PM-VAE run on images."""
+def draw(run_dir: str, example: int) -> plt.Figure:
+    """Draws the figure, about test image number `example` of a PM-VAE run on images."""
     model = runs.load_model(run_dir, "pm_vae")
     dataset = load_dataset(runs.read_description(run_dir, "pm_vae"), None, "test", None)
     if len(dataset.input_shape) != 3:
@@ -96,13 +96,14 @@ def draw(run_dir: str, output: str, example: int) -> None:
     arrow((7.48, 1.6), (7.8, 1.6))
     for index, pixels in enumerate(imputations):
         show(pixels, 7.85, 2.33 - 0.73 * index, 0.65, "$x_u \\sim p(x_u \\mid x_o)$" if index == 0 else "")
-    figure.savefig(output, dpi=150, facecolor="white")
+    return figure
 
 
 def main() -> None:
-    """Draws what the flags say."""
+    """Draws what the flags say, and writes it."""
+    figure = draw(_RUN_DIR.value, _EXAMPLE.value)
     try:
-        draw(_RUN_DIR.value, _OUTPUT.value, _EXAMPLE.value)
+        figure.savefig(_OUTPUT.value, dpi=150, facecolor="white")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write --output={_OUTPUT.value}: {error}") from None
     print(f"written to {_OUTPUT.value}")
