@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from arrays import Z_LIMIT, normal, softplus
 from flax import nnx
 from numpyro import distributions as dist
 from scipy.special import expit, log_expit, logsumexp
@@ -30,15 +31,6 @@ from posterior_matching.distributions import (
 from posterior_matching.errors import UserError
 
 KEY = jax.random.key(0)
-Z_LIMIT = 5.0  # standard errors
-
-
-def softplus(a):
-    return np.logaddexp(0.0, a)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def filled(make, seed=0, scale=1.0):

@@ -5,19 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from arrays import Z_LIMIT, normal, softplus
 
 from posterior_matching.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
 
 KEY = jax.random.key(0)
-Z_LIMIT = 5.0  # standard errors
-
-
-def softplus(a):
-    return np.logaddexp(0.0, a)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def grids(levels, channels):

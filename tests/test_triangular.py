@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arrays import normal
 
 from posterior_matching import triangular
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def triangles():
