@@ -95,7 +95,8 @@ def _read_config(path: str) -> ConfigDict:
 def _missing_flag(error: Exception) -> str | None:
     """Says which required flag is missing; None if the error is another."""
     missing = re.match(r"flag --(\w+)=None: Flag --\1 must have a value", str(error))
-    return missing and f"missing flag --{missing[1]}: {FLAGS[missing[1]].help}"
+    # Flags that may be given several times have a second line of help.
+    return missing and f"missing flag --{missing[1]}: {FLAGS[missing[1]].help.splitlines()[0].rstrip(';')}"
 
 
 def _nearest_flag(name: str) -> str:

@@ -187,6 +187,7 @@ def test_the_commands_of_a_section_run(heading, checkout):
 @pytest.mark.parametrize(
     ("script", "run_dir", "output", "message"),
     [
+        ("learning_curves", None, "a.png", "error: missing flag --run_dir: a run directory; give it once for each run"),
         ("method", "nowhere", "a.png", "error: run directory nowhere does not exist"),
         ("learning_curves", "configs", "a.png", "error: configs is not a run directory: it has no config.json"),
         ("learning_curves", "runs/digits", "no/a.png", "error: cannot write --output=no/a.png: .*No such file.*"),
@@ -194,7 +195,8 @@ def test_the_commands_of_a_section_run(heading, checkout):
     ],
 )
 def test_figures_say_what_is_wrong_in_one_line(script, run_dir, output, message, checkout):
-    process = start([sys.executable, f"figures/{script}.py", "--run_dir", run_dir, "--output", output], checkout)
+    runs = [] if run_dir is None else ["--run_dir", run_dir]
+    process = start([sys.executable, f"figures/{script}.py", *runs, "--output", output], checkout)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and re.fullmatch(message, out.strip()), out
     assert not (checkout / output).exists()
