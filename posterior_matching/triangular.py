@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def solve(tril: jax.Array, v: jax.Array) -> jax.Array:
-    """L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]`, entry by entry."""
+    """w = L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]` (leading axes alike), entry by entry."""
     index = jnp.arange(v.shape[-1])
 
-    def add_entry(solution, i):
+    def add_entry(solution, i):  # w_i = (v_i - sum_{j<i} L_ij w_j) / L_ii
         row = jnp.take(tril, i, axis=-2)
         entry = (jnp.take(v, i, axis=-1) - (row * solution).sum(-1)) / jnp.take(row, i, axis=-1)
         return jnp.where(index == i, entry[..., None], solution), None
@@ -43,7 +43,7 @@ def inverse(tril: jax.Array) -> jax.Array:
     e = tril.shape[-1]
     index = jnp.arange(e)
 
-    def add_row(rows, i):
+    def add_row(rows, i):  # as in `solve`, with the columns of the identity for v
         row = jnp.take(tril, i, axis=-2)
         before = jnp.einsum("...k,...kj->...j", jnp.where(index < i, row, 0.0), rows)
         solved = (jnp.where(index == i, 1.0, 0.0) - before) / jnp.take(row, i, axis=-1)[..., None]
