@@ -68,12 +68,15 @@ def run(main: Callable[[], None]) -> None:
 def _parse_flags(arguments: list[str]) -> list[str]:
     path = config_path(arguments)
     config = None if path is None else _read_config(path)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     try:
-        return FLAGS(arguments)
+        return FLAGS(arguments)  # imports the config: without this it would leave a __pycache__ beside it
     except flags.UnrecognizedFlagError as error:
         _fail(f"unknown flag --{error.flagname}: {_nearest_flag(error.flagname)}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         _fail(_override_problem(arguments, config) or _missing_flag(error) or str(error).replace("\n", " "))
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _read_config(path: str) -> ConfigDict:

@@ -63,6 +63,7 @@ def get_config():
 def server():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] = os.environ["XLA_FLAGS_OF_SCRIPTS"]
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # Python would leave more behind for a user
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes) as process:
         yield process
