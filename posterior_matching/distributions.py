@@ -87,7 +87,7 @@ def tril_gaussian(parameters: jax.Array, event_size: int) -> dist.Distribution:
     loc, entries = jnp.split(parameters, [e], axis=-1)
     # The e (e + 1) / 2 entries fill the lower triangle, in an order that needs no gather or scatter.
     square = jnp.concatenate([entries[..., e:], entries[..., ::-1]], axis=-1).reshape(*entries.shape[:-1], e, e)
-    diagonal = jax.nn.softplus(jnp.diagonal(square, axis1=-2, axis2=-1)) + _MIN_SCALE
+    diagonal = jax.nn.softplus(triangular.diagonal(square)) + _MIN_SCALE
     scale_tril = jnp.where(jnp.eye(e, dtype=bool), diagonal[..., None, :], jnp.tril(square))
     return _TriLNormal(loc, scale_tril=scale_tril, **_UNCHECKED)
 
@@ -261,7 +261,7 @@ def kl_to_standard_normal(q: dist.Distribution) -> jax.Array:
     """
     if isinstance(q, dist.MultivariateNormal):
         loc, variance = q.mean, jnp.square(q.scale_tril).sum(-1)
-        log_scale = jnp.log(jnp.diagonal(q.scale_tril, axis1=-2, axis2=-1))
+        log_scale = jnp.log(triangular.diagonal(q.scale_tril))
     elif isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
         loc, variance, log_scale = q.mean, q.variance, jnp.log(q.base_dist.scale)
     else:
@@ -277,7 +277,7 @@ class _TriLNormal(dist.MultivariateNormal):
         noise = triangular.solve(
             jnp.broadcast_to(self.scale_tril, (*difference.shape, difference.shape[-1])), difference
         )
-        log_determinant = jnp.log(jnp.diagonal(self.scale_tril, axis1=-2, axis2=-1)).sum(-1)
+        log_determinant = jnp.log(triangular.diagonal(self.scale_tril)).sum(-1)
         return _standard_log_prob(noise) - log_determinant
 
 
@@ -293,7 +293,7 @@ def kl_divergence(q: dist.Distribution, p: dist.Distribution) -> jax.Array:
     scale, inverse = q.base_dist.scale, triangular.inverse(p.scale_tril)
     spread = jnp.square(inverse * scale[..., None, :]).sum((-2, -1))
     distance = jnp.square((inverse * (q.mean - p.mean)[..., None, :]).sum(-1)).sum(-1)
-    log_determinants = jnp.log(jnp.diagonal(p.scale_tril, axis1=-2, axis2=-1) / scale).sum(-1)  # over e
+    log_determinants = jnp.log(triangular.diagonal(p.scale_tril) / scale).sum(-1)  # over e
     return 0.5 * (spread + distance - q.event_shape[0]) + log_determinants
 
 
@@ -305,7 +305,7 @@ def sample_and_log_prob(
         return q.sample_and_log_prob(key, sample_shape)
     if isinstance(q, dist.MultivariateNormal):  # from the noise, without solving for it again
         noise = jax.random.normal(key, q.shape(sample_shape))
-        log_determinant = jnp.log(jnp.diagonal(q.scale_tril, axis1=-2, axis2=-1)).sum(-1)
+        log_determinant = jnp.log(triangular.diagonal(q.scale_tril)).sum(-1)
         return q.loc + jnp.einsum("...ij,...j->...i", q.scale_tril, noise), _standard_log_prob(noise) - log_determinant
     z = q.sample(key, sample_shape)
     return z, q.log_prob(z)

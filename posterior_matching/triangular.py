@@ -1,16 +1,25 @@
-"""Forward substitution for many small triangular matrices, with derivatives.
+"""Many small lower triangular matrices: their diagonals, their inverses and systems of equations, with derivatives.
 
-On CPUs it is faster than LAPACK's solver for them, and two of JAX's batched solvers at once can wait for each other for
-ever if there are only two cores (seen with jaxlib 0.10.2).
+On CPUs, forward substitution is faster than LAPACK's solver for them, and two of JAX's batched solvers at once can wait
+for each other for ever if there are only two cores (seen with jaxlib 0.10.2). Accelerators have a solver of their own:
+there, a loop over the rows is a kernel or more for each.
 """
 
 import jax
 import jax.numpy as jnp
 
 
+def diagonal(matrices: jax.Array) -> jax.Array:
+    """The diagonals `[..., e]` of matrices `[..., e, e]`: a strided slice, not a gather."""
+    e = matrices.shape[-1]
+    return matrices.reshape(*matrices.shape[:-2], e * e)[..., :: e + 1]
+
+
 @jax.custom_vjp
 def solve(tril: jax.Array, v: jax.Array) -> jax.Array:
-    """w = L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]` (leading axes alike), entry by entry."""
+    """w = L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]` (leading axes alike)."""
+    if jax.default_backend() != "cpu":
+        return jax.lax.linalg.triangular_solve(tril, v[..., None], left_side=True, lower=True)[..., 0]
     index = jnp.arange(v.shape[-1])
 
     def add_entry(solution, i):  # w_i = (v_i - sum_{j<i} L_ij w_j) / L_ii
@@ -39,8 +48,11 @@ solve.defvjp(_solve_forward, _solve_backward)
 
 @jax.custom_vjp
 def inverse(tril: jax.Array) -> jax.Array:
-    """L^-1 for lower triangular L `[..., e, e]`, row by row."""
+    """L^-1 for lower triangular L `[..., e, e]`."""
     e = tril.shape[-1]
+    if jax.default_backend() != "cpu":
+        identity = jnp.broadcast_to(jnp.eye(e, dtype=tril.dtype), tril.shape)
+        return jax.lax.linalg.triangular_solve(tril, identity, left_side=True, lower=True)
     index = jnp.arange(e)
 
     def add_row(rows, i):  # as in `solve`, with the columns of the identity for v

@@ -1,8 +1,9 @@
-"""Forward substitution and its derivatives against NumPy's solver and the textbook's formulas."""
+"""Diagonals, solutions, inverses and their derivatives against NumPy's solver and the textbook's formulas."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from arrays import normal
 
 from posterior_matching import triangular
@@ -12,6 +13,19 @@ def triangles():
     return np.tril(normal(0, 2, 4, 5, 5)) + 3 * np.eye(5, dtype=np.float32)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, monkeypatch):  # what runs on which; either runs anywhere
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+def test_diagonal_and_its_gradient():
+    matrices, g = normal(0, 2, 4, 5, 5), normal(1, 2, 4, 5)
+    value, pullback = jax.vjp(triangular.diagonal, jnp.asarray(matrices))
+    np.testing.assert_array_equal(value, np.diagonal(matrices, axis1=-2, axis2=-1))
+    np.testing.assert_array_equal(pullback(jnp.asarray(g))[0], g[..., None] * np.eye(5, dtype=np.float32))
+
+
+@pytest.mark.usefixtures("backend")
 def test_inverse_and_its_gradient():
     tril = triangles()
     g = normal(1, 2, 4, 5, 5)
@@ -28,6 +42,7 @@ def test_inverse_and_its_gradient():
     np.testing.assert_allclose(gradient, -np.tril(transposed @ g @ transposed), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("backend")
 def test_solution_and_its_gradients():
     tril, v, g = triangles(), normal(1, 2, 4, 5), normal(2, 2, 4, 5)
 
