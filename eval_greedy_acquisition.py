@@ -129,4 +129,4 @@ def _settings(description: dict, dataset: Dataset) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, exact=True)

@@ -22,4 +22,4 @@ def impute(model: PosteriorMatchingVDVAE, x: jax.Array, b: jax.Array, num_sample
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(imputation.evaluate, "pm_vdvae", impute))
+    cli.run(functools.partial(imputation.evaluate, "pm_vdvae", impute), exact=True)

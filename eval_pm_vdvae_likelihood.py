@@ -117,4 +117,4 @@ def _settings(description: dict, dataset: data.Dataset) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, exact=True)

@@ -14,4 +14,4 @@ from posterior_matching import cli, imputation
 flags.adopt_module_key_flags(imputation)
 
 if __name__ == "__main__":
-    cli.run(functools.partial(imputation.evaluate, "pm_vqvae"))
+    cli.run(functools.partial(imputation.evaluate, "pm_vqvae"), exact=True)

@@ -47,8 +47,14 @@ def config_flag(meaning: str) -> flags.FlagHolder:
     return config
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; a UserError or a bad flag ends as one line on stderr and exit status 1."""
+def run(main: Callable[[], None], *, exact: bool = False) -> None:
+    """Parses the flags and calls `main`; a UserError or a bad flag ends as one line on stderr and exit status 1.
+
+    Args:
+        main: What the script does.
+        exact: Multiply matrices in float32, as evaluations do: accelerators by default round the factors to 8 or 11
+            bits, which is faster and good enough to train with. JAX_DEFAULT_MATMUL_PRECISION overrides either.
+    """
 
     def guarded(arguments: list[str]) -> None:
         if not FLAGS["verbosity"].present:
@@ -57,6 +63,8 @@ def run(main: Callable[[], None]) -> None:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
             keep_freed_memory()
+            if exact and jax.config.jax_default_matmul_precision is None:
+                jax.config.update("jax_default_matmul_precision", "highest")
             _use_compilation_cache()
             main()
         except UserError as error:

@@ -422,3 +422,15 @@ def test_a_damaged_run(script):
     write_run(script.folder / "run")
     (script.folder / "run" / "config.json").write_text('{"model": "pm_vae"}')
     assert "config.json is damaged" in evaluate(script, "--run_dir=run")
+
+
+@pytest.mark.parametrize("of_user, expected", [(None, "highest"), ("bfloat16", "bfloat16")])
+def test_evaluations_multiply_in_float32_unless_told_otherwise(of_user, expected):
+    program = "import jax; from posterior_matching import cli; "
+    program += "cli.run(lambda: print('precision', jax.config.jax_default_matmul_precision), exact=True)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_DEFAULT_MATMUL_PRECISION": of_user} if of_user else {}
+    out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["precision", expected]
+    scripts = list(ROOT.glob("eval_*.py"))
+    assert len(scripts) == 5 and all("exact=True)" in script.read_text() for script in scripts)
