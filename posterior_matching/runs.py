@@ -12,9 +12,11 @@ parameters.txt  names, shapes and sizes of all parameters
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
+import weakref
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
@@ -62,8 +64,14 @@ class Run:
         self._description = description
 
     def create(self) -> None:
-        """Makes the directory and writes `config.json`; to be called before anything is saved."""
+        """Makes the directory and writes `config.json`; to be called before anything is saved.
+
+        Raises:
+            UserError: Another process is training this run.
+        """
         if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             for name in ("latest", "best"):
                 (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
@@ -72,6 +80,18 @@ class Run:
         for step in self._managers["best"].all_steps():
             if step > self.step:  # of a run killed before its latest checkpoint was written: it comes there again
                 self._managers["best"].delete(step)
+
+    def _lock(self) -> None:
+        folder = os.open(self.path, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, folder)  # the lock goes with the file descriptor
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path} is being trained by another process: wait for it or choose another --run_dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def save(self, step: int, model: dict[str, np.ndarray] | None, train: Any, best: bool) -> None:
         """Writes a checkpoint in the background; the last one goes only when the new one is complete.
@@ -112,12 +132,14 @@ class Run:
 
     @contextlib.contextmanager
     def finished_saving(self) -> Iterator[None]:
-        """On leaving, however, waits until everything saved is on disk."""
+        """On leaving, however, waits until everything saved is on disk; then other processes may go on with the run."""
         try:
             yield
         finally:
             for manager in self._managers.values():
                 manager.wait_until_finished()
+            if jax.process_index() == 0:
+                self._unlock()
 
 
 def open_run(

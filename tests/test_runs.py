@@ -3,6 +3,8 @@
 import json
 import pickletools
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -284,3 +286,20 @@ def test_a_damaged_checkpoint(run_dir):
     for path in files:
         path.write_bytes(path.read_bytes()[:10])
     assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
+
+
+def test_two_processes_do_not_train_the_same_run(tmp_path):
+    holder = "import fcntl, os, sys; folder = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(folder, fcntl.LOCK_EX); "
+    holder += "print('holds', flush=True); sys.stdin.read()"
+    run_dir = tmp_path / "run"
+    train_pm_vae.train(make_config(steps=3), str(run_dir))
+    before = contents(run_dir)
+    arguments = [sys.executable, "-c", holder, str(run_dir)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "holds\n"
+        with pytest.raises(UserError, match=f"{run_dir} is being trained by another process: wait for it or choose"):
+            train_pm_vae.train(make_config(), str(run_dir))
+        assert contents(run_dir) == before
+        process.kill()
+    train_pm_vae.train(make_config(), str(run_dir))
+    assert runs.latest_step(run_dir) == STEPS
