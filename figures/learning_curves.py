@@ -51,6 +51,7 @@ def draw(run_dirs: list[str]) -> plt.Figure:
         axis.set_title(pathlib.Path(run_dir).name, fontsize=8)
         axis.tick_params(labelsize=6)
         axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        axis.xaxis.get_offset_text().set_fontsize(6)
     for axis in axes.flat[len(losses) :]:
         axis.set_axis_off()
     axes[0, 0].legend(fontsize=6)
