@@ -35,7 +35,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Arra
         return jnp.einsum("bhwi,hwio->bo", x, kernel)[:, None, None, :]
     if _is_linear(kernel, stride):
         return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
-    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)
+    return _convolve(x, kernel, stride, padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -73,7 +73,7 @@ def _transpose(y: jax.Array, kernel: jax.Array, stride: int, padding: str, size:
         if k * k * kernel.shape[2] <= kernel.shape[3] and jax.default_backend() == "cpu":
             return _transpose_as_product(y, kernel, pads, size)
         flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        return lax.conv_general_dilated(y, flipped, (1, 1), pads, (stride, stride), dimension_numbers=_LAYOUT)
+        return _convolve(y, flipped, 1, pads, dilation=stride)
     # Output position stride * q + p (phase p) receives y[q + a] through tap t = p + before - stride * a.
     taps = [_phase_taps(k, stride, p) for p in before]
     (low_h, high_h, pick_h), (low_w, high_w, pick_w) = taps
@@ -81,7 +81,7 @@ def _transpose(y: jax.Array, kernel: jax.Array, stride: int, padding: str, size:
     phases = phases.reshape(*phases.shape[:3], -1)
     quotient = [-(-n // stride) for n in size]
     pads = [(-low_h, quotient[0] - y.shape[1] + high_h), (-low_w, quotient[1] - y.shape[2] + high_w)]
-    out = lax.conv_general_dilated(y, phases, (1, 1), pads, dimension_numbers=_LAYOUT)
+    out = _convolve(y, phases, 1, pads)
     out = out.reshape(-1, *quotient, kernel.shape[2], stride, stride)  # [B, Q, Q, I, P, P]
     out = out.transpose(0, 1, 4, 2, 5, 3).reshape(-1, quotient[0] * stride, quotient[1] * stride, kernel.shape[2])
     return out[:, : size[0], : size[1]]
@@ -117,27 +117,32 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int,
         return jnp.einsum("bhwi,bo->hwio", x, g[:, 0, 0, :])
     if _is_linear(kernel, stride):
         return jnp.einsum("bhwi,bhwo->io", x, g)[None, None]
-    if stride == 1 and padding == "SAME" and 1 < kernel.shape[2] < kernel.shape[3] and jax.default_backend() == "cpu":
-        return _kernel_gradient_as_product(x, g, kernel.shape[0])
+    return sum(
+        _one_kernel_gradient(*block, kernel, stride, padding) for block in zip(_blocks(x), _blocks(g), strict=True)
+    )
+
+
+def _one_kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
     forward = functools.partial(
         lax.conv_general_dilated, x, window_strides=(stride, stride), padding=padding, dimension_numbers=_LAYOUT
     )
     return jax.linear_transpose(forward, kernel)(g)[0]  # linear in the kernel
 
 
-def _kernel_gradient_as_product(x: jax.Array, g: jax.Array, k: int) -> jax.Array:
-    """Computes it at stride one as one matrix product, [K I, B H W] x [B H W, K O]: columns of the kernel from
-    shifts of x along the width, rows from opposite shifts of g along the height. As fast as a convolution where that
-    is fast, and up to 4 times faster where it is not.
+def _convolve(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: str | list[tuple[int, int]], dilation: int = 1
+) -> jax.Array:
+    options = {"lhs_dilation": (dilation, dilation), "dimension_numbers": _LAYOUT}
+    blocks = [lax.conv_general_dilated(block, kernel, (stride, stride), padding, **options) for block in _blocks(x)]
+    return jnp.concatenate(blocks)
+
+
+def _blocks(x: jax.Array) -> list[jax.Array]:
+    """Many images in 8 blocks on CPUs, whose caches hold what a convolution of few images touches: for 128 to 256
+    images, kernel gradients are up to 5 times as fast, other convolutions a fifth faster. (A compiled loop over blocks
+    is 30 times slower than these written out.)
     """
-    (_, height, width, features_in), features = x.shape, g.shape[-1]
-    before = (k - 1) // 2
-    after = k - 1 - before
-    x = jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0)))
-    g = jnp.pad(g, ((0, 0), (after, before), (0, 0), (0, 0)))
-    columns = jnp.concatenate([x[:, :, j : j + width] for j in range(k)], axis=-1).reshape(-1, k * features_in)
-    rows = jnp.concatenate([g[:, k - 1 - i : k - 1 - i + height] for i in range(k)], axis=-1).reshape(-1, k * features)
-    return (columns.T @ rows).reshape(k, features_in, k, features).transpose(2, 0, 1, 3)
+    return jnp.array_split(x, 8 if len(x) >= 128 and jax.default_backend() == "cpu" else 1)
 
 
 def _conv_forward(x, kernel, stride, padding):

@@ -142,6 +142,24 @@ def test_conv_transpose_and_its_gradients_equal_loops_on_every_backend(
     np.testing.assert_array_equal(kernel_gradient, naive_kernel_gradient(g, y, kernel, stride, padding))
 
 
+@pytest.mark.parametrize("fn", [conv, conv_transpose])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("images", [127, 128, 131])  # from 128 on in blocks, of which some are one image larger
+def test_many_images_equal_few_at_a_time(fn, stride, images):
+    rng = np.random.default_rng(images)
+    x, kernel = integers(rng, images, 4, 4, 3), integers(rng, 3, 3, 3, 3)
+
+    def run(x, w):
+        return fn(x, w, stride, "SAME")
+
+    g = integers(rng, *jax.eval_shape(run, x, kernel).shape)
+    value, x_gradient, kernel_gradient = value_and_gradients(run, g, x, kernel)
+    parts = [value_and_gradients(run, g[i : i + 50], x[i : i + 50], kernel) for i in range(0, images, 50)]
+    np.testing.assert_array_equal(value, np.concatenate([part[0] for part in parts]))
+    np.testing.assert_array_equal(x_gradient, np.concatenate([part[1] for part in parts]))
+    np.testing.assert_array_equal(kernel_gradient, sum(part[2] for part in parts))
+
+
 @pytest.mark.parametrize(("k", "stride", "padding"), [c for c in CASES if c[1] > 1 and c[0] < 5])
 def test_input_gradient_of_conv_is_the_same_on_every_backend(k, stride, padding, monkeypatch):
     rng = np.random.default_rng(k)
