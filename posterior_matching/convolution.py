@@ -4,7 +4,8 @@ On CPUs XLA runs a convolution with stride one, and the kernel gradient of a str
 processor's rate, but convolutions dilated by the stride (the input gradient of a strided convolution, and every
 convolution that a transposed one differentiates into) 4 to 20 times slower. Both functions below are therefore given
 their derivatives in terms of each other, and the transposed convolution is computed at stride one, one group of output
-channels per phase of the stride ("sub-pixel" convolution, Shi et al. 2016, arXiv 1609.05158).
+channels per phase of the stride ("sub-pixel" convolution, Shi et al. 2016, arXiv 1609.05158). Large batches go in
+blocks, see `_blocks`.
 """
 
 import functools
@@ -112,7 +113,7 @@ def _phase_taps(k: int, stride: int, before: int) -> tuple[int, int, np.ndarray]
 
 
 def _kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
-    """Gradient of `sum(g * conv(x, kernel))` in the kernel."""
+    """Gradient of `sum(g * conv(x, kernel))` in the kernel; the sum over images is one over blocks of them."""
     if padding == "VALID" and x.shape[1:3] == kernel.shape[:2]:
         return jnp.einsum("bhwi,bo->hwio", x, g[:, 0, 0, :])
     if _is_linear(kernel, stride):
