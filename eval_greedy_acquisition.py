@@ -19,7 +19,7 @@ from absl import flags
 from posterior_matching import acquisition, cli, runs
 from posterior_matching.data import Dataset, decode
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, open_parts, save_npz
+from posterior_matching.evaluation.examples import ExampleMap, Results, load_dataset, load_npz, open_parts, save_npz
 from posterior_matching.masking import mask_shape
 from posterior_matching.models.lookahead import LookaheadPosterior
 

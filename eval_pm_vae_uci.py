@@ -13,9 +13,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from posterior_matching import baselines, cli, data, masking, metrics, runs
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset, rows, training_rows
-from posterior_matching.images import imputation_grid, save_png
+from posterior_matching import cli, data, masking, runs
+from posterior_matching.evaluation import baselines, metrics
+from posterior_matching.evaluation.examples import ExampleMap, Results, load_dataset, rows, training_rows
+from posterior_matching.evaluation.pictures import imputation_grid, save_png
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_pm_vae.py", required=True)
 _DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")

@@ -10,7 +10,8 @@ import functools
 import jax
 from absl import flags
 
-from posterior_matching import cli, imputation
+from posterior_matching import cli
+from posterior_matching.evaluation import imputation
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
 
 flags.adopt_module_key_flags(imputation)

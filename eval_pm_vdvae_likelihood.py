@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from posterior_matching import cli, data, masking, metrics, runs
+from posterior_matching import cli, data, masking, runs
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset, open_parts
+from posterior_matching.evaluation import metrics
+from posterior_matching.evaluation.examples import ExampleMap, Results, load_dataset, open_parts
 
 _INSTANCES_PER_DEVICE = 625  # as published
 

@@ -9,7 +9,8 @@ import functools
 
 from absl import flags
 
-from posterior_matching import cli, imputation
+from posterior_matching import cli
+from posterior_matching.evaluation import imputation
 
 flags.adopt_module_key_flags(imputation)
 

@@ -16,18 +16,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, masking, runs
-from posterior_matching.base import Base, build_on, load_base, load_datasets
-from posterior_matching.clustering import (
+from posterior_matching.config import parse
+from posterior_matching.evaluation.clustering import (
     SAMPLES,
     contingency,
     summarise_contingency,
     validation_arrays,
 )
-from posterior_matching.config import parse
-from posterior_matching.corruption import check_corruption, corrupt
-from posterior_matching.images import imputation_grid
+from posterior_matching.evaluation.pictures import imputation_grid
 from posterior_matching.models.vade import PosteriorMatchingVADE
-from posterior_matching.training import Experiment, TrainingOptions, fit
+from posterior_matching.training.corruption import check_corruption, corrupt
+from posterior_matching.training.loop import Experiment, TrainingOptions, fit
+from posterior_matching.training.pretrained import Base, build_on, load_base, load_datasets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,13 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from posterior_matching import cli, data, masking, runs, schedules
-from posterior_matching.base import Base, check_shape, load_base
+from posterior_matching import cli, data, masking, runs
 from posterior_matching.config import build, parse
-from posterior_matching.images import image_square, imputation_grid
+from posterior_matching.evaluation.pictures import image_square, imputation_grid
 from posterior_matching.models.vae import PosteriorMatchingVAE
-from posterior_matching.training import Experiment, TrainingOptions, fit
+from posterior_matching.training import schedules
+from posterior_matching.training.loop import Experiment, TrainingOptions, fit
+from posterior_matching.training.pretrained import Base, check_shape, load_base
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from posterior_matching import cli, data, masking, runs
 from posterior_matching.config import parse
 from posterior_matching.errors import UserError
-from posterior_matching.images import image_columns, image_square, imputation_grid
+from posterior_matching.evaluation.pictures import image_columns, image_square, imputation_grid
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
-from posterior_matching.training import Experiment, TrainingOptions, fit
+from posterior_matching.training.loop import Experiment, TrainingOptions, fit
 
 
 @dataclasses.dataclass(frozen=True)

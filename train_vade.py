@@ -17,19 +17,20 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, runs
-from posterior_matching.batching import padded_batches
-from posterior_matching.clustering import (
+from posterior_matching.config import call, parse
+from posterior_matching.errors import UserError
+from posterior_matching.evaluation.clustering import (
     SAMPLES,
     contingency,
     summarise_contingency,
     validation_arrays,
 )
-from posterior_matching.config import call, parse
-from posterior_matching.corruption import check_corruption, corrupt
-from posterior_matching.errors import UserError
-from posterior_matching.metrics import clustering_scores
+from posterior_matching.evaluation.metrics import clustering_scores
 from posterior_matching.models.vade import VADE
-from posterior_matching.training import Experiment, OptimizerOptions, Pretraining, TrainingOptions, fit
+from posterior_matching.numerics import on_cpu
+from posterior_matching.training.batching import padded_batches
+from posterior_matching.training.corruption import check_corruption, corrupt
+from posterior_matching.training.loop import Experiment, OptimizerOptions, Pretraining, TrainingOptions, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Restarts(nnx.Module):
     def map(self, fn: Callable[[VADE, jax.Array], jax.Array], key: jax.Array) -> jax.Array:
         """Returns `fn(model, key)` of every model, each with a key of its own, `[restarts, ...]`."""
         keys = jax.random.split(key, len(self.models))
-        if jax.default_backend() == "cpu":  # where convolutions with a batch of kernels are slow
+        if on_cpu():  # where convolutions with a batch of kernels are slow
             return jnp.stack([fn(model, key) for model, key in zip(self.models, keys, strict=True)])
         graphdefs, states = zip(*map(nnx.split, self.models), strict=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, parallel, runs
 from posterior_matching.config import parse
-from posterior_matching.corruption import check_corruption, corrupt
-from posterior_matching.images import image_columns
+from posterior_matching.evaluation.pictures import image_columns
 from posterior_matching.models.vqvae import VQVAE
-from posterior_matching.training import Experiment, TrainingOptions, fit
+from posterior_matching.training.corruption import check_corruption, corrupt
+from posterior_matching.training.loop import Experiment, TrainingOptions, fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import data, runs
-from posterior_matching.base import Base
-from posterior_matching.training import Experiment
+from posterior_matching.training.loop import Experiment
+from posterior_matching.training.pretrained import Base
 
 SHAPES = {
     "power": (6,),

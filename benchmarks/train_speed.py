@@ -24,9 +24,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import synthetic
-from posterior_matching import cli, parallel, training
+from posterior_matching import cli, parallel
 from posterior_matching.config import call
-from posterior_matching.training import TrainingOptions
+from posterior_matching.training import loop
+from posterior_matching.training.loop import TrainingOptions
 
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
@@ -42,9 +43,9 @@ def main() -> None:
         TrainingOptions, {k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__}, "config"
     )
 
-    program = training.Program(experiment, options)
+    program = loop.Program(experiment, options)
     state, frozen = parallel.replicate(program.initial_state())
-    per_dispatch = training.steps_per_dispatch(options)
+    per_dispatch = loop.steps_per_dispatch(options)
     share = rows // jax.device_count()
     arrays = {"x": dataset.x} | ({} if dataset.label is None else {"label": dataset.label})
     arrays = parallel.shard({k: a.reshape(jax.local_device_count(), share, *a.shape[1:]) for k, a in arrays.items()})

@@ -19,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from posterior_matching import cli, data, runs
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import load_dataset
+from posterior_matching.evaluation.examples import load_dataset
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_pm_vae.py, on images", required=True)
 _OUTPUT = flags.DEFINE_string("output", "method.png", "Where the figure goes.")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.memory import keep_freed_memory
+from posterior_matching.numerics.memory import keep_freed_memory
 
 FLAGS = flags.FLAGS
 

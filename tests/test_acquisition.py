@@ -20,7 +20,7 @@ from test_vae import Exact
 
 from posterior_matching import acquisition, data, runs
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
-from posterior_matching.evaluation import ExampleMap, load_npz
+from posterior_matching.evaluation.examples import ExampleMap, load_npz
 from posterior_matching.models.lookahead import LookaheadPosterior
 
 ROOT = Path(__file__).parents[1]

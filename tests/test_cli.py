@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Importing takes longer than most of these cases, so one process imports everything and every case is a fork of it.
 SERVER = """
 import json, os, runpy, signal, sys
-import posterior_matching.evaluation, train_pm_vae, tensorflow_datasets
+import posterior_matching.evaluation.examples, train_pm_vae, tensorflow_datasets
 for line in sys.stdin:
     case = json.loads(line)
     child = os.fork()

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from benchmarks import synthetic
 from posterior_matching.config import build, call, parse
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.training import OptimizerOptions, TrainingOptions
+from posterior_matching.training.loop import OptimizerOptions, TrainingOptions
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*_*.py"))
 

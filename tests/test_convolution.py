@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from posterior_matching.convolution import conv, conv_transpose
+from posterior_matching.numerics.convolution import conv, conv_transpose
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 CASES = [(k, stride, padding) for k in (1, 2, 5) for stride in (1, 2, 3) for padding in ("SAME", "VALID")]

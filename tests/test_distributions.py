@@ -10,7 +10,8 @@ from flax import nnx
 from numpyro import distributions as dist
 from scipy.special import expit, log_expit, logsumexp
 
-from posterior_matching.distributions import (
+from posterior_matching.errors import UserError
+from posterior_matching.models.distributions import (
     LATENT_HEADS,
     LIKELIHOOD_HEADS,
     AutoregressiveGMM,
@@ -28,7 +29,6 @@ from posterior_matching.distributions import (
     tril_gaussian,
     tril_gaussian_parameters,
 )
-from posterior_matching.errors import UserError
 
 KEY = jax.random.key(0)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posterior_matching import embeddings
 from posterior_matching.errors import UserError
+from posterior_matching.evaluation import embeddings
 
 
 class TorchInception:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from posterior_matching import data
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset, load_npz, open_parts, save_npz
+from posterior_matching.evaluation.examples import ExampleMap, Results, load_dataset, load_npz, open_parts, save_npz
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
 NUM_ROWS, DIM = 1797, 5

@@ -8,7 +8,7 @@ import scipy.stats
 from numpyro import distributions as dist
 from scipy.special import logsumexp
 
-from posterior_matching.likelihood import importance_log_prob, log_prob_of_observed
+from posterior_matching.models.likelihood import importance_log_prob, log_prob_of_observed
 
 KEY = jax.random.key(0)
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from arrays import Z_LIMIT, normal, softplus
 
-from posterior_matching.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
+from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
 
 KEY = jax.random.key(0)
 

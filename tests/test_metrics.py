@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posterior_matching import baselines, metrics, schedules
-from posterior_matching.corruption import distort
-from posterior_matching.images import image_square, imputation_grid, save_png
-from posterior_matching.metrics import clustering_scores, finite_mean, nrmse
+from posterior_matching.evaluation import baselines, metrics
+from posterior_matching.evaluation.metrics import clustering_scores, finite_mean, nrmse
+from posterior_matching.evaluation.pictures import image_square, imputation_grid, save_png
+from posterior_matching.training import schedules
+from posterior_matching.training.corruption import distort
 
 # NRMSE
 

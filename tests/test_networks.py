@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from posterior_matching.errors import UserError
-from posterior_matching.networks import NETWORKS, ConvDecoder, ConvEncoder, ResidualMLP
+from posterior_matching.models.networks import NETWORKS, ConvDecoder, ConvEncoder, ResidualMLP
 
 
 def arrays(linear):

@@ -13,8 +13,9 @@ from flax import nnx
 
 import train_pm_vae
 from configs import common
-from posterior_matching import runs, training
+from posterior_matching import runs
 from posterior_matching.errors import UserError
+from posterior_matching.training import loop
 
 STEPS = 6
 
@@ -91,7 +92,7 @@ def test_config_json_is_written_before_the_first_step(tmp_path, monkeypatch):
     def get(*_):
         raise Stopped
 
-    monkeypatch.setattr(training.TrainingFeed, "get", get)
+    monkeypatch.setattr(loop.TrainingFeed, "get", get)
     with pytest.raises(Stopped):
         train_pm_vae.train(make_config(), str(tmp_path / "run"))
     assert runs.read_description(tmp_path / "run", "pm_vae")["config"]["steps"] == STEPS

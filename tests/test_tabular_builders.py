@@ -1,6 +1,6 @@
-"""The TFDS builders under datasets/: prepared from text files on disk, or downloaded by a stand-in for gdown."""
+"""The TFDS builders in data/builders: prepared from text files on disk, or downloaded by a stand-in for gdown."""
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -62,9 +62,7 @@ def test_facts_of_the_builders():
     }
     ids = set()
     for name in rows:
-        spec = importlib.util.spec_from_file_location(f"facts_{name}", ROOT / "datasets" / name / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"posterior_matching.data.builders.{name}")
         builder = getattr(module, name.capitalize())
         assert (builder.name, builder.ROWS, builder.NUM_FEATURES) == (name, rows[name], FEATURES[name])
         ids |= set(builder.DRIVE_IDS)
@@ -139,12 +137,12 @@ def test_killed_while_preparing():
 import os, signal
 import numpy as np
 from posterior_matching import data
-from posterior_matching.data import tabular_builder
+from posterior_matching.data.builders import tabular
 def rows_then_death(self, path, num_rows):
     yield 0, {"features": np.zeros(8, np.float32)}
     if path.name == "val.txt":
         os.kill(os.getpid(), signal.SIGKILL)
-tabular_builder.TabularBuilder._generate_examples = rows_then_death
+tabular.TabularBuilder._generate_examples = rows_then_death
 data.load("gas", "train")
 """
     result = subprocess.run(

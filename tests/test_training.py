@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 
 import train_pm_vae
 from configs import common
-from posterior_matching import data, parallel, runs, training, training_log
-from posterior_matching.batching import EpochOrder, TrainingFeed
+from posterior_matching import data, parallel, runs
 from posterior_matching.config import parse
 from posterior_matching.errors import UserError
-from posterior_matching.training import Experiment, OptimizerOptions, Pretraining, Program, TrainingOptions, fit
+from posterior_matching.training import log, loop
+from posterior_matching.training.batching import EpochOrder, TrainingFeed
+from posterior_matching.training.loop import Experiment, OptimizerOptions, Pretraining, Program, TrainingOptions, fit
 
 # Most of these tests run the same few programs; compiling is most of what they do.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -283,7 +284,7 @@ def test_a_scan_over_steps_equals_step_by_step(pm_vae):
 def test_a_fit_does_not_depend_on_the_dispatch(linear, tmp_path, monkeypatch):
     changes = {"steps": 11, "ema_decay": 0.7, "data_memory_budget_gb": 0.0}
     one_by_one = linear("single", **changes)
-    monkeypatch.setattr(training, "steps_per_dispatch", lambda _: 2)
+    monkeypatch.setattr(loop, "steps_per_dispatch", lambda _: 2)
     many = linear("many", **changes)
     assert_close(weights(many), weights(one_by_one))
     for found, expected in zip(rows(tmp_path / "many"), rows(tmp_path / "single"), strict=True):
@@ -293,12 +294,12 @@ def test_a_fit_does_not_depend_on_the_dispatch(linear, tmp_path, monkeypatch):
 
 def test_steps_per_dispatch(monkeypatch):
     intervals = {"log_every": 100, "validation_every": 1000}
-    assert training.steps_per_dispatch(options(**intervals)) == 1
+    assert loop.steps_per_dispatch(options(**intervals)) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert training.steps_per_dispatch(options(**intervals)) == 100
-    assert training.steps_per_dispatch(options(checkpoint_every=250, **intervals)) == 50
-    assert training.steps_per_dispatch(options(log_every=7, validation_every=1000)) == 1
-    many = training.steps_per_dispatch(options(log_every=6000, validation_every=6000))
+    assert loop.steps_per_dispatch(options(**intervals)) == 100
+    assert loop.steps_per_dispatch(options(checkpoint_every=250, **intervals)) == 50
+    assert loop.steps_per_dispatch(options(log_every=7, validation_every=1000)) == 1
+    many = loop.steps_per_dispatch(options(log_every=6000, validation_every=6000))
     assert many <= 1000 and 6000 % many == 0
 
 
@@ -308,7 +309,7 @@ def test_dispatches_meet_every_interval_wherever_a_run_begins(monkeypatch):
     for first in (0, 3, 10, 49, 136, 137):
         ends, step = [], first
         while step < chosen.steps:
-            step += training._steps_in_dispatch(step, chosen)
+            step += loop._steps_in_dispatch(step, chosen)
             ends.append(step)
         stops = {s for s in range(first + 1, 138) if s % 20 == 0 or s % 50 == 0 or s == 137}
         assert stops <= set(ends) and (not ends or ends[-1] == 137)
@@ -326,7 +327,7 @@ def test_one_compilation_of_the_step_and_one_of_validation(linear, caplog, monke
             compiled_before.append(sum("Finished XLA compilation" in r.getMessage() for r in caplog.records))
             return super().get(*args)
 
-    monkeypatch.setattr(training, "TrainingFeed", Feed)
+    monkeypatch.setattr(loop, "TrainingFeed", Feed)
     with jax.log_compiles():
         linear(loss=loss, steps=24, validation_every=4, ema_decay=0.9)
     assert sorted(traced) == [False, True]
@@ -451,7 +452,7 @@ def test_validation_is_repeatable_and_independent_of_chunks(monkeypatch):
         chosen = options(**changes)
         program = Program(linear_experiment(noisy), chosen)
         state, frozen = start(program)
-        chunks = training._ValidationChunks(validation, chosen)
+        chunks = loop._ValidationChunks(validation, chosen)
         losses = [program.validate(state.trainable, state.mutable, frozen, chunks)["loss"] for _ in range(2)]
         assert losses[0] == losses[1]
         return losses[0]
@@ -459,8 +460,8 @@ def test_validation_is_repeatable_and_independent_of_chunks(monkeypatch):
     loss = validate()
     assert loss != validate(seed=1)
     assert loss == validate(data_memory_budget_gb=0.0)
-    small_chunks = functools.partial(training.evaluation_chunks, chunk_gb=1e-12)  # one batch each
-    monkeypatch.setattr(training, "evaluation_chunks", small_chunks)
+    small_chunks = functools.partial(loop.evaluation_chunks, chunk_gb=1e-12)  # one batch each
+    monkeypatch.setattr(loop, "evaluation_chunks", small_chunks)
     np.testing.assert_allclose(validate(), loss, rtol=1e-6)
     np.testing.assert_allclose(validate(data_memory_budget_gb=0.0), loss, rtol=1e-6)
 
@@ -475,7 +476,7 @@ def test_validation_draws_fresh_noise_for_every_batch_and_device():
     program = Program(linear_experiment(noise_only), chosen)
     state, frozen = start(program)
     validation = {"x": np.zeros((4000, DIM), np.float32), "y": np.zeros(4000, np.float32)}
-    chunks = training._ValidationChunks(validation, chosen)
+    chunks = loop._ValidationChunks(validation, chosen)
     loss = program.validate(state.trainable, state.mutable, frozen, chunks)["loss"]
     assert abs(loss) < 5 / math.sqrt(4000)  # the same number everywhere would be of order 1, per device 0.5
 
@@ -683,7 +684,7 @@ def test_metrics_are_json_even_if_every_update_was_skipped(linear):
 
 
 def test_a_long_run_of_skips_stops_the_run(linear, monkeypatch):
-    monkeypatch.setattr(training_log, "_MAX_CONSECUTIVE_SKIPS", 5)
+    monkeypatch.setattr(log, "_MAX_CONSECUTIVE_SKIPS", 5)
     linear("short", loss=bad_at(*range(4, 8), *range(9, 13)), steps=16, skip_nonfinite_updates=True)
     with pytest.raises(UserError, match=r"updates in a row not finite and skipped.*last good checkpoint") as error:
         linear(loss=bad_at(*range(5, 500)), steps=500, skip_nonfinite_updates=True, log_every=1)
@@ -720,7 +721,7 @@ def pretrained_experiment(loss=squared_error):
 def pretrained(tmp_path, monkeypatch):
     """`pretrained(name, stop=...)` trains; it crashes after step `stop` if that is given."""
     monkeypatch.setitem(runs.MODELS, "linear", Linear)
-    add = training_log.TrainingLog.add
+    add = log.TrainingLog.add
 
     def run_it(name="run", stop=None, loss=squared_error, **changes):
         def crash(self, step, *args):
@@ -734,7 +735,7 @@ def pretrained(tmp_path, monkeypatch):
         chosen = options(**intervals | {"ema_decay": 0.7} | changes)
         with monkeypatch.context() as patch, contextlib.suppress(ZeroDivisionError):
             if stop is not None:
-                patch.setattr(training_log.TrainingLog, "add", crash)
+                patch.setattr(log.TrainingLog, "add", crash)
             return fit(pretrained_experiment(loss), run, chosen, table(), table(13, seed=1))
 
     run_it.path = tmp_path / "run"
@@ -817,7 +818,7 @@ def test_a_dispatch_never_crosses_the_end_of_pretraining(monkeypatch):
     for border in (0, 7, 40, 53):
         ends, step = [], 0
         while step < chosen.steps:
-            step += training._steps_in_dispatch(step, chosen, border)
+            step += loop._steps_in_dispatch(step, chosen, border)
             ends.append(step)
         stops = {s for s in range(1, 138) if s % 20 == 0 or s % 50 == 0 or s == 137} | ({border} - {0})
         assert stops <= set(ends) and ends[-1] == 137

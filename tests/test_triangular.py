@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from arrays import normal
 
-from posterior_matching import triangular
+from posterior_matching.numerics import triangular
 
 
 def triangles():

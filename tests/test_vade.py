@@ -25,7 +25,7 @@ from configs import common
 from posterior_matching import data, runs
 from posterior_matching.errors import UserError
 from posterior_matching.models.vade import VADE, PosteriorMatchingVADE
-from posterior_matching.training_log import TrainingLog
+from posterior_matching.training.log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

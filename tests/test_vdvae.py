@@ -23,7 +23,7 @@ from benchmarks import synthetic
 from configs import pm_vdvae_digits, pm_vdvae_mnist
 from posterior_matching import data
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import ExampleMap
+from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.models import vdvae
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, Terms
 from posterior_matching.models.vdvae_layout import (

@@ -20,7 +20,7 @@ from benchmarks import synthetic
 from posterior_matching import parallel, runs
 from posterior_matching.errors import UserError
 from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE, VectorQuantizer
-from posterior_matching.training import Program, TrainingOptions
+from posterior_matching.training.loop import Program, TrainingOptions
 
 MNIST = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tensorflow_datasets"))
 OPTIONS = {"hidden_units": 8, "residual_units": 4, "residual_blocks": 1, "codebook_size": 6, "embedding_dim": 3}

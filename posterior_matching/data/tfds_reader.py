@@ -2,7 +2,7 @@
 
 import difflib
 import gzip
-import importlib.util
+import importlib
 import io
 import itertools
 import os
@@ -80,16 +80,10 @@ def _builder(name: str) -> Any:
 
 
 def _tabular_builder_class(name: str) -> type:
-    """Imports `datasets/<name>/<name>.py` by path: another installed package is called `datasets`, too."""
     import tensorflow_datasets as tfds
 
-    path = Path(__file__).parents[2] / "datasets" / name / f"{name}.py"
-    if not path.exists():
-        raise UserError(f"no builder '{path}': install the package from its repository with pip install -e")
-    spec = importlib.util.spec_from_file_location(f"posterior_matching_datasets_{name}", path)
-    module = importlib.util.module_from_spec(spec)
     with tfds.core.registered.skip_registration():
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"posterior_matching.data.builders.{name}")
     return getattr(module, name.capitalize())
 
 

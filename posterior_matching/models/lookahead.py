@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching import distributions
 from posterior_matching.config import build, call
 from posterior_matching.errors import UserError
 from posterior_matching.masking import mask_shape, partial_input
+from posterior_matching.models import distributions
+from posterior_matching.models.networks import NETWORKS, Shape
 from posterior_matching.models.vae import Config, PosteriorMatchingVAE
-from posterior_matching.networks import NETWORKS, Shape
+from posterior_matching.numerics import on_cpu
 
 SPREADS = ("remaining", "total")
 
@@ -111,7 +112,7 @@ class LookaheadPosterior(nnx.Module):
         imputations = imputations.reshape(num_samples, *flat.shape, -1)  # [S, B, features, C]
         centre = distributions.mean(self.pm_vae.partial_posterior(x, b), key_centre, num_samples)  # [B, e]
         # On a CPU, networks are fastest while activations stay in its cache.
-        at_once = max(1, 64 // batch) if jax.default_backend() == "cpu" else num_samples
+        at_once = max(1, 64 // batch) if on_cpu() else num_samples
 
         def sample_posteriors(inputs):  # [S, B, e]: of every imputation, with feature i revealed
             i, key = inputs

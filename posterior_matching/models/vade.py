@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching import distributions, likelihood
 from posterior_matching.config import call
 from posterior_matching.errors import UserError
+from posterior_matching.models import distributions, likelihood
+from posterior_matching.models.networks import Shape
 from posterior_matching.models.vae import VAE, Config, PartialPosterior
-from posterior_matching.networks import Shape
 
 
 class Terms(NamedTuple):

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching import distributions, likelihood
 from posterior_matching.config import build, call
-from posterior_matching.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
 from posterior_matching.errors import UserError
-from posterior_matching.likelihood import ConditionalLogProb
 from posterior_matching.masking import mask_shape, partial_input
-from posterior_matching.networks import NETWORKS, Shape
+from posterior_matching.models import distributions, likelihood
+from posterior_matching.models.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
+from posterior_matching.models.likelihood import ConditionalLogProb
+from posterior_matching.models.networks import NETWORKS, Shape
 
 Config = Mapping[str, Any]
 

@@ -21,17 +21,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posterior_matching.config import call
-from posterior_matching.distributions import (
+from posterior_matching.errors import UserError
+from posterior_matching.masking import partial_input
+from posterior_matching.models.distributions import (
     diagonal_gaussian,
     kl_divergence,
     sample_and_log_prob,
     tril_gaussian,
     tril_gaussian_parameters,
 )
-from posterior_matching.errors import UserError
-from posterior_matching.likelihood import ConditionalLogProb, ImportanceEstimate, log_mean_weight, log_prob_of_observed
-from posterior_matching.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
-from posterior_matching.masking import partial_input
+from posterior_matching.models.likelihood import (
+    ConditionalLogProb,
+    ImportanceEstimate,
+    log_mean_weight,
+    log_prob_of_observed,
+)
+from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
+from posterior_matching.models.networks import Conv, Shape
 from posterior_matching.models.vdvae_layout import (
     Layer,
     encoder_resolutions,
@@ -39,7 +45,6 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
-from posterior_matching.networks import Conv, Shape
 
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

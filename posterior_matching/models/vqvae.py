@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching import distributions, likelihood
 from posterior_matching.config import call
 from posterior_matching.errors import UserError
 from posterior_matching.masking import mask_shape, partial_input
+from posterior_matching.models import distributions, likelihood
+from posterior_matching.models.networks import Conv, ConvTranspose, Shape
 from posterior_matching.models.pixel_cnn import PixelCNN
-from posterior_matching.networks import Conv, ConvTranspose, Shape
 
 
 class ResidualStack(nnx.Module):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching.convolution import conv, conv_transpose
 from posterior_matching.errors import UserError
+from posterior_matching.numerics.convolution import conv, conv_transpose
 
 Shape = tuple[int, ...]
 

@@ -15,9 +15,9 @@ from absl import flags
 from flax import nnx
 
 from posterior_matching import data, parallel, runs
-from posterior_matching.batching import padded_batches
 from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
+from posterior_matching.training.batching import padded_batches
 
 ExampleFn = Callable[[nnx.Module, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 

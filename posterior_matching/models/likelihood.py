@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from posterior_matching.distributions import sample_and_log_prob
+from posterior_matching.models.distributions import sample_and_log_prob
 
 
 def log_prob_of_observed(p: Any, x: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,10 +13,11 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from posterior_matching import baselines, data, embeddings, masking, metrics, runs
+from posterior_matching import data, masking, runs
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import ExampleMap, Results, load_dataset, rows, training_rows
-from posterior_matching.images import imputation_grid, save_png
+from posterior_matching.evaluation import baselines, embeddings, metrics
+from posterior_matching.evaluation.examples import ExampleMap, Results, load_dataset, rows, training_rows
+from posterior_matching.evaluation.pictures import imputation_grid, save_png
 from posterior_matching.progress import progress_bar
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of the training script", required=True)

@@ -8,6 +8,8 @@ there, a loop over the rows is a kernel or more for each.
 import jax
 import jax.numpy as jnp
 
+from posterior_matching.numerics import on_cpu
+
 
 def diagonal(matrices: jax.Array) -> jax.Array:
     """The diagonals `[..., e]` of matrices `[..., e, e]`: a strided slice, not a gather."""
@@ -18,7 +20,7 @@ def diagonal(matrices: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def solve(tril: jax.Array, v: jax.Array) -> jax.Array:
     """w = L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]` (leading axes alike)."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return jax.lax.linalg.triangular_solve(tril, v[..., None], left_side=True, lower=True)[..., 0]
     index = jnp.arange(v.shape[-1])
 
@@ -50,7 +52,7 @@ solve.defvjp(_solve_forward, _solve_backward)
 def inverse(tril: jax.Array) -> jax.Array:
     """L^-1 for lower triangular L `[..., e, e]`."""
     e = tril.shape[-1]
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         identity = jnp.broadcast_to(jnp.eye(e, dtype=tril.dtype), tril.shape)
         return jax.lax.linalg.triangular_solve(tril, identity, left_side=True, lower=True)
     index = jnp.arange(e)

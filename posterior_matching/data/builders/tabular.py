@@ -1,4 +1,4 @@
-"""What the TFDS builders of the five tabular datasets share; each file under `datasets/` holds facts only."""
+"""What the TFDS builders of the five tabular datasets share; the other files here hold facts only."""
 
 import os
 import tempfile

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from posterior_matching import data
-from posterior_matching.metrics import clustering_scores
+from posterior_matching.evaluation.metrics import clustering_scores
 
 SAMPLES = 50  # of z, for a prediction of the cluster
 

@@ -26,10 +26,11 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from posterior_matching import parallel, runs
-from posterior_matching.batching import Arrays, TrainingFeed, evaluation_chunks
 from posterior_matching.config import call
 from posterior_matching.errors import UserError
-from posterior_matching.training_log import TrainingLog
+from posterior_matching.numerics import on_cpu
+from posterior_matching.training.batching import Arrays, TrainingFeed, evaluation_chunks
+from posterior_matching.training.log import TrainingLog
 
 Batch = dict[str, jax.Array]
 Loss = Callable[..., dict[str, jax.Array]]
@@ -387,7 +388,7 @@ class _ValidationChunks:
 
 def steps_per_dispatch(options: TrainingOptions) -> int:
     """How many steps go into one compiled call: one on CPU, else a divisor of all intervals."""
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         return 1
     intervals = math.gcd(options.log_every, options.validation_every, options.checkpoint_every or 0)
     return max(d for d in range(1, min(intervals, _MAX_STEPS_PER_DISPATCH) + 1) if intervals % d == 0)

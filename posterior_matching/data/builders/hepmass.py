@@ -1,6 +1,6 @@
 """TFDS builder of the hepmass dataset."""
 
-from posterior_matching.data.tabular_builder import TabularBuilder
+from posterior_matching.data.builders.tabular import TabularBuilder
 
 
 class Hepmass(TabularBuilder):

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 from numpyro import distributions as dist
 
-from posterior_matching import triangular
 from posterior_matching.errors import UserError
-from posterior_matching.networks import ResidualMLP, Shape
+from posterior_matching.models.networks import ResidualMLP, Shape
+from posterior_matching.numerics import triangular
 
 _MIN_SCALE = 1e-5
 # Checked, values outside the support have log-probability -inf: grey values between 0 and 1, for a Bernoulli. As in the

@@ -1,0 +1,1 @@
+"""Evaluation: functions over whole datasets, scores, baselines and pictures."""
