@@ -1,7 +1,7 @@
 """The training step and the validation pass, compiled."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
