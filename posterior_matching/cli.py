@@ -20,6 +20,7 @@ from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # flags defined here are those of the script that asks for them, in --help too
 
 
 def train_main(family: Family) -> None:
