@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -400,7 +401,16 @@ def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200] if isinstance(error, ValueError) else type(error).__name__
+    """What is wrong with a damaged checkpoint, in a few words."""
+    report = sys.unraisablehook
+
+    def ignore_closed_loop(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    # Reads that were still under way when the first one failed report so, each with a stack trace.
+    sys.unraisablehook = ignore_closed_loop
+    return str(error).partition("\n")[0][:80] if isinstance(error, ValueError) else type(error).__name__
 
 
 @contextlib.contextmanager
