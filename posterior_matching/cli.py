@@ -6,7 +6,6 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -16,11 +15,12 @@ from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.numerics.memory import keep_freed_memory
+from posterior_matching.training.family import Family
 
 FLAGS = flags.FLAGS
 
 
-def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
+def train_main(family: Family) -> None:
     """Runs a training script: `--config FILE [--config.key=value ...] [--run_dir DIR]`, and flags for several hosts."""
     config = config_flag("the experiment, for example configs/pm_vae_digits.py")
     run_dir = flags.DEFINE_string("run_dir", None, "Run directory; resumed if it holds this run.")
@@ -35,7 +35,7 @@ def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
             if process_id.value >= num_processes.value:
                 raise UserError(f"--process_id={process_id.value} must be below --num_processes={num_processes.value}")
             parallel.initialize(coordinator.value, num_processes.value, process_id.value)
-        train(config.value, run_dir.value)
+        family.train(config.value, run_dir.value)
 
     run(main)
 

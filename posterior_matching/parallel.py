@@ -30,7 +30,12 @@ def pmap(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def replicate(tree: Tree) -> Tree:
     """Copies a pytree of arrays to every local device; leaves gain a leading axis of local devices."""
-    return pmap(lambda _, t: t, in_axes=(0, None))(np.arange(jax.local_device_count()), tree)
+    return _copy()(np.arange(jax.local_device_count()), tree)
+
+
+@functools.cache
+def _copy() -> Callable[[np.ndarray, Any], Any]:
+    return pmap(lambda _, tree: tree, in_axes=(0, None))
 
 
 def unreplicate(tree: Tree) -> Tree:
@@ -40,7 +45,12 @@ def unreplicate(tree: Tree) -> Tree:
 
 def shard(tree: Tree) -> Tree:
     """Puts arrays of leading axis [local devices] onto the devices."""
-    return pmap(lambda t: t)(tree)
+    return _identity()(tree)
+
+
+@functools.cache
+def _identity() -> Callable[[Any], Any]:
+    return pmap(lambda tree: tree)  # one for all calls: each pmap compiles for itself
 
 
 def local_devices() -> range:

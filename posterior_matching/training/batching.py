@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from posterior_matching import parallel
-from posterior_matching.errors import UserError
+from posterior_matching.data.batches import padded_batches
+from posterior_matching.errors import OptionError
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,16 +51,17 @@ class TrainingFeed:
         memory_budget_gb: Most gigabytes (1e9 bytes) of data per device; 0 streams always.
 
     Raises:
-        UserError: A batch is larger than a device's share of the data.
+        OptionError: A batch is larger than a device's share of the data.
     """
 
     def __init__(self, arrays: Arrays, batch_size: int, seed: int, memory_budget_gb: float):
         num_rows = len(next(iter(arrays.values())))
         num_devices = jax.device_count()
         if num_rows < batch_size * num_devices:
-            raise UserError(
+            raise OptionError(
+                "batch_size",
                 f"a batch of {batch_size} on each of {num_devices} device(s) exceeds the {num_rows} training examples: "
-                f"set config.batch_size to at most {num_rows // num_devices}"
+                f"set {{}} to at most {num_rows // num_devices}",
             )
         self._arrays, self._batch_size = arrays, batch_size
         self._rows = [np.arange(d, num_rows, num_devices) for d in parallel.local_devices()]
@@ -105,18 +107,6 @@ class TrainingFeed:
         indices = self._batches(first_step, num_steps).reshape(len(self._rows), -1)
         rows = np.stack([share[i] for share, i in zip(self._rows, indices, strict=True)])
         return parallel.shard({k: a[rows] for k, a in self._arrays.items()})
-
-
-def padded_batches(num_rows: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits rows 0..num_rows-1 into batches, the last one filled up with row 0 at weight 0.
-
-    Returns:
-        Row indices int32 and weights float32 (1 = counts), both `[num_batches, batch_size]`.
-    """
-    indices = np.zeros(-(-num_rows // batch_size) * batch_size, np.int32)
-    weights = np.zeros(len(indices), np.float32)
-    indices[:num_rows], weights[:num_rows] = np.arange(num_rows), 1.0
-    return indices.reshape(-1, batch_size), weights.reshape(-1, batch_size)
 
 
 def evaluation_chunks(arrays: Arrays, batch_size: int, chunk_gb: float = 0.25) -> Iterator[tuple[Arrays, np.ndarray]]:

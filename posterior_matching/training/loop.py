@@ -1,13 +1,12 @@
 """The one training loop: compiled steps over device-resident data, validation, checkpoints, logging.
 
-A script gives `fit` a model and a loss; see `train_pm_vae.py`. Losses are functions
+A run is a list of phases, each with a model, a loss and an optimiser. Most families have one; `train_vade.py` has two.
+Losses are functions
 
-    loss(model, batch, rngs, step, training) -> {"loss": [B], "<term>_<unit>": [B] or scalar, ...}
+    loss(model, batch, rngs) -> {"loss": [B], "<term>_<unit>": [B] or scalar, ...}
 
 of per-example values, used alike for training (averaged over the batch) and for validation (averaged exactly over all
 examples, with EMA weights if there are any, and the same random keys every time).
-
-A run may begin with a pretraining that has a model, a loss and an optimiser of its own; see `train_vade.py`.
 """
 
 import contextlib
@@ -15,8 +14,8 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +24,13 @@ import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from posterior_matching import parallel, runs
-from posterior_matching.config import call
+from posterior_matching import data, parallel, runs
+from posterior_matching.config import Count, Decay, NonNegative, Steps, naming
 from posterior_matching.errors import UserError
 from posterior_matching.numerics import on_cpu
 from posterior_matching.training.batching import Arrays, TrainingFeed, evaluation_chunks
 from posterior_matching.training.log import TrainingLog
-
-Batch = dict[str, jax.Array]
-Loss = Callable[..., dict[str, jax.Array]]
+from posterior_matching.training.optimizer import OptimizerOption, OptimizerOptions
 
 # Every use of randomness in a training step has a stream of its own. Append only: the order fixes the numbers.
 STREAMS = ("noise", "mask", "sample", "dropout")
@@ -42,76 +39,90 @@ _MAX_STEPS_PER_DISPATCH = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerOptions:
-    """Adam with decoupled weight decay; `config.optimizer`."""
-
-    learning_rate: float
-    decay_rate: float = 1.0  # learning_rate * decay_rate ** (step / transition_steps)
-    transition_steps: int = 1
-    staircase: bool = False  # decay in jumps: floor(step / transition_steps)
-    warmup_steps: int = 0  # linear from 0
-    weight_decay: float = 0.0  # on matrices and convolution kernels only
-    clip_norm: float | None = None  # of the global gradient
-    eps: float = 1e-8
-
-    def __post_init__(self):
-        positive = ("decay_rate", "transition_steps", "eps") + (("clip_norm",) if self.clip_norm is not None else ())
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise UserError(f"config.optimizer.{name} must be positive, not {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"config.optimizer.{name} must not be negative, it is {getattr(self, name)}")
-
-    def schedule(self) -> optax.Schedule:
-        """Returns the learning rate as a function of the step."""
-        decay = optax.exponential_decay(
-            self.learning_rate, self.transition_steps, self.decay_rate, staircase=self.staircase
-        )
-        if not self.warmup_steps:
-            return decay
-        return lambda step: decay(step) * jnp.minimum(1.0, step / self.warmup_steps)
-
-    def direction(self) -> optax.GradientTransformation:
-        """Returns the transformation of gradients into steps, but for the factor `-learning_rate`."""
-        clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
-        decay = optax.add_decayed_weights(self.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim >= 2, p))
-        return optax.chain(clip, optax.scale_by_adam(eps=self.eps), decay if self.weight_decay else optax.identity())
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainingOptions:
     """The keys of a config that the training loop reads."""
 
-    seed: int
-    steps: int
-    batch_size: int  # per device
-    validation_every: int
-    log_every: int
-    optimizer: Mapping[str, Any] | OptimizerOptions
-    checkpoint_every: int | None = None  # besides every validation
-    ema_decay: float | None = None  # of the weights that validation and evaluation use; None: the weights themselves
-    skip_nonfinite_updates: bool = False  # True: skip and count them; False: stop
-    data_memory_budget_gb: float = 8.0  # data beyond this many gigabytes per device stream from the host
-    evaluate_checkpoint: str = "best"  # which checkpoint evaluations load: "best" (lowest validation loss) or "latest"
+    seed: Steps
+    steps: Count
+    batch_size: Count  # per device
+    validation_every: Count
+    log_every: Count
+    checkpoint_every: Count | None  # in addition to every validation
+    evaluate_checkpoint: Literal["best", "latest"]  # what evaluations load; "best": lowest validation loss
+    ema_decay: Decay | None  # of the weights that validation and evaluation use; None: the weights themselves
+    skip_nonfinite_updates: bool  # True: skip and count them; False: stop
+    data_memory_budget_gb: NonNegative  # data beyond this many gigabytes per device stream from the host
+    optimizer: OptimizerOption
 
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "validation_every", "log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"config.{name} must be at least 1, not {value}")
-        if self.seed < 0:
-            raise UserError(f"config.seed must not be negative, it is {self.seed}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UserError(f"config.ema_decay must lie in [0, 1), not be {self.ema_decay}")
-        if self.evaluate_checkpoint not in ("best", "latest"):
-            raise UserError(f"config.evaluate_checkpoint must be 'best' or 'latest', not '{self.evaluate_checkpoint}'")
+
+class Batch(NamedTuple):
+    """The data that a loss sees."""
+
+    x: jax.Array  # [B, *input_shape] float32: images in [0, 1], features with 0 where missing
+    available: jax.Array  # [B, d] or [B, H, W, 1]: 1 where the data have a value
+    label: jax.Array | None  # [B, classes], one-hot; None: the data have none
+    step: jax.Array | None  # int32, steps since the phase began; None: validation
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a training step."""
+        return self.step is not None
+
+
+Terms = dict[str, jax.Array]
+Loss = Callable[[Any, Batch, nnx.Rngs], Terms]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run.
+
+    Attributes:
+        model: The model with its initial weights; of a later phase only its structure matters.
+        loss: See the module's docstring.
+        steps: Number of steps; None, in the last phase: those that are left of `config.steps`.
+        optimizer: Its options.
+        trainable: NNX filter; other parameters are frozen and have no optimiser state.
+        begin: Of a later phase: the model that the phase before leaves -> the model that this one begins with, and
+            numbers to log. It runs on the host, and again if the run is killed in it or soon after, so it must be
+            deterministic.
+    """
+
+    model: nnx.Module
+    loss: Loss
+    steps: int | None
+    optimizer: OptimizerOptions
+    trainable: Any = nnx.Param
+    begin: Callable[[Any], tuple[nnx.Module, dict[str, float]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that a run trains; `family.Family` builds it from a config.
+
+    Attributes:
+        config: The resolved config, which the run saves.
+        options: See `TrainingOptions`.
+        phases: At least one.
+        train_set: The training data.
+        validation_set: The validation data.
+        pictures: The model, with its evaluation weights -> images `[H, W, C]` in [0, 1] by name.
+        summarise: Means over the validation data and their number -> what is logged.
+    """
+
+    config: dict[str, Any]
+    options: TrainingOptions
+    phases: Sequence[Phase]
+    train_set: data.Dataset
+    validation_set: data.Dataset
+    pictures: Callable[[Any], dict[str, np.ndarray]] | None = None
+    summarise: Callable[[dict[str, np.ndarray], int], dict[str, Any]] | None = None
 
 
 class TrainState(NamedTuple):
     """What a step changes. The frozen part of the model is not in it."""
 
-    step: jax.Array  # int32
+    step: jax.Array  # int32, of the run
     trainable: nnx.State
     mutable: nnx.State  # variables that are no parameters (codebook averages, ...)
     opt_state: optax.OptState
@@ -120,150 +131,160 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array  # int32
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What distinguishes one training script from another."""
-
-    model: nnx.Module  # with its initial weights
-    loss: Loss  # see the module's docstring
-    prepare: Callable[[Batch], Batch]  # stored rows -> model inputs, inside the compiled step
-    trainable: Any = nnx.Param  # NNX filter; other parameters are frozen and have no optimiser state
-    images: Callable[[nnx.Module], dict[str, np.ndarray]] | None = None  # evaluation model -> [H, W, C] in [0, 1]
-    # Means over the validation data -> what is logged. Terms may be vectors per example, [B, ...], that only together
-    # mean something: how often each code was used, which cluster met which label.
-    summarise: Callable[[dict[str, np.ndarray]], dict[str, Any]] = dict
-    pretraining: "Pretraining | None" = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """The first steps of a run, in which something else is trained than the experiment that they are to initialise."""
-
-    experiment: Experiment
-    steps: int
-    optimizer: OptimizerOptions
-    # On the host, when the steps are done: the pretrained model -> the main experiment's model with its initial
-    # weights, and numbers to log. Must give the same again: a run killed in it or soon after comes here again.
-    finish: Callable[[nnx.Module], tuple[nnx.Module, dict[str, float]]]
-
-
-def fit(
-    experiment: Experiment, run: runs.Run, options: TrainingOptions, train: Arrays, validation: Arrays
-) -> nnx.Module:
+def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
     """Trains from the run's latest checkpoint, or the start, and returns the model with its evaluation weights.
 
     Args:
-        experiment: Model, loss and what belongs to them.
+        experiment: What to train.
         run: Where checkpoints, metrics and TensorBoard events go.
-        options: See `TrainingOptions`.
-        train: Training data as stored, leading axis N; moved to the devices as it is.
-        validation: Validation data, likewise.
 
     Raises:
-        UserError: The loss is not finite, or too many updates in a row had to be skipped.
+        UserError: The loss is not finite, or too many updates in a row had to be skipped; or Ctrl-C or SIGTERM.
     """
-    pretraining = experiment.pretraining
-    border = pretraining.steps if pretraining else 0  # where the main training begins
-    if options.steps <= border:
-        raise UserError(f"config.steps must exceed the {border} steps of pretraining, it is {options.steps}")
-    program = main_program = Program(experiment, options, border)
-    if pretraining and run.step <= border:
-        program = Program(pretraining.experiment, dataclasses.replace(options, optimizer=pretraining.optimizer))
-    state, frozen = program.initial_state()
-    feed = TrainingFeed(train, options.batch_size, options.seed, options.data_memory_budget_gb)
-    chunks = _ValidationChunks(validation, options)
-    run.create()  # what can be wrong with the input has been found by now
-    best_loss = math.inf
-    if run.step:
-        state, best_loss = _restore(run, state)
-    first_step, step = run.step, run.step
-    run.forget_metrics_after(step if program is main_program else min(step, border - 1))
-    log = TrainingLog(
-        run,
-        experiment.model,
-        nnx.state(experiment.model, experiment.trainable),
-        steps=options.steps,
-        batch_size=options.batch_size,
-        skip_nonfinite=options.skip_nonfinite_updates,
-    )
-    state, frozen_everywhere = parallel.replicate((state, frozen))
-
-    def evaluation_model() -> nnx.Module:
-        weights = state.trainable if state.ema is None else state.ema
-        weights, mutable = jax.tree.map(jnp.asarray, parallel.unreplicate((weights, state.mutable)))
-        return nnx.merge(program.graphdef, weights, frozen, mutable)
-
-    def validate() -> dict[str, float]:
-        weights = state.trainable if state.ema is None else state.ema
-        return program.validate(weights, state.mutable, frozen_everywhere, chunks)
-
-    def save(best: bool) -> None:
-        model = None  # while pretraining, there is none that could be used
-        if program is main_program:
-            weights = runs.flat_weights(nnx.state(evaluation_model()))
-            model = jax.tree.map(np.asarray, weights)
-        run.save(step, model, _to_save(parallel.unreplicate(state), best_loss), best)
-
-    with run.finished_saving(), log, _interruptible() as signalled:
-        while step < options.steps:
-            if program is not main_program and step == border:
-                log.begin("after pretraining")
-                model, found = pretraining.finish(evaluation_model())
-                program = main_program
-                state, frozen = program.initial_state(model)
-                state, frozen_everywhere = parallel.replicate((state, frozen))
-                log.write_validation(step, validate() | found)
-                log.begin("training")
-            num_steps = _steps_in_dispatch(step, options, border)
-            next_num_steps = _steps_in_dispatch(step + num_steps, options, border)
-            arrays, indices = feed.get(step, num_steps, next_num_steps)
-            state, metrics = program.train(state, frozen_everywhere, arrays, indices)
-            step += num_steps
-            log.add(step, num_steps, metrics)
-            # Where pretraining ends, the model that it initialises is validated instead.
-            ends_pretraining = program is not main_program and step == border
-            validates = (step % options.validation_every == 0 or step == options.steps) and not ends_pretraining
-            checkpoints = options.checkpoint_every is not None and step % options.checkpoint_every == 0
-            checkpoints = checkpoints or ends_pretraining
+    options, trainer = experiment.options, Trainer(experiment, run)
+    first_step = trainer.step
+    with run.finished_saving(), trainer.log as log, _interruptible() as signalled:
+        while trainer.step < options.steps:
+            if trainer.phase_is_over():
+                trainer.begin_next_phase()
+            trainer.run_dispatch()
+            step, phase_is_over = trainer.step, trainer.phase_is_over()
+            # Where a phase ends, the model that the next one begins with is validated instead.
+            validates = (step % options.validation_every == 0 or step == options.steps) and not phase_is_over
+            saves = phase_is_over or (options.checkpoint_every is not None and step % options.checkpoint_every == 0)
             # Several processes have to stop at the same step, so they ask each other, though not at every step.
-            ask = jax.process_count() == 1 or step % options.log_every == 0
-            interrupted = ask and parallel.any_process(signalled())
-            if step % options.log_every == 0 or validates or checkpoints or interrupted:
-                log.write_training()  # also refuses to go on after a non-finite step, before anything is saved
+            asks = jax.process_count() == 1 or step % options.log_every == 0
+            interrupted = asks and parallel.any_process(signalled())
+            if step % options.log_every == 0 or validates or saves or interrupted:
+                log.write_training()  # stops at a non-finite step, before anything is saved
             if validates:
-                values = validate()
-                log.write_validation(step, values)
-                is_best = program is main_program and values["loss"] < best_loss
-                best_loss = min(best_loss, values["loss"]) if program is main_program else best_loss
-                save(is_best)
-                if program.images is not None and jax.process_index() == 0:
-                    log.write_images(step, program.images(evaluation_model()))
-                log.restart_clock()
-            elif checkpoints or interrupted:
-                save(best=False)
-                log.restart_clock()
+                trainer.validate_and_save()
+            elif saves or interrupted:
+                trainer.save(best=False)
             if interrupted and step < options.steps:
-                raise UserError(
-                    f"interrupted: saved at step {step}; the same command with --run_dir={run.path} goes on"
-                )
+                raise UserError(f"interrupted: saved at step {step}; resume with --run_dir={run.path}")
     if jax.process_index() == 0:
         done = "nothing to do" if first_step >= options.steps else "done"
-        print(f"{done}: step {step} of {options.steps}; run directory: {run.path}")
-    return evaluation_model()
+        print(f"{done}: step {trainer.step} of {options.steps}; run directory: {run.path}")
+    return trainer.evaluation_model()
 
 
-class Program:
-    """The compiled training step and validation pass of an experiment, whose first step is the run's `first_step`."""
+class Trainer:
+    """A run in memory: its current phase, the state of that on the devices, and the log."""
 
-    def __init__(self, experiment: Experiment, options: TrainingOptions, first_step: int = 0):
-        optimizer = options.optimizer
-        if not isinstance(optimizer, OptimizerOptions):
-            optimizer = call(OptimizerOptions, optimizer, "config.optimizer")
-        self._loss, self._prepare, self._options = experiment.loss, experiment.prepare, options
-        self._summarise, self.images = experiment.summarise, experiment.images
-        self._trainable, self._first_step = experiment.trainable, first_step
-        self._schedule, self._direction = optimizer.schedule(), optimizer.direction()
-        self.graphdef, *self._initial = nnx.split(experiment.model, experiment.trainable, nnx.Param, ...)
+    def __init__(self, experiment: Experiment, run: runs.Run):
+        options = experiment.options
+        self._experiment, self._options, self._run = experiment, options, run
+        *first, _ = experiment.phases
+        ends = [*np.cumsum([phase.steps for phase in first]).tolist(), options.steps]
+        self._phases = [
+            CompiledPhase(experiment, phase, first, last)
+            for phase, first, last in zip(experiment.phases, [0, *ends], ends, strict=False)
+        ]
+        self._index = next((i for i, phase in enumerate(self._phases) if run.step <= phase.last_step), len(ends) - 1)
+        with naming("config"):
+            self._feed = TrainingFeed(
+                _arrays(experiment.train_set), options.batch_size, options.seed, options.data_memory_budget_gb
+            )
+        self._chunks = _ValidationChunks(_arrays(experiment.validation_set), options)
+        state, self._frozen = self._phase.initial_state()
+        run.create()  # what can be wrong with the input has been found by now
+        self._best_loss = math.inf
+        if run.step:
+            state, self._best_loss = self._restore(state)
+        self.step = run.step
+        run.forget_metrics_after(self.step - 1 if self.phase_is_over() else self.step)
+        model, trainable = experiment.phases[-1].model, experiment.phases[-1].trainable
+        self.log = TrainingLog(
+            run,
+            model,
+            nnx.state(model, trainable),
+            steps=options.steps,
+            batch_size=options.batch_size,
+            skip_nonfinite=options.skip_nonfinite_updates,
+        )
+        self._state, self._frozen_everywhere = parallel.replicate((state, self._frozen))
+
+    @property
+    def _phase(self) -> "CompiledPhase":
+        return self._phases[self._index]
+
+    @property
+    def _in_last_phase(self) -> bool:
+        return self._phase is self._phases[-1]
+
+    def phase_is_over(self) -> bool:
+        """Whether the next step belongs to another phase."""
+        return not self._in_last_phase and self.step == self._phase.last_step
+
+    def begin_next_phase(self) -> None:
+        """Makes the next phase's first model of what this phase trained, and validates it."""
+        self.log.begin("preparing the next phase")
+        model, numbers = self._experiment.phases[self._index + 1].begin(self.evaluation_model())
+        self._index += 1
+        state, self._frozen = self._phase.initial_state(model)
+        self._state, self._frozen_everywhere = parallel.replicate((state, self._frozen))
+        self.log.write_validation(self.step, self._validate() | numbers)
+        self.log.begin("training")
+
+    def run_dispatch(self) -> None:
+        """Runs one compiled call: one step or several."""
+        num_steps = next_dispatch(self.step, self._options, self._phase.last_step)
+        following = next_dispatch(self.step + num_steps, self._options, self._phase.last_step)
+        arrays, indices = self._feed.get(self.step, num_steps, following)
+        self._state, metrics = self._phase.train(self._state, self._frozen_everywhere, arrays, indices)
+        self.step += num_steps
+        self.log.add(self.step, num_steps, metrics)
+
+    def validate_and_save(self) -> None:
+        """Validates, logs, saves a checkpoint, which may become the best one, and draws pictures."""
+        values = self._validate()
+        self.log.write_validation(self.step, values)
+        best = self._in_last_phase and values["loss"] < self._best_loss
+        if best:
+            self._best_loss = values["loss"]
+        self.save(best)
+        if self._experiment.pictures and self._in_last_phase and jax.process_index() == 0:
+            self.log.write_images(self.step, self._experiment.pictures(self.evaluation_model()))
+        self.log.restart_clock()
+
+    def save(self, best: bool) -> None:
+        """Saves a checkpoint."""
+        # Before the last phase there is no model that anybody could use.
+        weights = runs.flat_weights(nnx.state(self.evaluation_model())) if self._in_last_phase else None
+        model = jax.tree.map(np.asarray, weights)
+        train = {"state": parallel.unreplicate(self._state), "best_loss": np.float64(self._best_loss)}
+        self._run.save(self.step, model, train, best)
+        self.log.restart_clock()
+
+    def _restore(self, state: TrainState) -> tuple[TrainState, float]:
+        saved = self._run.restore({"state": state, "best_loss": np.float64(math.inf)})
+        return saved["state"], float(saved["best_loss"])
+
+    def evaluation_model(self) -> nnx.Module:
+        """Returns the model with the weights that validation uses."""
+        weights, mutable = jax.tree.map(jnp.asarray, parallel.unreplicate((self._weights, self._state.mutable)))
+        return nnx.merge(self._phase.graphdef, weights, self._frozen, mutable)
+
+    @property
+    def _weights(self) -> nnx.State:
+        return self._state.trainable if self._state.ema is None else self._state.ema
+
+    def _validate(self) -> dict[str, float]:
+        return self._phase.validate(self._weights, self._state.mutable, self._frozen_everywhere, self._chunks)
+
+
+class CompiledPhase:
+    """The compiled training step and validation pass of a phase, from `first_step` to `last_step` of the run."""
+
+    def __init__(self, experiment: Experiment, phase: Phase, first_step: int, last_step: int):
+        self.first_step, self.last_step = first_step, last_step
+        self._loss, self._trainable, self._options = phase.loss, phase.trainable, experiment.options
+        self._summarise, self._max_value = experiment.summarise, experiment.train_set.max_value
+        self._num_classes = max(_num_classes(d) for d in (experiment.train_set, experiment.validation_set))
+        self._num_validated = len(experiment.validation_set)
+        self._schedule, self._direction = phase.optimizer.schedule(), phase.optimizer.direction()
+        self.graphdef, *self._initial = nnx.split(phase.model, phase.trainable, nnx.Param, ...)
         self.train = parallel.pmap(self._train_steps, donate_argnums=0)
         self._validate = parallel.pmap(self._validation_sums)
 
@@ -271,13 +292,13 @@ class Program:
         """Returns the state before the first step, and the frozen parameters; neither replicated.
 
         Args:
-            model: Whose weights to begin with; None: those of the experiment's model.
+            model: Whose weights to begin with; None: those of the phase's model.
         """
         trainable, frozen, mutable = self._initial
         if model is not None:
             _, trainable, frozen, mutable = nnx.split(model, self._trainable, nnx.Param, ...)
         state = TrainState(
-            step=np.int32(self._first_step),
+            step=np.int32(self.first_step),
             trainable=trainable,
             mutable=mutable,
             opt_state=self._direction.init(trainable),
@@ -286,6 +307,11 @@ class Program:
             skipped_in_a_row=np.int32(0),
         )
         return state, frozen
+
+    def _batch(self, rows: Arrays, step: jax.Array | None) -> Batch:
+        x, available = data.decode(rows["x"], self._max_value)
+        label = jax.nn.one_hot(rows["label"], self._num_classes) if "label" in rows else None
+        return Batch(x, available, label, step)
 
     def _train_steps(self, state, frozen, arrays, indices):
         """Runs `len(indices)` steps on one device; returns the new state and metrics `[steps]`."""
@@ -299,12 +325,12 @@ class Program:
         options = self._options
         key = jax.random.fold_in(jax.random.key(options.seed), state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
-        batch = self._prepare(jax.tree.map(lambda a: a[rows], arrays))
-        step = state.step - self._first_step
+        step = state.step - self.first_step
+        batch = self._batch(jax.tree.map(lambda a: a[rows], arrays), step)
 
         def mean_loss(trainable):
             model = nnx.merge(self.graphdef, trainable, frozen, state.mutable, copy=True)
-            terms = self._loss(model, batch, _streams(key), step=step, training=True)
+            terms = self._loss(model, batch, _streams(key))
             mutable = nnx.state(model, nnx.Not(nnx.Param))
             terms = jax.tree.map(jnp.mean, terms)  # over the batch
             return terms["loss"], (terms, mutable)
@@ -342,8 +368,10 @@ class Program:
             for name, values in parallel.unreplicate(part).items():
                 sums[name] = sums.get(name, 0.0) + np.sum(values, axis=0, dtype=np.float64)  # over batches
         count = sums.pop("count")
-        values = self._summarise({name: value / count for name, value in sums.items()})
-        return {name: float(value) for name, value in values.items()}
+        means = {name: value / count for name, value in sums.items()}
+        if self._summarise:
+            means = self._summarise(means, self._num_validated)
+        return {name: float(value) for name, value in means.items()}
 
     def _validation_sums(self, weights, mutable, frozen, arrays, example_weights, batch_index):
         """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
@@ -354,7 +382,7 @@ class Program:
             rows, weight, index = inputs
             batch_key = jax.random.fold_in(key, index)
             rngs = _streams(jax.random.fold_in(batch_key, jax.lax.axis_index(parallel.AXIS)))
-            terms = self._loss(model, self._prepare(rows), rngs, step=None, training=False)
+            terms = self._loss(model, self._batch(rows, step=None), rngs)
 
             def total(value):  # over the batch
                 value = jnp.broadcast_to(value, weight.shape) if jnp.ndim(value) == 0 else value
@@ -386,7 +414,7 @@ class _ValidationChunks:
             yield arrays, weights, index
 
 
-def steps_per_dispatch(options: TrainingOptions) -> int:
+def max_steps_per_dispatch(options: TrainingOptions) -> int:
     """How many steps go into one compiled call: one on CPU, else a divisor of all intervals."""
     if on_cpu():
         return 1
@@ -394,25 +422,22 @@ def steps_per_dispatch(options: TrainingOptions) -> int:
     return max(d for d in range(1, min(intervals, _MAX_STEPS_PER_DISPATCH) + 1) if intervals % d == 0)
 
 
-def _steps_in_dispatch(step: int, options: TrainingOptions, border: int = 0) -> int:
-    """Steps of the call that begins at `step`; after an interruption, at `border` or at the end, fewer than usual."""
-    usual, end = steps_per_dispatch(options), border if step < border else options.steps
-    return max(0, min(usual - step % usual, end - step))
+def next_dispatch(step: int, options: TrainingOptions, last_step: int) -> int:
+    """Steps of the compiled call that begins at `step`: fewer after an interruption and at the end of the phase."""
+    usual = max_steps_per_dispatch(options)
+    return max(0, min(usual - step % usual, last_step - step))
 
 
 def _streams(key: jax.Array) -> nnx.Rngs:
     return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)})
 
 
-def _to_save(state: TrainState, best_loss: float) -> dict[str, Any]:
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-    return {"leaves": {str(i): leaf for i, leaf in enumerate(leaves)}, "best_loss": np.float64(best_loss)}
+def _arrays(dataset: data.Dataset) -> Arrays:
+    return {"x": dataset.x} | ({} if dataset.label is None else {"label": dataset.label})
 
 
-def _restore(run: runs.Run, state: TrainState) -> tuple[TrainState, float]:
-    saved = run.restore(_to_save(state, math.inf))
-    leaves = [saved["leaves"][str(i)] for i in range(len(saved["leaves"]))]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), float(saved["best_loss"])
+def _num_classes(dataset: data.Dataset) -> int:
+    return 0 if dataset.label is None else int(dataset.label.max()) + 1
 
 
 @contextlib.contextmanager
