@@ -2,8 +2,8 @@
 
     python train_pm_vae.py --config configs/pm_vae_digits.py
 
-There are only 1,257 training images. Averaging the weights (EMA) and adding noise to the images make the imputations
-better than those of nearest neighbours instead of worse.
+There are only 1,257 training images: without averaged weights (EMA) and noise on the images, imputations are worse than
+nearest neighbours'.
 """
 
 from configs import common

@@ -185,7 +185,7 @@ def test_the_readme_links_every_document():
 
 def test_the_readme_names_what_is_there():
     table = README.split("## Where to find it")[1].split("\n## ")[0]
-    rows = re.findall(r"\| `(\S+\.py)` \| `(\S+)` \|", table)
+    rows = re.findall(r"`(\S+\.py)`\]\(\S+\) \| `(\S+)` \|", table)
     assert len(rows) == 4
     for file, name in rows:
         assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (ROOT / file).read_text()), name
