@@ -46,7 +46,7 @@ def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Opt
         stop_gradients=options.matching_ll_stop_gradients,
         rngs=rngs if batch.training else None,
     )
-    beta = options.beta(batch.step) if batch.training else jnp.ones(())
+    beta = jnp.ones(()) if batch.step is None else options.beta(batch.step)
     values = {
         "loss": terms.loss(beta, options.matching_coef),
         "elbo_nats": terms.elbo(),

@@ -152,12 +152,11 @@ def _check(adapter: pydantic.TypeAdapter, name: str, value: Any) -> Any:
     except OptionError as error:  # of an option that is built from a group of its own
         raise error.within(name) from None
     except pydantic.ValidationError as invalid:
-        error = invalid.errors(include_url=False)[0]
-        at = name + "".join(f"[{index}]" for index in error["loc"] if isinstance(index, int))
-        if error["type"] in ("missing", "too_long"):
+        first = invalid.errors(include_url=False)[0]
+        at = name + "".join(f"[{index}]" for index in first["loc"] if isinstance(index, int))
+        if first["type"] in ("missing", "too_long"):
             raise OptionError(name, f"has a wrong number of entries: {value!r}") from None
-        problem = error["msg"].replace("Input should", "must")
-        raise OptionError(at, f"{problem}, not {error['input']!r}".replace("{}", "{ }")) from None
+        raise OptionError(at, f"{first['msg'].replace('Input should', 'must')}, not {first['input']!r}") from None
 
 
 @functools.cache
