@@ -40,7 +40,7 @@ from posterior_matching.errors import OptionError, UserError, nearest
 Tree = TypeVar("Tree")
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
-_FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
+_FREE_ON_RESUME = ("steps", "patience", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
 
 _KEPT = {"latest": 2, "best": 1}  # the second latest is there in case the latest is damaged
 _PATIENCE_SECONDS = 10.0  # of a reader whose checkpoint is replaced by a run in progress
