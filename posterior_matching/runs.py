@@ -28,7 +28,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import parallel
-from posterior_matching.data import Standardisation
+from posterior_matching.data import Columns
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.models.lookahead import LookaheadPosterior
 from posterior_matching.models.vade import VADE, PosteriorMatchingVADE
@@ -147,7 +147,7 @@ def open_run(
     model: str,
     config: ConfigDict,
     input_shape: tuple[int, ...],
-    standardisation: Standardisation | None = None,
+    standardisation: Columns | None = None,
 ) -> Run:
     """Opens a run directory, new or holding this run already; nothing is written before `Run.create`.
 

@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from posterior_matching import runs
-from posterior_matching.data import Dataset, Standardisation, load_for_training
+from posterior_matching.data import Columns, Dataset, load_for_training
 from posterior_matching.errors import UserError
 
 
@@ -23,7 +23,7 @@ class Base(NamedTuple):
     config: dict[str, Any]  # its config.model
     dataset: str  # what it was trained on
     input_shape: tuple[int, ...]
-    standardisation: Standardisation | None = None
+    standardisation: Columns | None = None
 
     def trainable(self) -> Any:
         """NNX filter of the parameters that train: all but the base's."""
@@ -61,7 +61,7 @@ def load_base(base_dir: str | None, name: str, run_dir: str | os.PathLike | None
         config=config,
         dataset=description["config"]["dataset"],
         input_shape=tuple(description["input_shape"]),
-        standardisation=Standardisation.from_json(saved) if saved else None,
+        standardisation=Columns.from_json(saved) if saved else None,
     )
 
 
