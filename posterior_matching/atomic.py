@@ -1,21 +1,29 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all. Everything the project writes, it writes through here."""
 
 import contextlib
 import os
-import tempfile
+import pathlib
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, which becomes `path` at the end, and is removed on an error."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a temporary path next to `path`, and moves it there once the block has succeeded.
+
+    If the block raises, `path` stays as it was and the temporary file is removed. The temporary name is unique, so
+    that processes writing the same file do not disturb each other, and keeps the suffix, which some writers look at.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{''.join(path.suffixes[-2:])}")
     try:
-        yield Path(temporary)
+        yield temporary
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

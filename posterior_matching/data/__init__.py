@@ -24,7 +24,7 @@ from posterior_matching.data import builtin, tables, tfds_reader
 from posterior_matching.data.builtin import mixture_log_prob
 from posterior_matching.data.columns import Columns
 from posterior_matching.data.splits import resolve_split, unknown_split
-from posterior_matching.data.tables import Table, TableOptions, read_table
+from posterior_matching.data.tables import Table, TableOption, TableOptions, read_table
 from posterior_matching.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "Columns",
     "Dataset",
     "Table",
+    "TableOption",
     "TableOptions",
     "decode",
     "load",

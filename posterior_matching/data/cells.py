@@ -1,23 +1,27 @@
 """A table in memory: every cell as it came, and what it means."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import PlainValidator
 
+from posterior_matching.config import call
 from posterior_matching.data.dialect import Dialect, records
-from posterior_matching.errors import UserError
+from posterior_matching.errors import OptionError, UserError
 
 # Never a word of its own; and what means missing between numbers, but may be a category between words.
 _MISSING = ("", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "-nan", "NULL", "Null", "null")
 _MISSING_NUMBER = (*_MISSING, "None", "none", "na", ".", "-", "--")
+Names = tuple[str | int, ...]
 Kind = Literal["number", "code", "word"]  # codes are categories spelled as numbers
 UNCERTAIN = sorted(set(_MISSING_NUMBER) - set(_MISSING))
 
@@ -46,25 +50,26 @@ class TableOptions:
     encoding: str | None = None
     decimal: str | None = None
     thousands: str = ""
-    missing_values: tuple[str | float, ...] = ()
+    missing_values: tuple[str | int | float, ...] = ()
     usual_missing: bool = True
-    drop: tuple[str, ...] = ()
-    categorical: tuple[str, ...] = ()
-    real: tuple[str, ...] = ()
-    log: tuple[str, ...] = ()
-    quantile: tuple[str, ...] = ()
+    drop: Names = ()
+    categorical: Names = ()
+    real: Names = ()
+    log: Names = ()
+    quantile: Names = ()
 
     def __post_init__(self) -> None:
-        for name in ("missing_values", "drop", "categorical", "real", "log", "quantile"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str | int | float) else tuple(value)
-            object.__setattr__(self, name, value if name == "missing_values" else tuple(map(str, value)))
+        for key in ("drop", "categorical", "real", "log", "quantile"):  # names may be numbers: of years
+            object.__setattr__(self, key, tuple(map(str, getattr(self, key))))
         if self.separator is not None and len(self.separator) != 1:
-            raise UserError(f"config.table.separator must be one character, not '{self.separator}'")
+            raise OptionError("separator", f"must be one character, not {self.separator!r}")
         if self.decimal not in (None, ".", ","):
-            raise UserError(f"config.table.decimal must be '.' or ',', not '{self.decimal}'")
+            raise OptionError("decimal", f"must be '.' or ',', not {self.decimal!r}")
         if len(self.thousands) > 1 or (self.thousands and self.thousands == self.decimal):
-            raise UserError(f"config.table.thousands must be one character, not the decimal mark: '{self.thousands}'")
+            raise OptionError("thousands", f"must be one character, not the decimal mark: {self.thousands!r}")
+
+
+TableOption = Annotated[TableOptions, PlainValidator(functools.partial(call, TableOptions))]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

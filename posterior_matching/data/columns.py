@@ -187,7 +187,7 @@ class Columns:
             logging.warning("set aside, not modelled, of '%s': %s", table.source, listed)
         if not columns:
             raise UserError(f"no column of '{table.source}' varies: there is nothing to learn")
-        fitted = cls(
+        return cls(
             _standardised(table, columns, rows),
             names=table.names,
             set_aside=set_aside,
@@ -195,7 +195,6 @@ class Columns:
             missing_values=options.missing_values,
             usual_missing=options.usual_missing,
         )
-        return fitted
 
     def reading(self, options: TableOptions) -> TableOptions:
         """Returns `options` with what means missing in this run."""

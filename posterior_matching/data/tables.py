@@ -31,11 +31,29 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from posterior_matching import atomic
-from posterior_matching.data.cells import Cells, Table, TableOptions, is_usual_missing, to_arrow, with_decimal
+from posterior_matching.data.cells import (
+    Cells,
+    Table,
+    TableOption,
+    TableOptions,
+    is_usual_missing,
+    to_arrow,
+    with_decimal,
+)
 from posterior_matching.data.dialect import BLANKS, Dialect, open_bytes, records, sniff, zip_members
 from posterior_matching.errors import UserError
 
-__all__ = ["Cells", "Table", "TableOptions", "is_table", "iter_chunks", "read_table", "table_writer", "write_table"]
+__all__ = [
+    "Cells",
+    "Table",
+    "TableOption",
+    "TableOptions",
+    "is_table",
+    "iter_chunks",
+    "read_table",
+    "table_writer",
+    "write_table",
+]
 
 TEXT = (".csv", ".tsv", ".txt", ".data")
 FORMATS = (*TEXT, ".parquet", ".npy", ".npz")

@@ -14,10 +14,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from posterior_matching import data, parallel, runs
+from posterior_matching import atomic, data, parallel, runs
+from posterior_matching.data.batches import padded_batches
 from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
-from posterior_matching.training.batching import padded_batches
 
 ExampleFn = Callable[[nnx.Module, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 
@@ -154,7 +154,7 @@ def open_parts(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
                 f"{folder} holds an evaluation that differs ({'; '.join(changed)}): use its values, or delete it"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_atomically(path, json.dumps(dict(settings), indent=2) + "\n")
+    atomic.write_text(path, json.dumps(dict(settings), indent=2) + "\n")
 
 
 class Results:
