@@ -125,6 +125,13 @@ class Table:
         """The d names."""
         return tuple(self.frame.columns)
 
+    @property
+    def number(self) -> str:
+        """The regular expression of a number in the text of this table."""
+        point, group = re.escape(self.options.decimal or "."), re.escape(self.options.thousands)
+        whole = rf"\d{{1,3}}({group}\d{{3}})+|\d+" if group else r"\d+"
+        return rf"[+-]?(({whole})({point}\d*)?|{point}\d+)([eE][+-]?\d+)?"
+
     def where(self, name: str) -> str:
         """Names a column in a message."""
         return f"column {self.names.index(name) + 1} ('{name}') of '{self.source}'"
@@ -163,6 +170,8 @@ class Table:
             return Cells(array, None, is_date=True)
         if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
             return dataclasses.replace(self._understand_text(name, array, kind), is_category=is_category)
+        if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_null(array.type)):
+            raise UserError(f"{self.where(name)} holds neither numbers nor text, but {array.type}: leave it out")
         numbers = np.array(array.cast(pa.float64(), safe=False).fill_null(np.nan), np.float64)
         numbers[np.isin(numbers, self._missing_numbers())] = np.nan
         self._check_finite(name, numbers)
@@ -198,9 +207,7 @@ class Table:
         if codes and pc.any(pc.match_substring_regex(text, r"^[+-]?0\d+$")).as_py():
             return None
         if options.thousands:
-            group = re.escape(options.thousands)
-            grouped = rf"^[+-]?(\d{{1,3}}({group}\d{{3}})+|\d*)([{decimal}]\d*)?([eE][+-]?\d+)?$"
-            if not pc.all(pc.match_substring_regex(text, grouped)).as_py():
+            if not pc.all(pc.match_substring_regex(text, f"^({self.number})$")).as_py():
                 return None
             text = pc.replace_substring(text, options.thousands, "")
         if decimal == ",":

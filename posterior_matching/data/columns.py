@@ -370,7 +370,9 @@ def _standardised(table: Table, columns: list[Column], rows: np.ndarray) -> tupl
 def _quantities(column: Column, table: Table, name: str, cells: Cells) -> np.ndarray:
     if cells.numbers is None:
         word = kinds.first_word(table, cells)
-        raise UserError(f"{table.where(name)} holds {word}, but the run was trained on numbers in it: mend it")
+        raise UserError(
+            f"{table.where(name)} holds {word}, but the run was trained on numbers: mend it or set config.table.decimal"
+        )
     if column.transform == "log":
         _check(table, name, cells.numbers <= 0, "has no logarithm, and the run was trained on those of this column")
     return cells.numbers
@@ -394,7 +396,9 @@ def _encode_categories(
 def _check(table: Table, name: str, bad: np.ndarray, problem: str) -> None:
     if bad.any():
         row = int(np.argmax(bad))
-        raise UserError(f"'{table.frame[name].iloc[row]}' in {table.where(name)} ({table.row(row)}) {problem}")
+        raise UserError(
+            f"'{str(table.frame[name].iloc[row]).strip()}' in {table.where(name)} ({table.row(row)}) {problem}"
+        )
 
 
 def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, integer: bool) -> pd.Series:

@@ -123,7 +123,7 @@ def read_records(lines: Iterable[str], separator: str) -> Iterator[tuple[int, li
     if separator == BLANKS:
         reader = csv.reader((line.replace("\t", " ").strip() for line in lines), delimiter=" ", skipinitialspace=True)
     else:
-        reader = csv.reader(lines, delimiter=separator)
+        reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     for row in reader:
         if any(cell.strip() for cell in row):
             yield reader.line_num, row

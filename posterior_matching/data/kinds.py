@@ -121,13 +121,10 @@ def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> Colum
 
 def first_word(table: Table, cells: Cells) -> str:
     """Shows the first cell of a column that is no number, and where it is."""
-    number = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-    if table.options.decimal == ",":
-        number = number.replace(r"\.", ",")
     text = cells.array.cast("large_string")
-    is_word = pc.fill_null(pc.invert(pc.match_substring_regex(text, number)), False)
+    is_word = pc.fill_null(pc.invert(pc.match_substring_regex(text, f"^({table.number})$")), False)
     index = pc.index(is_word, True).as_py()
-    index = pc.index(pc.is_valid(text), True).as_py() if index < 0 else index  # grouped digits, or codes
+    index = pc.index(pc.is_valid(text), True).as_py() if index < 0 else index  # codes such as 0123
     return f"'{_short(text[index].as_py())}' ({table.row(index)})"
 
 
@@ -136,10 +133,13 @@ def _warn_about_sentinels(table: Table, names: Sequence[str]) -> None:
     found: dict[float, list[str]] = {}
     for name in names:
         numbers = table.cells(name, "number").numbers
-        values = np.array([]) if numbers is None else np.sort(numbers[~np.isnan(numbers)])
-        for value in values[[0, -1]] if len(values) else ():
-            others = values[values != value]
-            if len(values) - len(others) < 3 or len(np.unique(others)) < 10 or not _is_round(value):
+        if numbers is None or np.isnan(numbers).all():
+            continue
+        for value in (np.nanmin(numbers), np.nanmax(numbers)):
+            if np.count_nonzero(numbers == value) < 3 or not _is_round(value):
+                continue
+            others = np.sort(numbers[(numbers != value) & ~np.isnan(numbers)])
+            if np.count_nonzero(np.diff(others)) < 9:  # fewer than 10 different values are levels
                 continue
             with np.errstate(over="ignore"):
                 spread, gap = others.std(), np.abs(others[[0, -1]] - value).min()

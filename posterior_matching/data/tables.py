@@ -19,6 +19,7 @@ import io
 import itertools
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -85,7 +86,8 @@ def read_table(
     if not isinstance(source, str | Path):
         return _of_frame(source, options)
     with _unchanged(source) as path:
-        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
         chunks = list(_chunks(path, options, known_names, rows=None))
     if not chunks:
         raise UserError(f"'{source}' has no rows")
@@ -122,9 +124,12 @@ def _unchanged(source: str | Path) -> Iterator[Path]:
     if not path.is_file():
         raise UserError(f"no file '{source}'")
     before = path.stat()
-    yield path
-    after = path.stat() if path.is_file() else None
-    if after is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    try:
+        yield path
+        after = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read '{source}': {error.strerror or error}") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(f"'{source}' changed while it was read: try again when it is complete")
 
 
@@ -152,7 +157,7 @@ def _chunks(path: Path, options: TableOptions, known_names: Sequence[str], rows:
             yield from _read_numpy(path, options, rows)
         else:
             yield from _read_text(path, options, known_names, rows)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, pa.ArrowException) as error:
+    except (EOFError, ValueError, zlib.error, zipfile.BadZipFile, pa.ArrowException) as error:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read '{path}': {problem}") from error
 
@@ -395,11 +400,14 @@ def _lines(frame: pd.DataFrame, dialect: Dialect) -> str:
         if quoted:
             needed = pc.or_(needed, pc.invert(is_usual_missing(text)))
         if pc.any(needed).as_py():
-            inner = pc.replace_substring(text, '"', '""')
-            text = pc.if_else(needed, pc.binary_join_element_wise(pa.scalar("", _STRING), inner, "", '"'), text)
+            text = pc.if_else(needed, _joined(['"', pc.replace_substring(text, '"', '""'), '"'], ""), text)
         columns.append(text)
-    lines = pc.binary_join_element_wise(*columns, pa.scalar(dialect.separator, _STRING)).to_pylist()
-    return dialect.newline.join([*lines, ""])
+    return dialect.newline.join([*_joined(columns, dialect.separator).to_pylist(), ""])
+
+
+def _joined(columns: Sequence[pa.Array | str], separator: str) -> pa.Array:
+    parts = [pa.scalar(part, _STRING) if isinstance(part, str) else part for part in (*columns, separator)]
+    return pc.binary_join_element_wise(*parts)
 
 
 def _parquet_writer(temporary: Path, stack: contextlib.ExitStack) -> Callable[[Table], None]:
