@@ -187,9 +187,10 @@ def _array_frame(source: str, array: np.ndarray, what: str = "the array", kinds:
 def _read_numpy(path: Path, options: TableOptions, rows: int | None) -> Iterator[Table]:
     lazily = "r" if rows and path.suffix.lower() == ".npy" else None
     loaded, parts = np.load(path, allow_pickle=False, mmap_mode=lazily), None
-    if path.suffix.lower() == ".npy":
-        if not isinstance(loaded, np.ndarray):  # np.load looks at the content, not at the name
-            raise UserError(f"'{path}' is a zip archive of arrays: rename it to end in .npz")
+    kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
+    if kind != path.suffix.lower():  # np.load looks at the content, not at the name
+        raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
+    if kind == ".npy":
         frame = _array_frame(str(path), loaded, kinds="biuf")
     else:
         with loaded:
