@@ -18,6 +18,7 @@ def training() -> ConfigDict:
     config.steps = 200_000
     config.validation_every = 1000  # steps
     config.log_every = 100  # steps
+    config.patience = config_dict.placeholder(int)  # validations in a row without a lower loss; None: train all steps
     config.checkpoint_every = config_dict.placeholder(int)  # steps; None: at validations only
     config.evaluate_checkpoint = "latest"  # or "best": lowest validation loss
     config.ema_decay = config_dict.placeholder(float)  # of the weights used in validation; None: no averaging

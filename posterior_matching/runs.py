@@ -13,6 +13,7 @@ parameters.txt  names, shapes and sizes of all parameters
 
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
@@ -39,7 +40,7 @@ from posterior_matching.errors import OptionError, UserError, nearest
 Tree = TypeVar("Tree")
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
-_FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
+_FREE_ON_RESUME = ("steps", "patience", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
 
 _KEPT = {"latest": 2, "best": 1}  # the second latest is there in case the latest is damaged
 _PATIENCE_SECONDS = 10.0  # of a reader whose checkpoint is replaced by a run in progress
@@ -214,7 +215,8 @@ def open_run(
     with _writing(path):
         if (path / "config.json").exists():
             _check_same_run(path, read_description(path), description)
-            if not latest_step(path) and (path / "metrics.jsonl").exists():
+            unfinished = any((path / "checkpoints" / "latest").glob("*"))  # of a run stopped while it wrote the first
+            if latest_step(path, "best") and not latest_step(path) and not unfinished:
                 raise UserError(
                     f"{run_dir} has been trained, but its latest checkpoint is gone: put checkpoints/latest back, or "
                     "choose another --run_dir"
@@ -349,6 +351,7 @@ class _DoesNotFitError(Exception):
 
 
 def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
+    _silence_orbax()
     options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT[name], create=False)
     handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "train")}
     handlers |= {"record": ocp.JsonCheckpointHandler()}
@@ -402,15 +405,20 @@ def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
 
 def _reason(error: Exception) -> str:
     """What is wrong with a damaged checkpoint, in a few words."""
+    return str(error).partition("\n")[0][:80] if isinstance(error, ValueError) else type(error).__name__
+
+
+@functools.cache
+def _silence_orbax() -> None:
+    """Leaves out what Orbax's threads report, with stack traces, of an error that it also raises."""
     report = sys.unraisablehook
 
-    def ignore_closed_loop(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+    def report_others(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):  # a read or write under way when another failed
             report(unraisable)
 
-    # Reads that were still under way when the first one failed report so, each with a stack trace.
-    sys.unraisablehook = ignore_closed_loop
-    return str(error).partition("\n")[0][:80] if isinstance(error, ValueError) else type(error).__name__
+    sys.unraisablehook = report_others
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 @contextlib.contextmanager

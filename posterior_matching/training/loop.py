@@ -37,7 +37,7 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
     options, trainer = experiment.options, Trainer(experiment, run)
     first_step = trainer.step
     with run.finished_saving(), trainer.log as log, _interruptible() as signalled:
-        while trainer.step < options.steps:
+        while trainer.step < options.steps and not trainer.has_converged():
             if trainer.phase_is_over():
                 trainer.begin_next_phase()
             trainer.run_dispatch()
@@ -56,10 +56,10 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
                 trainer.validate_and_save()
             elif saves or interrupted:
                 trainer.save(best=False)
-            if interrupted and step < options.steps:
+            if interrupted and step < options.steps and not trainer.has_converged():
                 raise UserError(f"interrupted: saved at step {step}; resume with --run_dir={run.path}")
     if jax.process_index() == 0:
-        done = "nothing to do" if first_step >= options.steps else "done"
+        done = "nothing to do" if first_step >= trainer.step else "done"
         print(f"{done}: step {trainer.step} of {options.steps}; run directory: {run.path}")
     return trainer.evaluation_model()
 
@@ -85,10 +85,11 @@ class Trainer:
         )
         state, self._frozen = self._phase.initial_state()
         run.create()  # what can be wrong with the input has been found by now
-        self._best_loss, unwritten = math.inf, {}
+        self._best_loss, self._stalled, unwritten = math.inf, 0, {}
         if run.step:
             saved, record = run.restore(self._saved_structure)
-            state, self._best_loss, unwritten = saved["state"], float(saved["best_loss"]), record["log"]
+            state, self._best_loss = saved["state"], float(saved["best_loss"])
+            self._stalled, unwritten = record["stalled_validations"], record["log"]
         self.step = run.step
         run.forget_metrics_after(self.step - 1 if self.phase_is_over() else self.step)
         model, trainable = experiment.phases[-1].model, experiment.phases[-1].trainable
@@ -124,6 +125,10 @@ class Trainer:
         """Whether the next step belongs to another phase."""
         return not self._in_last_phase and self.step == self._phase.last_step
 
+    def has_converged(self) -> bool:
+        """Whether the validation loss has not fallen for `config.patience` validations."""
+        return self._options.patience is not None and self._stalled >= self._options.patience
+
     def begin_next_phase(self) -> None:
         """Makes the next phase's first model of what this phase trained, and validates it."""
         self.log.begin("preparing the next phase")
@@ -151,6 +156,7 @@ class Trainer:
         best = self._in_last_phase and values["loss"] < self._best_loss
         if best:
             self._best_loss = values["loss"]
+        self._stalled = self._stalled + 1 if self._in_last_phase and not best else 0
         self.save(best)
         if self._experiment.pictures and self._in_last_phase and jax.process_index() == 0:
             self.log.write_images(self.step, self._experiment.pictures(self.evaluation_model()))
@@ -162,7 +168,8 @@ class Trainer:
         weights = runs.flat_weights(nnx.state(self.evaluation_model())) if self._in_last_phase else None
         model = jax.tree.map(np.asarray, weights)
         train = {"state": parallel.unreplicate(self._state), "best_loss": np.float64(self._best_loss)}
-        self._run.save(self.step, model, train, {"log": self.log.unwritten()}, best)
+        record = {"log": self.log.unwritten(), "stalled_validations": self._stalled}
+        self._run.save(self.step, model, train, record, best)
         self.log.restart_clock()
 
     def evaluation_model(self) -> nnx.Module:
