@@ -11,6 +11,7 @@ def training() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.dataset = config_dict.placeholder(str)  # a name (README, "Data") or the path of a data file
+    config.table = table()
     config.train_split = "train"
     config.validation_split = "validation"
     config.batch_size = 512  # per device
@@ -25,6 +26,26 @@ def training() -> ConfigDict:
     config.data_memory_budget_gb = 8.0  # per device; larger datasets stream from the host
     config.optimizer = optimizer()
     return config
+
+
+def table() -> ConfigDict:
+    """The keys of `data.TableOptions`: what the user's own file does not say by itself; None: found out."""
+    return ConfigDict(
+        {
+            "separator": config_dict.placeholder(str),
+            "header": config_dict.placeholder(bool),
+            "encoding": config_dict.placeholder(str),
+            "decimal": config_dict.placeholder(str),
+            "thousands": "",
+            "missing_values": (),
+            "usual_missing": True,
+            "drop": (),
+            "categorical": (),
+            "real": (),
+            "log": (),
+            "quantile": (),
+        }
+    )
 
 
 def optimizer() -> ConfigDict:

@@ -34,7 +34,7 @@ from flax import nnx
 
 from posterior_matching import atomic, models, parallel
 from posterior_matching.config import flatten, plain
-from posterior_matching.data import Standardisation
+from posterior_matching.data import Columns
 from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
@@ -184,7 +184,7 @@ def open_run(
     model: str,
     config: Mapping[str, Any],
     input_shape: tuple[int, ...],
-    standardisation: Standardisation | None = None,
+    standardisation: Columns | None = None,
 ) -> Run:
     """Opens a run directory, new or holding this run already; nothing is written before `Run.create`.
 

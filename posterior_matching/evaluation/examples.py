@@ -38,8 +38,7 @@ def load_dataset(
     """
     name = name or description["config"]["dataset"]
     saved = description["standardisation"]
-    standardisation = data.Standardisation.from_json(saved) if saved else None
-    dataset = data.load(name, split, standardisation=standardisation)
+    dataset = data.load(name, split, columns=data.Columns.from_json(saved) if saved else None)
     expected = tuple(description["input_shape"])
     if dataset.input_shape != expected:
         raise UserError(

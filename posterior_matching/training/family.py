@@ -33,6 +33,7 @@ class DataOptions:
     dataset: str | None  # a name (README, "Data") or a path to a file; None: the base's
     train_split: str
     validation_split: str
+    table: data.TableOption = dataclasses.field(default_factory=data.TableOptions)  # how to read a file
 
 
 @dataclasses.dataclass(frozen=True)
