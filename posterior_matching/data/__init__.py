@@ -38,6 +38,7 @@ __all__ = [
     "TableOption",
     "TableOptions",
     "decode",
+    "fingerprint",
     "load",
     "load_for_training",
     "mixture_log_prob",
@@ -73,11 +74,6 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one example: (H, W, C) or (d,)."""
         return self.x.shape[1:]
-
-    @property
-    def standardisation(self) -> Columns | None:
-        """The columns, under the name that training scripts know."""
-        return self.columns
 
     def __len__(self) -> int:
         return len(self.x)
@@ -120,6 +116,12 @@ def load(
     if split not in parts:
         raise unknown_split(name, split, parts)
     return Dataset(name, split, *parts[split], max_value=max_value)
+
+
+def fingerprint(name: str | None) -> str | None:
+    """Returns the SHA-256 of a user's own file; None for other datasets, and for a file that is not there."""
+    path = Path(name or "")
+    return tables.file_fingerprint(path) if name and tables.is_table(name) and path.is_file() else None
 
 
 def load_for_training(config: Mapping[str, Any], columns: Columns | None = None) -> tuple[Dataset, Dataset]:

@@ -49,6 +49,7 @@ __all__ = [
     "Table",
     "TableOption",
     "TableOptions",
+    "file_fingerprint",
     "is_table",
     "iter_chunks",
     "read_table",
@@ -61,6 +62,12 @@ FORMATS = (*TEXT, ".parquet", ".npy", ".npz")
 _BLOCK_BYTES = 1 << 23
 _STRING = pa.large_string()
 _STR = pd.StringDtype("pyarrow", na_value=np.nan)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_table(source: Any) -> bool:
@@ -86,8 +93,7 @@ def read_table(
     if not isinstance(source, str | Path):
         return _of_frame(source, options)
     with _unchanged(source) as path:
-        with path.open("rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        fingerprint = file_fingerprint(path)
         chunks = list(_chunks(path, options, known_names, rows=None))
     if not chunks:
         raise UserError(f"'{source}' has no rows")

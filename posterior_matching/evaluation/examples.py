@@ -37,8 +37,7 @@ def load_dataset(
         UserError: The data do not have the shape the run was trained on, or there are fewer examples than asked for.
     """
     name = name or description["config"]["dataset"]
-    saved = description["standardisation"]
-    dataset = data.load(name, split, columns=data.Columns.from_json(saved) if saved else None)
+    dataset = data.load(name, split, columns=runs.saved_columns(description))
     expected = tuple(description["input_shape"])
     if dataset.input_shape != expected:
         raise UserError(
