@@ -18,17 +18,17 @@ from ml_collections import ConfigDict
 
 from posterior_matching import cli, data, runs
 from posterior_matching.config import call, parse
+from posterior_matching.data.batches import padded_batches
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.clustering import (
     SAMPLES,
+    clustering_scores,
     contingency,
     summarise_contingency,
     validation_arrays,
 )
-from posterior_matching.evaluation.metrics import clustering_scores
 from posterior_matching.models.vade import VADE
 from posterior_matching.numerics import on_cpu
-from posterior_matching.training.batching import padded_batches
 from posterior_matching.training.corruption import check_corruption, corrupt
 from posterior_matching.training.loop import Experiment, OptimizerOptions, Pretraining, TrainingOptions, fit
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from posterior_matching.evaluation import baselines, metrics
-from posterior_matching.evaluation.metrics import clustering_scores, finite_mean, nrmse
+from posterior_matching.evaluation.clustering import clustering_scores
+from posterior_matching.evaluation.metrics import finite_mean, nrmse
 from posterior_matching.evaluation.pictures import image_square, imputation_grid, save_png
 from posterior_matching.training import schedules
 from posterior_matching.training.corruption import distort

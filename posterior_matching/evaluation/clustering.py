@@ -1,4 +1,4 @@
-"""What the training of VaDE and that of PM-VaDE share: scores of clusters at validation."""
+"""How well clusters agree with labels: the scores, and their computation over a validation set during training."""
 
 from typing import Any
 
@@ -6,18 +6,40 @@ import jax
 import numpy as np
 
 from posterior_matching import data
-from posterior_matching.evaluation.metrics import clustering_scores
 
 SAMPLES = 50  # of z, for a prediction of the cluster
 
 
+def clustering_scores(label: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
+    """Returns how well clusters agree with labels, whatever the clusters are called; 1 is perfect.
+
+    `clustering_accuracy`: share of examples with the label of their cluster, under the best one-to-one assignment of
+    clusters to labels (Hungarian algorithm). `nmi`: normalised mutual information. `ari`: adjusted Rand index, about 0
+    for random clusters.
+
+    Args:
+        label: `[N]` integers.
+        cluster: `[N]` integers.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    counts = contingency_matrix(label, cluster)  # examples of each label in each cluster
+    return {
+        "clustering_accuracy": float(counts[linear_sum_assignment(-counts)].sum() / counts.sum()),
+        "nmi": float(normalized_mutual_info_score(label, cluster)),
+        "ari": float(adjusted_rand_score(label, cluster)),
+    }
+
+
 def validation_arrays(dataset: data.Dataset) -> dict[str, np.ndarray]:
-    """What validation reads: the examples, and their labels if there are any."""
+    """Returns the arrays that validation reads: the examples, and their labels if they have any."""
     return {"x": dataset.x} if dataset.label is None else {"x": dataset.x, "label": dataset.label}
 
 
 def contingency(label: jax.Array, cluster: jax.Array, dataset: data.Dataset, num_clusters: int) -> jax.Array:
-    """A validation term, `[B, labels, clusters]`: 1 at the label `[B]` and the cluster `[B]` of each example."""
+    """Returns a validation term `[B, labels, clusters]`: 1 at the label `[B]` and cluster `[B]` of each example."""
     label = jax.nn.one_hot(label, dataset.label.max() + 1)
     return label[:, :, None] * jax.nn.one_hot(cluster, num_clusters)[:, None, :]
 

@@ -110,26 +110,3 @@ def max_f_score(precision: np.ndarray, recall: np.ndarray, beta: float) -> float
     with np.errstate(invalid="ignore"):
         scores = np.where(denominator > 0, (1 + beta**2) * precision * recall / denominator, 0.0)
     return float(scores.max())
-
-
-def clustering_scores(label: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
-    """Returns how well clusters agree with labels, whatever the clusters are called; 1 is perfect.
-
-    `clustering_accuracy`: share of examples with the label of their cluster, under the best one-to-one assignment of
-    clusters to labels (Hungarian algorithm). `nmi`: normalised mutual information. `ari`: adjusted Rand index, about 0
-    for random clusters.
-
-    Args:
-        label: `[N]` integers.
-        cluster: `[N]` integers.
-    """
-    from scipy.optimize import linear_sum_assignment
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-    from sklearn.metrics.cluster import contingency_matrix
-
-    contingency = contingency_matrix(label, cluster)  # examples of each label in each cluster
-    return {
-        "clustering_accuracy": float(contingency[linear_sum_assignment(-contingency)].sum() / contingency.sum()),
-        "nmi": float(normalized_mutual_info_score(label, cluster)),
-        "ari": float(adjusted_rand_score(label, cluster)),
-    }

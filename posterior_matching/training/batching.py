@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from posterior_matching import parallel
+from posterior_matching.data.batches import padded_batches
 from posterior_matching.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -105,18 +106,6 @@ class TrainingFeed:
         indices = self._batches(first_step, num_steps).reshape(len(self._rows), -1)
         rows = np.stack([share[i] for share, i in zip(self._rows, indices, strict=True)])
         return parallel.shard({k: a[rows] for k, a in self._arrays.items()})
-
-
-def padded_batches(num_rows: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits rows 0..num_rows-1 into batches, the last one filled up with row 0 at weight 0.
-
-    Returns:
-        Row indices int32 and weights float32 (1 = counts), both `[num_batches, batch_size]`.
-    """
-    indices = np.zeros(-(-num_rows // batch_size) * batch_size, np.int32)
-    weights = np.zeros(len(indices), np.float32)
-    indices[:num_rows], weights[:num_rows] = np.arange(num_rows), 1.0
-    return indices.reshape(-1, batch_size), weights.reshape(-1, batch_size)
 
 
 def evaluation_chunks(arrays: Arrays, batch_size: int, chunk_gb: float = 0.25) -> Iterator[tuple[Arrays, np.ndarray]]:
