@@ -8,8 +8,10 @@ A generator is an immutable set of options. `generator(key, shape)` draws masks 
 [batch, *mask_shape(event_shape)], independent per example, with pure JAX operations: it runs under jit, scan and pmap.
 """
 
+import ast
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posterior_matching.config import build
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, nearest
 
 MASK_GENERATORS: dict[str, type["MaskGenerator"]] = {}
 
@@ -431,3 +433,31 @@ def build_mask_generator(config: Mapping[str, Any], where: str = "config.mask_ge
         parts = enumerate(options["generators"])
         options["generators"] = tuple(build_mask_generator(part, f"{where}.generators[{i}]") for i, part in parts)
     return build(MASK_GENERATORS, options, where)
+
+
+def mask_generator_from_spec(spec: str) -> MaskGenerator:
+    """Builds a generator from its name and options, as on a command line: `UniformMaskGenerator:bounds=0.0,0.2`.
+
+    Args:
+        spec: A key of `MASK_GENERATORS`, then perhaps a colon and options `name=value`, separated by commas. Values are
+            Python literals; a tuple needs no parentheses.
+
+    Raises:
+        UserError: The name or an option is unknown, an option is missing, or a value is no literal.
+    """
+    name, _, text = spec.partition(":")
+    if name not in MASK_GENERATORS:
+        raise UserError(f"unknown mask_generator '{name}': {nearest(name, MASK_GENERATORS)}")
+    options = {"name": name}
+    try:
+        # Commas separate options where "name=" follows, and the items of a tuple elsewhere.
+        for part in re.split(r",\s*(?=[A-Za-z_]\w*=)", text) if text else []:
+            option, _, value = part.partition("=")
+            try:
+                options[option] = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                raise UserError(f"bad value '{value}' for mask_generator.{option}: it takes numbers") from None
+        return build_mask_generator(options, "mask_generator")
+    except UserError as error:
+        taken = ", ".join(field.name for field in fields(MASK_GENERATORS[name])) or "no options"
+        raise UserError(f"{error} ({name} takes {taken})") from None

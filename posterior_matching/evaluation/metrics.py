@@ -15,9 +15,9 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     over the evaluated data; averaged over features. Features that are constant or never scored do not count.
 
     Args:
-        x: True values `[N, d]`; NaN = missing.
-        imputation: `[N, d]`.
-        scored: `[N, d]`, 1 where the value was unobserved and is known.
+        x: True values `[N, ...]`; NaN = missing.
+        imputation: `[N, ...]`.
+        scored: `[N, ...]`, 1 where the value was unobserved; missing values are never scored.
 
     Returns:
         The NRMSE; 1 is what imputing the mean gives, up to sampling.
