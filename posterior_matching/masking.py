@@ -456,7 +456,7 @@ def mask_generator_from_spec(spec: str) -> MaskGenerator:
             try:
                 options[option] = ast.literal_eval(value.strip())
             except (ValueError, SyntaxError):
-                raise UserError(f"bad value '{value}' for mask_generator.{option}: it takes numbers") from None
+                raise UserError(f"bad value '{value}' for mask_generator.{option}: write a number or a tuple") from None
         return build_mask_generator(options, "mask_generator")
     except UserError as error:
         taken = ", ".join(field.name for field in fields(MASK_GENERATORS[name])) or "no options"

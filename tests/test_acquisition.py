@@ -20,7 +20,8 @@ from test_vae import Exact
 
 from posterior_matching import acquisition, data, runs
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
-from posterior_matching.evaluation.examples import ExampleMap, load_npz
+from posterior_matching.evaluation.examples import ExampleMap
+from posterior_matching.evaluation.results import load_npz
 from posterior_matching.models.lookahead import LookaheadPosterior
 
 ROOT = Path(__file__).parents[1]
@@ -183,8 +184,10 @@ def run_dir(tmp_path_factory):
     shown = load_npz(trajectories / "random.npz")
     parts = trajectories / "lookahead.parts"
     parts.mkdir()
-    np.savez(parts / "00000.npz", **{k: v[:3] for k, v in shown.items() if k != "x"})
-    (parts / "00001.npz.tmp").write_text("cut")
+    settings = json.loads((trajectories / "settings.json").read_text()) | {"part": "lookahead.parts/00000"}
+    mark = {k: v[:3] for k, v in shown.items() if k not in ("x", "settings")}
+    np.savez(parts / "00000.npz", settings=json.dumps(settings, sort_keys=True), **mark)
+    (parts / "00001.npz").write_text("cut")
     result = evaluate(run.path, *FLAGS)
     assert result.returncode == 0, result.stderr
     return run.path

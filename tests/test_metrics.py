@@ -51,6 +51,11 @@ def test_nrmse_leaves_out_constant_features_and_features_that_are_never_scored()
     assert nrmse(x, imputation, scored) == pytest.approx(1.0 / np.std([1.0, 3.0, 5.0]))
 
 
+def test_nrmse_of_nothing_is_not_a_number(recwarn):
+    x = np.arange(6.0).reshape(3, 2)
+    assert np.isnan(nrmse(x, x, np.zeros_like(x))) and not recwarn.list
+
+
 def test_nrmse_ignores_what_is_imputed_where_nothing_is_scored_or_known():
     x, scored = np.array([[0.0, np.nan], [2.0, 1.0], [4.0, 3.0]]), np.array([[1, 1], [0, 1], [1, 0]])
     imputation = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])

@@ -388,7 +388,7 @@ def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopp
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
     message = stopped.communicate(timeout=300)[1].strip().splitlines()[-1]
-    assert stopped.returncode == 1 and "the same command goes on" in message
+    assert stopped.returncode == 1 and "run the same command again to resume" in message
     assert not (copies[1] / "likelihood_results" / "results.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
     assert kept

@@ -20,13 +20,14 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
         scored: `[N, ...]`, 1 where the value was unobserved; missing values are never scored.
 
     Returns:
-        The NRMSE; 1 is what imputing the mean gives, up to sampling.
+        The NRMSE; 1 is what imputing the mean gives, up to sampling. NaN if nothing is scored.
     """
     x, scored = np.asarray(x, np.float64), np.asarray(scored, bool) & ~np.isnan(x)
     squared_error = np.where(scored, np.square(np.nan_to_num(x) - imputation), 0.0).sum(0)
     count, std = scored.sum(0), np.nanstd(x, axis=0)
     counted = (count > 0) & (np.nanmax(x, axis=0) > np.nanmin(x, axis=0))
-    return float(np.mean(np.sqrt(squared_error[counted] / count[counted]) / std[counted]))
+    ratio = np.sqrt(squared_error[counted] / count[counted]) / std[counted]
+    return float(ratio.mean()) if ratio.size else float("nan")
 
 
 def finite_mean(values: np.ndarray) -> tuple[float, int]:

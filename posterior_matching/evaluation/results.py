@@ -79,7 +79,8 @@ class Results:
     def __str__(self) -> str:
         width = max(map(len, self._trials), default=0)
         return "\n".join(
-            f"{name:{width}}  {values['mean']:.4f} ± {values['std']:.4f}  ({len(values['trials'])} trials)"
+            f"{name:{width}}  {values['mean']:.4f} ± {values['std']:.4f}  ({len(values['trials'])} trial"
+            f"{'s' * (len(values['trials']) > 1)})"
             for name, values in self.metrics.items()
         )
 
