@@ -1,82 +1,57 @@
-"""Trains lookahead posteriors on a trained PM-VAE, which stays as it is: what to observe next, in one forward pass.
+"""Trains lookahead posteriors on a trained PM-VAE, which is frozen: what to observe next, in one forward pass.
 
 python train_lookahead_posterior.py --config configs/lookahead_digits.py --config.pm_vae_dir=RUN [--run_dir DIR]
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
-import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
-from posterior_matching import cli, data, masking, runs
-from posterior_matching.config import parse
-from posterior_matching.models.lookahead import LookaheadPosterior, check_options
-from posterior_matching.training.loop import Experiment, TrainingOptions, fit
-from posterior_matching.training.pretrained import Base, build_on, load_base, load_datasets
+from posterior_matching import cli
+from posterior_matching.config import Count
+from posterior_matching.data import Dataset
+from posterior_matching.errors import OptionError
+from posterior_matching.masking import MaskOption
+from posterior_matching.models.lookahead import LookaheadPosterior
+from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.pretrained import Base
 
 
 @dataclasses.dataclass(frozen=True)
-class LookaheadOptions:
-    """The keys of a lookahead config besides those of the training loop; `configs/common.py` says what they mean."""
+class Options:
+    """The keys of a lookahead config in addition to those of every family; `configs/common.py` says what they mean."""
 
-    dataset: str
-    train_split: str
-    validation_split: str
-    mask_generator: Mapping[str, Any]
-    model_samples: int
-    lookahead_subsample: int
-    spread: str
-    model: Mapping[str, Any]
-    pm_vae_dir: str | None = None
+    mask_generator: MaskOption
+    model_samples: Count
+    lookahead_subsample: Count
+    spread: Literal["remaining", "total"]
 
 
-def train(config: ConfigDict, run_dir: str | None = None) -> str:
-    """Trains and returns the run directory."""
-    options, training = parse(config, LookaheadOptions, TrainingOptions)
-    base = load_base(options.pm_vae_dir, "pm_vae", run_dir)
-    train_set, validation_set = load_datasets(base, config)
-    experiment = make_experiment(config, train_set, validation_set, base)
-    run = runs.open_run(run_dir, "lookahead", config, train_set.input_shape, train_set.standardisation)
-    fit(experiment, run, training, {"x": train_set.x}, {"x": validation_set.x})
-    return str(run.path)
+def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+    """Negative log-probability of samples of the posteriors that lookahead posteriors stand for."""
+    lookahead_ll = model.log_prob_of_samples(
+        batch.x,
+        options.mask_generator(rngs.mask(), batch.available.shape) * batch.available,
+        rngs.sample(),
+        num_samples=options.model_samples,
+        num_features=options.lookahead_subsample,
+        available=batch.available,
+        spread=options.spread,
+        rngs=rngs if batch.training else None,
+    )
+    return {"loss": -lookahead_ll, "lookahead_ll_nats": lookahead_ll}
 
 
-def make_experiment(
-    config: ConfigDict,
-    train_set: data.Dataset,
-    validation_set: data.Dataset,  # noqa: ARG001 (every family's signature)
-    base: Base,
-) -> Experiment:
-    """Builds what the training loop needs, around the PM-VAE `base`."""
-    options, training = parse(config, LookaheadOptions, TrainingOptions)
-    generator = masking.build_mask_generator(options.mask_generator)
-    generator.check(masking.mask_shape(train_set.input_shape))
-    model = build_on(base, "lookahead", config, train_set.input_shape, training.seed)
-    check_options(model, options.model_samples, options.lookahead_subsample, options.spread)
+def check(options: Options, model: LookaheadPosterior, train_set: Dataset) -> None:
+    """Raises OptionError if more features are to be looked at than the data have."""
+    del train_set
+    if options.lookahead_subsample > model.num_features:
+        raise OptionError("lookahead_subsample", f"must be at most {model.num_features}, the number of features")
 
-    def prepare(rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        x, available = data.decode(rows["x"], train_set.max_value)
-        return {"x": x, "available": available}
 
-    def loss(model: LookaheadPosterior, batch, rngs: nnx.Rngs, step, training: bool) -> dict[str, jax.Array]:  # noqa: ARG001
-        x, available = batch["x"], batch["available"]
-        lookahead_ll = model.log_prob_of_samples(
-            x,
-            generator(rngs.mask(), available.shape) * available,
-            rngs.sample(),
-            num_samples=options.model_samples,
-            num_features=options.lookahead_subsample,
-            available=available,
-            spread=options.spread,
-            rngs=rngs if training else None,
-        )
-        return {"loss": -lookahead_ll, "lookahead_ll_nats": lookahead_ll}
-
-    return Experiment(model, loss, prepare, base.trainable())
-
+FAMILY = Family("lookahead", Options, loss, base=Base("pm_vae"), check=check)
+train = FAMILY.train
 
 if __name__ == "__main__":
-    cli.train_main(train)
+    cli.train_main(FAMILY)

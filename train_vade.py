@@ -2,226 +2,101 @@
 
     python train_vade.py --config configs/vade_digits.py [--config.key=value ...] [--run_dir DIR]
 
-Labels are used for nothing but the scores at validation, and data without labels train as well.
+Labels are used for nothing but the scores at validation; data without labels train as well.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
+from pydantic import Field, PlainValidator
 
-from posterior_matching import cli, data, runs
-from posterior_matching.config import call, parse
-from posterior_matching.data.batches import padded_batches
-from posterior_matching.errors import UserError
-from posterior_matching.evaluation.clustering import (
-    SAMPLES,
-    clustering_scores,
-    contingency,
-    summarise_contingency,
-    validation_arrays,
-)
+from posterior_matching import cli
+from posterior_matching.config import Count, call
+from posterior_matching.errors import OptionError
+from posterior_matching.evaluation.clustering import SAMPLES, contingency, mixture_accuracy, summarise_contingency
 from posterior_matching.models.vade import VADE
-from posterior_matching.numerics import on_cpu
-from posterior_matching.training.corruption import check_corruption, corrupt
-from posterior_matching.training.loop import Experiment, OptimizerOptions, Pretraining, TrainingOptions, fit
+from posterior_matching.models.vade_initialisation import Restarts, choose
+from posterior_matching.training.corruption import CorruptionOptions
+from posterior_matching.training.experiment import Phase
+from posterior_matching.training.family import Batch, Family, Setup, Terms, bind
+from posterior_matching.training.optimizer import OptimizerOption
 
 
 @dataclasses.dataclass(frozen=True)
-class VADEOptions:
-    """The keys of a VaDE config besides those of the training loop; `configs/common.py` says what they mean."""
+class Pretraining:
+    """The group `config.pretraining`."""
 
-    dataset: str
-    train_split: str
-    validation_split: str
-    noise_std: float
-    distortion_std: float
-    restarts: int
-    pretraining: Mapping[str, Any]
-    model: Mapping[str, Any]
+    steps: Count
+    optimizer: OptimizerOption
+    mixture_inits: Count
+    mixture_iterations: Count
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainingOptions:
-    """The keys of `config.pretraining`."""
+class Options(CorruptionOptions):
+    """The keys of a VaDE config in addition to those of every family; `configs/common.py` says what they mean."""
 
-    steps: int
-    optimizer: Mapping[str, Any]
-    mixture_inits: int
-    mixture_iterations: int
+    restarts: Annotated[int, Field(ge=1, le=1000)]
+    pretraining: Annotated[Pretraining, PlainValidator(functools.partial(call, Pretraining))]
 
 
-class Restarts(nnx.Module):
-    """VaDEs that differ in their initial weights."""
-
-    def __init__(self, models: Sequence[VADE]):
-        self.models = nnx.List(models)
-
-    def map(self, fn: Callable[[VADE, jax.Array], jax.Array], key: jax.Array) -> jax.Array:
-        """Returns `fn(model, key)` of every model, each with a key of its own, `[restarts, ...]`."""
-        keys = jax.random.split(key, len(self.models))
-        if on_cpu():  # where convolutions with a batch of kernels are slow
-            return jnp.stack([fn(model, key) for model, key in zip(self.models, keys, strict=True)])
-        graphdefs, states = zip(*map(nnx.split, self.models), strict=True)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        return jax.vmap(lambda state, key: fn(nnx.merge(graphdefs[0], state), key))(stacked, keys)
-
-
-def train(config: ConfigDict, run_dir: str | None = None) -> str:
-    """Trains and returns the run directory."""
-    _, training = parse(config, VADEOptions, TrainingOptions)
-    train_set, validation_set = data.load_for_training(config)
-    experiment = make_experiment(config, train_set, validation_set)
-    run = runs.open_run(run_dir, "vade", config, train_set.input_shape, train_set.standardisation)
-    fit(experiment, run, training, {"x": train_set.x}, validation_arrays(validation_set))
-    return str(run.path)
-
-
-def make_experiment(config: ConfigDict, train_set: data.Dataset, validation_set: data.Dataset) -> Experiment:
-    """Builds what the training loop needs."""
-    options, training = parse(config, VADEOptions, TrainingOptions)
-    pretraining = call(PretrainingOptions, options.pretraining, "config.pretraining")
-    check(options, pretraining, train_set)
-
-    def prepare(rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        x, available = data.decode(rows["x"], train_set.max_value)
-        return rows | {"x": x, "available": available}
-
-    def corrupted(batch: dict[str, jax.Array], rngs: nnx.Rngs) -> jax.Array:
-        return corrupt(batch["x"], batch["available"], rngs.noise(), options.noise_std, options.distortion_std)
-
-    def loss(model: VADE, batch, rngs: nnx.Rngs, step, training: bool) -> dict[str, jax.Array]:  # noqa: ARG001
-        x = batch["x"]
-        terms = model.terms(
-            x,
-            rngs.sample(),
-            corrupted_x=corrupted(batch, rngs) if training else None,
-            available=batch["available"],
-            rngs=rngs if training else None,
-        )
-        values = {
-            "loss": -terms.elbo(),
-            "elbo_nats": terms.elbo(),
-            "reconstruction_ll_nats": terms.reconstruction_ll,
-            "kl_nats": terms.kl,
-        }
-        if not training and "label" in batch:
-            cluster = model.predict_cluster(x, SAMPLES, key=rngs.sample())
-            values["contingency"] = contingency(batch["label"], cluster, validation_set, model.num_clusters)
-        return values
-
-    def autoencoder_loss(restarts: Restarts, batch, rngs: nnx.Rngs, step, training: bool) -> dict[str, jax.Array]:  # noqa: ARG001
-        corrupted_x = corrupted(batch, rngs) if training else None
-
-        def log_likelihood(model: VADE, key: jax.Array) -> jax.Array:
-            dropout = nnx.Rngs(dropout=key) if training else None
-            return model.autoencoder_ll(batch["x"], corrupted_x=corrupted_x, available=batch["available"], rngs=dropout)
-
-        ll = restarts.map(log_likelihood, rngs.dropout())  # [restarts, B]
-        return {"loss": -ll.sum(0), "reconstruction_ll_nats": ll.mean(0)}
-
-    def finish(restarts: Restarts) -> tuple[VADE, dict[str, float]]:
-        return choose(restarts, pretraining, train_set, validation_set, training.seed)
-
-    rngs = nnx.Rngs(training.seed)
-    models = [VADE.from_config(config.model, train_set.input_shape, rngs) for _ in range(options.restarts)]
-    return Experiment(
-        models[0],
-        loss,
-        prepare,
-        summarise=functools.partial(summarise_contingency, len(validation_set)),
-        pretraining=Pretraining(
-            experiment=Experiment(Restarts(models), autoencoder_loss, prepare),
-            steps=pretraining.steps,
-            optimizer=call(OptimizerOptions, pretraining.optimizer, "config.pretraining.optimizer"),
-            finish=finish,
-        ),
+def autoencoder_loss(restarts: Restarts, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+    """Negative log p(x | z) at the posterior mean z, of every restart."""
+    ll = restarts.autoencoder_ll(
+        batch.x,
+        corrupted_x=options.corrupt(batch, rngs),
+        available=batch.available,
+        dropout_key=rngs.dropout() if batch.training else None,
     )
+    return {"loss": -ll.sum(0), "reconstruction_ll_nats": ll.mean(0)}
 
 
-def choose(
-    restarts: Restarts, options: PretrainingOptions, train_set: data.Dataset, validation_set: data.Dataset, seed: int
-) -> tuple[VADE, dict[str, float]]:
-    """Initialises the prior of every restart by a mixture of its training latents; returns that of the best ELBO.
-
-    The ELBO of the training data bounds the same log p(x) for all restarts, so it compares them, whatever the scale of
-    their latents. The likelihood of a mixture does not.
-    """
-    from sklearn.mixture import GaussianMixture
-
-    elbos, mixtures = [], []
-    for model in restarts.models:
-        mixture = GaussianMixture(
-            model.num_clusters,
-            covariance_type="diag",
-            n_init=options.mixture_inits,
-            max_iter=options.mixture_iterations,
-            random_state=seed,
-        ).fit(over_rows(_latents, model, train_set))
-        model.initialise_prior(mixture.weights_, mixture.means_, mixture.covariances_)
-        elbos.append(initialise_posterior_scale(model, train_set))
-        mixtures.append(mixture)
-    best = int(np.argmax(elbos))
-    found = {f"restart_{i}_elbo_nats": elbo for i, elbo in enumerate(elbos)} | {"restart": best}
-    if validation_set.label is not None:
-        cluster = mixtures[best].predict(over_rows(_latents, restarts.models[best], validation_set))
-        found["mixture_accuracy"] = clustering_scores(validation_set.label, cluster)["clustering_accuracy"]
-    return restarts.models[best], found
+def loss(model: VADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+    """Negative ELBO."""
+    terms = model.terms(
+        batch.x,
+        rngs.sample(),
+        corrupted_x=options.corrupt(batch, rngs),
+        available=batch.available,
+        rngs=rngs if batch.training else None,
+    )
+    values = {
+        "loss": -terms.elbo(),
+        "elbo_nats": terms.elbo(),
+        "reconstruction_ll_nats": terms.reconstruction_ll,
+        "kl_nats": terms.kl,
+    }
+    if not batch.training and batch.label is not None:
+        cluster = model.predict_cluster(batch.x, SAMPLES, key=rngs.sample())
+        values["contingency"] = contingency(batch.label, cluster, model.num_clusters)
+    return values
 
 
-def initialise_posterior_scale(model: VADE, train_set: data.Dataset) -> float:
-    """Sets the scale of q(z | x), which pretraining leaves at random, and returns the ELBO of the training data, nats.
+def phases(setup: Setup) -> list[Phase]:
+    """Pretraining of all restarts as autoencoders; then the ELBO, from the restart of best ELBO with its mixture."""
+    options: Options = setup.options
+    pretraining = options.pretraining
+    models: list[VADE] = [setup.build() for _ in range(options.restarts)]
+    clusters, examples = models[0].num_clusters, len(setup.train_set)
+    if clusters > examples:
+        raise OptionError("model.num_clusters", f"is {clusters}, there are only {examples} training examples")
 
-    It becomes the share of the clusters' own scale for which the ELBO is best. Left at random, the ELBO begins
-    hundreds of nats lower, and its first steps undo much of the pretraining.
-    """
-    variance = jax.nn.softmax(model.logits[...]) @ jnp.exp(2 * model.log_scales[...])  # within clusters, [e]
-    elbos = {}
-    for share in np.geomspace(0.01, 1.0, 9):
-        model.posterior_head.set_scale(share * jnp.sqrt(variance))
-        elbos[share] = float(over_rows(_elbo, model, train_set, max_rows=10_000).mean())
-    best = max(elbos, key=elbos.get)
-    model.posterior_head.set_scale(best * jnp.sqrt(variance))
-    return elbos[best]
+    def begin(restarts: Restarts) -> tuple[VADE, dict[str, float]]:
+        model, mixture, numbers = choose(
+            restarts, pretraining.mixture_inits, pretraining.mixture_iterations, setup.train_set, setup.training.seed
+        )
+        return model, numbers | mixture_accuracy(model, mixture, setup.validation_set)
 
-
-@nnx.jit
-def _latents(model: VADE, x: jax.Array, available: jax.Array) -> jax.Array:  # noqa: ARG001
-    return model.posterior(x).mean
-
-
-@nnx.jit
-def _elbo(model: VADE, x: jax.Array, available: jax.Array) -> jax.Array:
-    return model.terms(x, jax.random.key(0), available=available).elbo()
+    return [
+        Phase(Restarts(models), bind(autoencoder_loss, options), pretraining.steps, pretraining.optimizer),
+        Phase(models[0], bind(loss, options), None, setup.training.optimizer, begin=begin),
+    ]
 
 
-def over_rows(
-    fn: Callable[..., jax.Array], model: VADE, dataset: data.Dataset, max_rows: int | None = None
-) -> np.ndarray:
-    """Returns `fn(model, x, available)` of the dataset's rows, or of the first `max_rows`, batch by batch."""
-    indices, weights = padded_batches(min(len(dataset), max_rows or len(dataset)), 500)
-    values = [np.asarray(fn(model, *data.decode(dataset.x[rows], dataset.max_value))) for rows in indices]
-    return np.concatenate(values)[weights.reshape(-1) > 0]
-
-
-def check(options: VADEOptions, pretraining: PretrainingOptions, train_set: data.Dataset) -> None:
-    """Raises UserError if an option is out of range, or does not fit the data."""
-    counts = {"restarts": options.restarts, "pretraining.steps": pretraining.steps}
-    counts |= {f"pretraining.{name}": getattr(pretraining, name) for name in ("mixture_inits", "mixture_iterations")}
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"config.{name} must be at least 1, not {count}")
-    check_corruption(options, train_set)
-    clusters = options.model.get("num_clusters", 1)
-    if clusters > len(train_set):
-        raise UserError(f"config.model.num_clusters is {clusters}, there are only {len(train_set)} training examples")
-
+FAMILY = Family("vade", Options, loss, phases=phases, summarise=summarise_contingency)
+train = FAMILY.train
 
 if __name__ == "__main__":
-    cli.train_main(train)
+    cli.train_main(FAMILY)

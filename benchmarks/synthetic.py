@@ -1,17 +1,20 @@
 """Experiments on random data of the right shape: what benchmarks measure and tests build, without any download."""
 
+import functools
 import importlib
 import pathlib
-from types import ModuleType
 
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from posterior_matching import data, runs
-from posterior_matching.training.loop import Experiment
-from posterior_matching.training.pretrained import Base
+from posterior_matching import data, models
+from posterior_matching.config import plain
+from posterior_matching.training.experiment import Experiment
+from posterior_matching.training.family import Family
+from posterior_matching.training.pretrained import Pretrained
 
+ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = {
     "power": (6,),
     "gas": (8,),
@@ -26,22 +29,7 @@ SHAPES = {
     "mnist": (28, 28, 1),
     "celeb_a": (64, 64, 3),
 }
-# What a config's file name begins with -> its training script, and the model it is built on.
-SCRIPTS = {
-    "pm_vae": "train_pm_vae",
-    "vqvae": "train_vqvae",
-    "pm_vqvae": "train_pm_vqvae",
-    "vade": "train_vade",
-    "pm_vade": "train_pm_vade",
-    "lookahead": "train_lookahead_posterior",
-    "pm_vdvae": "train_pm_vdvae",
-}
-BASES = {
-    "pm_vqvae": "vqvae",
-    "pm_vade": "vade",
-    "lookahead": "pm_vae",
-}
-# Whose base has another config than that of the same dataset.
+# Configs whose base is not the config of the same name in the base's family.
 BASE_CONFIGS = {"lookahead_digits": "pm_vae_digits_sparse"}
 
 
@@ -57,23 +45,25 @@ def dataset(name: str, rows: int) -> data.Dataset:
     return data.Dataset(name, "train", rng.standard_normal((rows, *shape), np.float32))
 
 
-def script(config_name: str) -> ModuleType:
-    """The training script of the config `configs/<config_name>.py`."""
-    return importlib.import_module(SCRIPTS[_family(config_name)])
+@functools.cache
+def families() -> dict[str, Family]:
+    """The families of all training scripts, by name."""
+    scripts = (importlib.import_module(path.stem) for path in sorted(ROOT.glob("train_*.py")))
+    return {script.FAMILY.name: script.FAMILY for script in scripts}
+
+
+def family(config_name: str) -> Family:
+    """The family of `configs/<config_name>.py`: the longest name that the file's name begins with."""
+    return families()[max((name for name in families() if config_name.startswith(name)), key=len)]
 
 
 def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Experiment:
-    """What `configs/<config_name>.py`, perhaps changed to `config`, trains; on an untrained base if it has one."""
-    family = _family(config_name)
-    if family not in BASES:
-        return script(config_name).make_experiment(config, rows, rows)
-    name = BASES[family]
-    base_name = BASE_CONFIGS.get(config_name, config_name.replace(family, name, 1))
-    base_config = importlib.import_module(f"configs.{base_name}").get_config()
-    model = runs.MODELS[name].from_config(base_config.model, rows.input_shape, nnx.Rngs(0))
-    base = Base(name, model, base_config.model.to_dict(), config.dataset, rows.input_shape)
-    return script(config_name).make_experiment(config, rows, rows, base)
-
-
-def _family(config_name: str) -> str:
-    return max((family for family in SCRIPTS if config_name.startswith(family)), key=len)
+    """What `configs/<config_name>.py`, perhaps changed to `config`, trains; on an untrained base if it needs one."""
+    chosen = family(config_name)
+    base, pretrained = chosen.base, None
+    if base and base.required:
+        name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
+        base_config = importlib.import_module(f"configs.{name}").get_config().model.to_dict()
+        part = models.build(base.model, plain(base_config), rows.input_shape, nnx.Rngs(0))
+        pretrained = Pretrained(base, part, {base.part: base_config}, config.dataset, rows.input_shape)
+    return chosen.experiment(chosen.parse(config), rows, rows, pretrained)

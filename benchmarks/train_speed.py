@@ -25,9 +25,8 @@ from absl import flags
 
 from benchmarks import synthetic
 from posterior_matching import cli, parallel
-from posterior_matching.config import call
 from posterior_matching.training import loop
-from posterior_matching.training.loop import TrainingOptions
+from posterior_matching.training.step import CompiledPhase
 
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
@@ -39,13 +38,10 @@ def main() -> None:
     rows = 4 * config.batch_size * jax.device_count()
     dataset = synthetic.dataset(config.dataset, rows)
     experiment = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, dataset)
-    options = call(
-        TrainingOptions, {k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__}, "config"
-    )
-
-    program = loop.Program(experiment, options)
-    state, frozen = parallel.replicate(program.initial_state())
-    per_dispatch = loop.steps_per_dispatch(options)
+    options = experiment.options
+    phase = CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
+    state, frozen = parallel.replicate(phase.initial_state())
+    per_dispatch = loop.max_steps_per_dispatch(options)
     share = rows // jax.device_count()
     arrays = {"x": dataset.x} | ({} if dataset.label is None else {"label": dataset.label})
     arrays = parallel.shard({k: a.reshape(jax.local_device_count(), share, *a.shape[1:]) for k, a in arrays.items()})
@@ -55,7 +51,7 @@ def main() -> None:
     )
 
     start = time.perf_counter()
-    step = program.train.lower(state, frozen, arrays, indices).compile()
+    step = phase.train.lower(state, frozen, arrays, indices).compile()
     compile_seconds = time.perf_counter() - start
     state, metrics = jax.block_until_ready(step(state, frozen, arrays, indices))
     first_step_seconds = time.time() - psutil.Process().create_time()

@@ -1,4 +1,4 @@
-"""Writing files that are there whole or not at all."""
+"""Files that are there whole or not at all. Everything the project writes, it writes through here."""
 
 import contextlib
 import os
@@ -8,15 +8,22 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path in the folder of `path`, and moves what was written there to `path` on success.
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a temporary path next to `path`, and moves it there once the block has succeeded.
 
-    The name is unique, so that several processes can write the same file; the last one wins. On failure the temporary
-    file is removed, and `path` is as before.
+    If the block raises, `path` stays as it was and the temporary file is removed. The temporary name is unique, so
+    that processes writing the same file do not disturb each other, and keeps the suffix, which some writers look at.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{''.join(path.suffixes[-2:])}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

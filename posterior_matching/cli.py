@@ -7,7 +7,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -16,29 +16,40 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
+from posterior_matching.numerics import on_cpu
 from posterior_matching.numerics.memory import keep_freed_memory
+from posterior_matching.training.family import Family
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # flags defined here are those of the script that asks for them, in --help too
 
 
-def train_main(train: Callable[[ConfigDict, str | None], Any]) -> None:
+def train_main(family: Family) -> None:
     """Runs a training script: `--config FILE [--config.key=value ...] [--run_dir DIR]`, and flags for several hosts."""
-    config = config_flag("the experiment, for example configs/pm_vae_digits.py")
-    run_dir = flags.DEFINE_string("run_dir", None, "Run directory; resumed if it holds this run.")
-    coordinator = flags.DEFINE_string("coordinator_address", None, "Several hosts: host:port of process 0.")
-    num_processes = flags.DEFINE_integer("num_processes", 1, "Several hosts: number of processes.", lower_bound=1)
-    process_id = flags.DEFINE_integer("process_id", 0, "Several hosts: index of this process.", lower_bound=0)
+    example = f"configs/{family.name}_digits.py"
+    config = config_flag(f"The experiment, for example {example}; --config.KEY=VALUE changes one of its keys.")
+    run_dir = flags.DEFINE_string(
+        "run_dir", None, "The run directory, resumed if it holds this run. Default: runs/<model>-<dataset>-<time>."
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator_address", None, "For training on several hosts: host:port of process 0."
+    )
+    num_processes = flags.DEFINE_integer(
+        "num_processes", 1, "For training on several hosts: the number of processes.", lower_bound=1
+    )
+    process_id = flags.DEFINE_integer(
+        "process_id", 0, "For training on several hosts: the index of this process, from 0.", lower_bound=0
+    )
 
-    def main() -> None:
+    def join() -> None:
         if num_processes.value > 1:
             if coordinator.value is None or run_dir.value is None:
                 raise UserError("--num_processes above 1 needs --coordinator_address and --run_dir")
             if process_id.value >= num_processes.value:
                 raise UserError(f"--process_id={process_id.value} must be below --num_processes={num_processes.value}")
             parallel.initialize(coordinator.value, num_processes.value, process_id.value)
-        train(config.value, run_dir.value)
 
-    run(main)
+    run(lambda: family.train(config.value, run_dir.value), join=join)
 
 
 def config_flag(meaning: str) -> flags.FlagHolder:
@@ -48,13 +59,14 @@ def config_flag(meaning: str) -> flags.FlagHolder:
     return config
 
 
-def run(main: Callable[[], None], *, exact: bool = False) -> None:
+def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], None] = lambda: None) -> None:
     """Parses the flags and calls `main`; a UserError or a bad flag ends as one line on stderr and exit status 1.
 
     Args:
         main: What the script does.
         exact: Multiply matrices in float32, as evaluations do: accelerators by default round the factors to 8 or 11
             bits, which is faster and good enough to train with. JAX_DEFAULT_MATMUL_PRECISION overrides either.
+        join: Joins the other processes of a run over several, before anything asks JAX for its devices.
     """
 
     def guarded(arguments: list[str]) -> None:
@@ -63,8 +75,10 @@ def run(main: Callable[[], None], *, exact: bool = False) -> None:
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
-            keep_freed_memory()
-            if exact and jax.config.jax_default_matmul_precision is None:
+            join()
+            if on_cpu():
+                keep_freed_memory()
+            if exact and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
                 jax.config.update("jax_default_matmul_precision", "highest")
             _use_compilation_cache()
             main()
@@ -140,7 +154,7 @@ def _override_problem(arguments: list[str], config: ConfigDict | None) -> str | 
     return None
 
 
-def _fail(message: object) -> None:
+def _fail(message: object) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
 
@@ -163,8 +177,6 @@ def _use_compilation_cache() -> None:
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
-
-flags.disclaim_key_flags()  # --help lists the flags defined here as those of the script that asked for them
 
 # The flags of all evaluations, one for each parameter of an `evaluate` function: how it is defined, and its help.
 _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {

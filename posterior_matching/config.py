@@ -1,75 +1,190 @@
-"""Builds objects from config entries. A key that the builder does not take is an error, never ignored."""
+"""Builds objects from groups of options. Every option is declared once, as an annotated parameter or field:
 
+    residual_blocks: Blocks = 2
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+The annotation says type and range, and pydantic checks them. A key that nothing declares is an error, never ignored.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
-from posterior_matching.errors import UserError, nearest
+import pydantic
+from pydantic import Field
+
+from posterior_matching.errors import OptionError, UserError, nearest
+
+Config = Mapping[str, Any]
+
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Steps = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Units = Annotated[int, Field(ge=1, le=65_536)]  # of a layer: channels, hidden units, dimensions of z
+Blocks = Annotated[int, Field(ge=0, le=1000)]  # layers on top of each other
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an exponential moving average
+
+_STRICT = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
-def call(fn: Callable[..., Any], config: Mapping[str, Any], where: str, **context: Any) -> Any:
-    """Calls `fn(**config, **context)` after checking that `fn` takes every key of `config`.
+def call(fn: Callable[..., Any], options: Config, where: str = "", **context: Any) -> Any:
+    """Calls `fn(**options, **context)` after checking that `fn` declares every option, with this type and range.
 
     Args:
-        fn: A function or class with named parameters only (no `**kwargs`).
-        config: Values from a config file, by parameter name.
-        where: The path of `config` in the config file, for messages (``config.optimizer``).
-        context: Values that code, not the config, provides (input shapes, `rngs`).
+        fn: A function or class whose parameters are named and annotated.
+        options: Values by parameter name.
+        where: The name of the group, for messages: `encoder`, or `config` for a whole config.
+        context: Values that code, not the user, provides (input shapes, `rngs`).
 
     Raises:
-        UserError: A key is unknown, or a parameter without a default is missing.
+        OptionError: An option is unknown, missing, of another type or out of range; or `fn` refuses it.
     """
-    parameters = _parameters(fn)
-    known = [name for name in parameters if name not in context]
-    for key in config:
-        if key not in known:
-            raise UserError(f"unknown key '{where}.{key}': {nearest(key, known)}")
-    for name in known:
-        if parameters[name].default is inspect.Parameter.empty and name not in config:
-            raise UserError(f"missing key '{where}.{name}'")
-    return fn(**config, **context)
+    with naming(where):
+        return fn(**_checked(fn, options, context.keys()), **context)
 
 
-def build(registry: Mapping[str, Callable[..., Any]], config: Mapping[str, Any], where: str, **context: Any) -> Any:
-    """Builds the object that `config["name"]` names from the rest of `config`.
-
-    `context` entries that the builder does not take are left out, so that, for example, every head of a model can be
-    offered `rngs`.
+def check(fn: Callable[..., Any], arguments: Config) -> dict[str, Any]:
+    """Returns a function's arguments after checking that each has the type and range that `fn` declares.
 
     Raises:
-        UserError: The name is missing or not in `registry`, or see `call`.
+        OptionError: See `call`.
     """
-    options = dict(config)
-    name = options.pop("name", None)
+    return _checked(fn, arguments, ())
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts the name of a group in front of options that the block finds wrong."""
+    try:
+        yield
+    except OptionError as error:
+        raise error.within(where) from None
+
+
+def build(registry: Mapping[str, Callable[..., Any]], options: Config, where: str = "", **context: Any) -> Any:
+    """Builds the object that `options["name"]` names from the other options.
+
+    Context that the builder does not take is left out, so that every head of a model can be offered `rngs`.
+
+    Raises:
+        OptionError: The name is missing or not in `registry`, or see `call`.
+    """
+    if not isinstance(options, Mapping):
+        raise OptionError(where, f"must be a group of options with a name ({', '.join(registry)}), not {options!r}")
+    name = options.get("name")
     if name is None:
-        raise UserError(f"missing key '{where}.name': one of {', '.join(sorted(registry))}")
+        raise OptionError("name", f"missing key '{{}}': one of {', '.join(sorted(registry))}").within(where)
     if name not in registry:
-        raise UserError(f"unknown {where}.name '{name}': {nearest(str(name), registry)}")
+        raise OptionError("name", f"unknown {{}} '{name}': {nearest(str(name), registry)}").within(where)
     taken = _parameters(registry[name])
-    return call(registry[name], options, where, **{k: v for k, v in context.items() if k in taken})
+    context = {key: value for key, value in context.items() if key in taken}
+    return call(registry[name], {k: v for k, v in options.items() if k != "name"}, where, **context)
 
 
-def parse(config: Mapping[str, Any], *option_types: type) -> tuple[Any, ...]:
-    """Distributes the top level of a config over dataclasses of options and returns one instance of each.
+def parse(options: Config, *option_types: type) -> tuple[Any, ...]:
+    """Distributes the top level of a config over dataclasses of options and returns an instance of each.
+
+    A dataclass may name the options it once had in a class variable `RENAMED: {old: what it is now}`.
 
     Raises:
-        UserError: A key belongs to none of them, or one without a default is missing.
+        OptionError: A key belongs to none of them, is missing, or has a wrong value.
     """
-    fields = [{field.name for field in dataclasses.fields(option_type)} for option_type in option_types]
-    known = set().union(*fields)
-    for key in config:
+    declared = [_parameters(option_type) for option_type in option_types]
+    known = set().union(*declared)
+    renamed: dict[str, str] = {}
+    for option_type in option_types:
+        renamed |= getattr(option_type, "RENAMED", {})
+    for key in options:
+        if key in renamed:
+            raise OptionError(key, f"unknown key '{{}}': it is now {renamed[key]}").within("config")
         if key not in known:
-            raise UserError(
-                f"unknown key 'config.{key}': {nearest(key, known)} (or the config is one for another script)"
-            )
+            hint = f"{nearest(key, known)} (or the config is one for another script)"
+            raise OptionError(key, f"unknown key '{{}}': {hint}").within("config")
     return tuple(
-        call(option_type, {key: config[key] for key in config if key in names}, "config")
-        for option_type, names in zip(option_types, fields, strict=True)
+        call(option_type, {key: options[key] for key in options if key in fields}, "config")
+        for option_type, fields in zip(option_types, declared, strict=True)
     )
 
 
-def _parameters(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    # A class is asked for its __init__: the metaclass of Flax modules hides the signature of the class itself.
-    signature = inspect.signature(fn.__init__ if inspect.isclass(fn) else fn)
+def plain(config: Any) -> dict[str, Any]:
+    """Returns a config as nested dicts of JSON values, lists as tuples, independent of the original.
+
+    Raises:
+        UserError: A value is none that JSON knows.
+    """
+
+    def convert(value: Any, where: str) -> Any:
+        if isinstance(value, Mapping) or hasattr(value, "items"):
+            return {str(key): convert(part, f"{where}.{key}") for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return tuple(convert(part, f"{where}[{i}]") for i, part in enumerate(value))
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise UserError(f"{where} must be a number, a string, a list or a group of keys, not {type(value).__name__}")
+
+    return convert(config.to_dict() if hasattr(config, "to_dict") else config, "config")
+
+
+def flatten(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns nested groups as one: `{"config.optimizer.eps": 1e-8, ...}`; sequences as JSON."""
+    if isinstance(options, Mapping):
+        groups = [flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in options.items()]
+        return {key: value for group in groups for key, value in group.items()}
+    return {prefix: json.dumps(options) if isinstance(options, list | tuple) else options}
+
+
+def _checked(fn: Callable[..., Any], options: Config, context: typing.Collection[str]) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise OptionError("", f"{{}} must be a group of options, not {options!r}")
+    parameters = _parameters(fn)
+    known = [name for name in parameters if name not in context]
+    for key in options:
+        if key not in known:
+            raise OptionError(key, f"unknown key '{{}}': {nearest(key, known)}")
+    for name in known:
+        if parameters[name].default is inspect.Parameter.empty and name not in options:
+            raise OptionError(name, "missing key '{}'")
+    return {name: _check(_adapter(fn, name), name, value) for name, value in options.items()}
+
+
+def _check(adapter: pydantic.TypeAdapter, name: str, value: Any) -> Any:
+    try:
+        return adapter.validate_python(value)
+    except OptionError as error:  # of an option that is built from a group of its own
+        raise error.within(name) from None
+    except pydantic.ValidationError as invalid:
+        first = invalid.errors(include_url=False)[0]
+        at = name + "".join(f"[{index}]" for index in first["loc"] if isinstance(index, int))
+        if first["type"] in ("missing", "too_long"):
+            raise OptionError(name, f"has a wrong number of entries: {value!r}") from None
+        raise OptionError(at, f"{first['msg'].replace('Input should', 'must')}, not {first['input']!r}") from None
+
+
+@functools.cache
+def _adapter(fn: Callable[..., Any], name: str) -> pydantic.TypeAdapter:
+    hint = typing.get_type_hints(_signature_of(fn), include_extras=True).get(name, Any)
+    # pydantic wants dataclasses, which options of their own build, without a configuration.
+    return pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(_bare(hint)) else _STRICT)
+
+
+def _bare(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+@functools.cache
+def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    signature = inspect.signature(_signature_of(fn))
     return {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
+
+
+def _signature_of(fn: Callable[..., Any]) -> Callable[..., Any]:
+    # A class is asked for its __init__: the metaclass of Flax modules hides the signature of the class itself.
+    return fn.__init__ if inspect.isclass(fn) else fn

@@ -1,4 +1,4 @@
-"""The one exception that reaches users as a single line."""
+"""The exceptions that reach users as a single line."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,30 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake the user can mend. Its message is one line: what is wrong, and the remedy.
 
-    Scripts print it and exit with status 1; no stack trace.
+    Scripts print it and exit with status 1, without a stack trace.
     """
+
+
+class OptionError(UserError):
+    """A wrong option.
+
+    The code that takes an option raises this with the option's own name; the code that read it from a group of options
+    puts the name of the group in front (`within`). So a model can be configured from anywhere.
+
+    Args:
+        option: Its name, such as `latent_dim`.
+        problem: What is wrong with it: "must be at least 1, not 0". A "{}" stands for the name; without one the name
+            comes first.
+    """
+
+    def __init__(self, option: str, problem: str):
+        text = problem.replace("{}", option, 1) if "{}" in problem else f"{option} {problem}"
+        super().__init__(" ".join(text.split()))  # one line, whatever was typed
+        self.option, self.problem = option, problem
+
+    def within(self, group: str) -> "OptionError":
+        """Returns the same error for the option as a member of `group`: `config.model.latent_dim`."""
+        return OptionError(f"{group}.{self.option}" if group else self.option, self.problem)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

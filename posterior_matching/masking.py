@@ -12,23 +12,23 @@ import ast
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import PlainValidator
 
-from posterior_matching.config import build
-from posterior_matching.errors import UserError, nearest
+from posterior_matching.config import Config, build, naming
+from posterior_matching.errors import OptionError, UserError, nearest
 
 MASK_GENERATORS: dict[str, type["MaskGenerator"]] = {}
 
 
-def _register(cls):
-    """Makes a class a frozen dataclass and lists it under its name."""
-    cls = dataclass(frozen=True)(cls)
+def register(cls: type["MaskGenerator"]) -> type["MaskGenerator"]:
+    """Lists a mask generator under its name, for configs and `--mask_generator`."""
     MASK_GENERATORS[cls.__name__] = cls
     return cls
 
@@ -89,7 +89,8 @@ class MaskGenerator:
                 raise UserError(f"{self} does not fit data of shape {tuple(event_shape)}: {remedy}")
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class BernoulliMaskGenerator(MaskGenerator):
     """Observes each entry with probability `p`, in [0, 1]."""
 
@@ -103,7 +104,8 @@ class BernoulliMaskGenerator(MaskGenerator):
         return jax.random.bernoulli(key, self.p, shape)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class UniformMaskGenerator(MaskGenerator):
     """Observes a uniformly random subset of q of the d entries, q itself uniform.
 
@@ -131,7 +133,8 @@ class UniformMaskGenerator(MaskGenerator):
         return (jnp.argsort(noise, axis=1, stable=False) < q).reshape(shape)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class ImageBernoulliMaskGenerator(BernoulliMaskGenerator):
     """Observes each pixel, all its channels together, with probability `p`, in [0, 1]."""
 
@@ -159,7 +162,8 @@ def _outside_rectangle(shape: tuple[int, ...], y1: Any, x1: Any, y2: Any, x2: An
     return ~inside[..., None]
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class FixedRectangleMaskGenerator(MaskGenerator):
     """Leaves the rectangle [y1:y2, x1:x2] unobserved, the same for every example."""
 
@@ -177,7 +181,8 @@ class FixedRectangleMaskGenerator(MaskGenerator):
         return _outside_rectangle(shape, self.y1, self.x1, self.y2, self.x2)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class SquareMaskGenerator(MaskGenerator):
     """Leaves a `size` x `size` square at a uniform position inside the image unobserved."""
 
@@ -191,7 +196,8 @@ class SquareMaskGenerator(MaskGenerator):
         return _place_rectangle(key, shape, self.size, self.size)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class RectangleMaskGenerator(MaskGenerator):
     """Leaves a random rectangle unobserved whose share of the image lies in [min_prop, max_prop].
 
@@ -246,7 +252,8 @@ def _cubic_weights(start: jax.Array, length: int, cells: int, size: int) -> jax.
     return weights / weights.sum(axis=2, keepdims=True)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class RandomPatternMaskGenerator(MaskGenerator):
     """Leaves random blobs unobserved: windows, at uniform positions, of a large smooth random pattern.
 
@@ -306,7 +313,8 @@ class RandomPatternMaskGenerator(MaskGenerator):
         return observed[..., None]
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class MixtureMaskGenerator(MaskGenerator):
     """Picks one of `generators` per example, with probabilities proportional to `weights` (non-negative)."""
 
@@ -353,7 +361,8 @@ def _halves(dim: int) -> tuple[FixedRectangleMaskGenerator, ...]:
     return tuple(FixedRectangleMaskGenerator(*c) for c in corners)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class MNISTMaskGenerator(SquareImageMixture):
     """Random pixels (weight 2), the four halves (1 each), squares of half the side (2) and rectangles (2)."""
 
@@ -366,14 +375,16 @@ class MNISTMaskGenerator(SquareImageMixture):
         return MixtureMaskGenerator(generators, (2, 1, 1, 1, 1, 2, 2))
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class OmniglotMaskGenerator(MNISTMaskGenerator):
     """As `MNISTMaskGenerator`, with rectangles of 10% to 60% of the image."""
 
     rectangles: ClassVar = RectangleMaskGenerator(0.1, 0.6)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class Cifar10MaskGenerator(MNISTMaskGenerator):
     """As `MNISTMaskGenerator`, with 30% of the pixels observed and rectangles of 10% to 50% of the image."""
 
@@ -382,7 +393,8 @@ class Cifar10MaskGenerator(MNISTMaskGenerator):
     rectangles: ClassVar = RectangleMaskGenerator(0.1, 0.5)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class GCFMaskGenerator(SquareImageMixture):
     """Six fixed parts of 64x64 faces, equally likely (Generative Face Completion, Li et al. 2017)."""
 
@@ -394,7 +406,8 @@ class GCFMaskGenerator(SquareImageMixture):
         return MixtureMaskGenerator(tuple(FixedRectangleMaskGenerator(*c) for c in large + small), (1,) * 6)
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class SIIDGMMaskGenerator(SquareImageMixture):
     """Patterns, random pixels, the centre and halves of 64x64 images (Semantic Image Inpainting, Yeh et al. 2017)."""
 
@@ -406,7 +419,8 @@ class SIIDGMMaskGenerator(SquareImageMixture):
         return MixtureMaskGenerator(generators, (2, 2, 2, 1, 1, 1, 1))
 
 
-@_register
+@register
+@dataclass(frozen=True)
 class CelebAMaskGenerator(SquareImageMixture):
     """`SIIDGMMaskGenerator` (weight 1), `GCFMaskGenerator` (1) and rectangles (2), for 64x64 images."""
 
@@ -417,22 +431,26 @@ class CelebAMaskGenerator(SquareImageMixture):
         return MixtureMaskGenerator(generators, (1, 1, 2))
 
 
-def build_mask_generator(config: Mapping[str, Any], where: str = "config.mask_generator") -> MaskGenerator:
+def build_mask_generator(config: Config, where: str = "") -> MaskGenerator:
     """Builds a generator from a config such as {"name": "BernoulliMaskGenerator", "p": 0.5}.
 
     Args:
         config: The generator's name and options; the `generators` of a MixtureMaskGenerator are such configs too.
-        where: The path of `config` in the config file, for messages.
+        where: What these options are called, for messages: `--mask_generator`.
 
     Raises:
-        UserError: The name or an option is unknown, or an option without a default is missing.
+        OptionError: The name or an option is unknown, or an option without a default is missing.
     """
     # Lists become tuples: generators are hashable, as jit wants what it compiles.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(config).items()}
     if "generators" in options:
         parts = enumerate(options["generators"])
-        options["generators"] = tuple(build_mask_generator(part, f"{where}.generators[{i}]") for i, part in parts)
+        with naming(where):
+            options["generators"] = tuple(build_mask_generator(part, f"generators[{i}]") for i, part in parts)
     return build(MASK_GENERATORS, options, where)
+
+
+MaskOption = Annotated[MaskGenerator, PlainValidator(build_mask_generator)]
 
 
 def mask_generator_from_spec(spec: str) -> MaskGenerator:
@@ -443,12 +461,12 @@ def mask_generator_from_spec(spec: str) -> MaskGenerator:
             Python literals; a tuple needs no parentheses.
 
     Raises:
-        UserError: The name or an option is unknown, an option is missing, or a value is no literal.
+        UserError: The name or an option is unknown, an option is missing, or a value is wrong.
     """
     name, _, text = spec.partition(":")
     if name not in MASK_GENERATORS:
-        raise UserError(f"unknown mask_generator '{name}': {nearest(name, MASK_GENERATORS)}")
-    options = {"name": name}
+        raise OptionError("mask_generator", f"unknown {{}} '{name}': {nearest(name, MASK_GENERATORS)}")
+    options: dict[str, Any] = {"name": name}
     try:
         # Commas separate options where "name=" follows, and the items of a tuple elsewhere.
         for part in re.split(r",\s*(?=[A-Za-z_]\w*=)", text) if text else []:
@@ -456,7 +474,7 @@ def mask_generator_from_spec(spec: str) -> MaskGenerator:
             try:
                 options[option] = ast.literal_eval(value.strip())
             except (ValueError, SyntaxError):
-                raise UserError(f"bad value '{value}' for mask_generator.{option}: write a number or a tuple") from None
+                raise OptionError(f"mask_generator.{option}", f"must be a number or a tuple, not '{value}'") from None
         return build_mask_generator(options, "mask_generator")
     except UserError as error:
         taken = ", ".join(field.name for field in fields(MASK_GENERATORS[name])) or "no options"

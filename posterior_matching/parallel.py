@@ -30,17 +30,27 @@ def pmap(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 def replicate(tree: Tree) -> Tree:
     """Copies a pytree of arrays to every local device; leaves gain a leading axis of local devices."""
-    return pmap(lambda _, t: t, in_axes=(0, None))(np.arange(jax.local_device_count()), tree)
+    return _copy()(np.arange(jax.local_device_count()), tree)
 
 
-def unreplicate(tree: Tree) -> Tree:
+@functools.cache
+def _copy() -> Callable[[np.ndarray, Any], Any]:
+    return pmap(lambda _, tree: tree, in_axes=(0, None))
+
+
+def unreplicate(tree: Any) -> Any:
     """Returns the first local device's copy, as NumPy arrays of their own memory."""
     return jax.tree.map(lambda a: np.array(a.addressable_data(0))[0], tree)
 
 
 def shard(tree: Tree) -> Tree:
     """Puts arrays of leading axis [local devices] onto the devices."""
-    return pmap(lambda t: t)(tree)
+    return _identity()(tree)
+
+
+@functools.cache
+def _identity() -> Callable[[Any], Any]:
+    return pmap(lambda tree: tree)  # one for all calls: each pmap compiles for itself
 
 
 def local_devices() -> range:
@@ -57,7 +67,7 @@ def any_process(flag: bool) -> bool:
 
 
 @functools.cache
-def _any_process() -> Callable[[jax.Array], jax.Array]:
+def _any_process() -> Callable[[np.ndarray], jax.Array]:
     return pmap(lambda flags: jax.lax.pmax(flags, AXIS))
 
 

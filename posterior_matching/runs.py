@@ -19,32 +19,19 @@ import pathlib
 import weakref
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from ml_collections import ConfigDict
 
-from posterior_matching import parallel
+from posterior_matching import atomic, models, parallel
+from posterior_matching.config import flatten, plain
 from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.models.lookahead import LookaheadPosterior
-from posterior_matching.models.vade import VADE, PosteriorMatchingVADE
-from posterior_matching.models.vae import PosteriorMatchingVAE
-from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
-from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE
 
-MODELS = {
-    "pm_vae": PosteriorMatchingVAE,
-    "vqvae": VQVAE,
-    "pm_vqvae": PosteriorMatchingVQVAE,
-    "vade": VADE,
-    "pm_vade": PosteriorMatchingVADE,
-    "lookahead": LookaheadPosterior,
-    "pm_vdvae": PosteriorMatchingVDVAE,
-}
+Tree = TypeVar("Tree")
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
 _FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
@@ -74,7 +61,7 @@ class Run:
             self._lock()
             for name in ("latest", "best"):
                 (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
+            atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
         parallel.wait_for_all_processes()
         self._managers = {name: _manager(self.path, name) for name in ("latest", "best")}
         for step in self._managers["best"].all_steps():
@@ -94,29 +81,44 @@ class Run:
             pass  # a file system without locks
 
     def save(self, step: int, model: dict[str, np.ndarray] | None, train: Any, best: bool) -> None:
-        """Writes a checkpoint in the background; the last one goes only when the new one is complete.
+        """Writes a checkpoint in the background; the previous one is deleted once the new one is complete.
 
         Args:
             step: The step.
             model: Weights ready for use, `flat_weights`; None: there are none yet, the run is pretraining.
-            train: Everything else that continuing needs.
-            best: Whether to keep it as the best one, too.
+            train: A pytree of everything else that resuming needs.
+            best: Whether this is the best checkpoint, too.
         """
         weights = {} if model is None else {"model": ocp.args.StandardSave(model)}
         if best:  # on disk before the latest one, which records the loss to beat, begins
             self._managers["best"].save(step, args=ocp.args.Composite(**weights), force=True)
             self._managers["best"].wait_until_finished()
-        everything = ocp.args.Composite(**weights, train=ocp.args.StandardSave(train))
+        everything = ocp.args.Composite(**weights, train=ocp.args.StandardSave(_named_leaves(train)))
         self._managers["latest"].save(step, args=everything, force=True)
         self.step = step
 
-    def restore(self, train: Any) -> Any:
-        """Returns the latest checkpoint's `train` item, in the structure, shapes and dtypes of `train`."""
-        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype), train)
-        restored = self._managers["latest"].restore(
-            self.step, args=ocp.args.Composite(train=ocp.args.StandardRestore(target))
-        )
-        return jax.tree.map(np.asarray, restored["train"])
+    def restore(self, train: Tree) -> Tree:
+        """Returns what `save` was given as `train` at the latest checkpoint.
+
+        Args:
+            train: A pytree of the same structure, shapes and dtypes.
+
+        Raises:
+            UserError: The checkpoint holds other arrays.
+        """
+        target = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in _named_leaves(train).items()}
+        manager = self._managers["latest"]
+        saved = manager.item_metadata(self.step)["train"]
+        if "leaves" in saved:
+            raise UserError(
+                f"{self.path} was trained by version 0.1, whose training state cannot be resumed: its model can still "
+                "be evaluated; to train on, choose another --run_dir"
+            )
+        shapes = ({name: tuple(a.shape) for name, a in arrays.items()} for arrays in (target, saved))
+        if problem := _difference(*shapes):
+            raise UserError(f"the latest checkpoint of {self.path} does not fit its config.json: {problem}")
+        restored = manager.restore(self.step, args=ocp.args.Composite(train=ocp.args.StandardRestore(target)))["train"]
+        return jax.tree.unflatten(jax.tree.structure(train), [np.asarray(restored[name]) for name in target])
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl`."""
@@ -128,7 +130,7 @@ class Run:
         path = self.path / "metrics.jsonl"
         if path.exists() and jax.process_index() == 0:
             rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            write_atomically(path, "".join(row + "\n" for row in rows))
+            atomic.write_text(path, "".join(row + "\n" for row in rows))
 
     @contextlib.contextmanager
     def finished_saving(self) -> Iterator[None]:
@@ -145,7 +147,7 @@ class Run:
 def open_run(
     run_dir: str | None,
     model: str,
-    config: ConfigDict,
+    config: Mapping[str, Any],
     input_shape: tuple[int, ...],
     standardisation: Standardisation | None = None,
 ) -> Run:
@@ -153,7 +155,7 @@ def open_run(
 
     Args:
         run_dir: The directory; None: `runs/<model>-<dataset>-<timestamp>`.
-        model: Key of `MODELS`.
+        model: Key of `models.MODELS`.
         config: The resolved config, with `dataset`.
         input_shape: Shape of one example.
         standardisation: Of the user's own data.
@@ -161,7 +163,7 @@ def open_run(
     Raises:
         UserError: The directory holds a run of another model or config, or something that is no run.
     """
-    config = json.loads(config.to_json_best_effort())
+    config = json.loads(json.dumps(config))  # as it will be read back: lists for tuples
     if run_dir is None:
         dataset = pathlib.Path(config["dataset"]).stem
         run_dir = f"runs/{model}-{dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -192,7 +194,7 @@ def read_description(run_dir: str | os.PathLike, model: str | None = None) -> di
 
     Args:
         run_dir: The run directory.
-        model: The model it must be of (key of `MODELS`); None: any.
+        model: The model it must be of (key of `models.MODELS`); None: any.
 
     Raises:
         UserError: No such directory, not a run directory, or a run of another model.
@@ -212,8 +214,8 @@ def read_description(run_dir: str | os.PathLike, model: str | None = None) -> di
         raise UserError(f"{path / 'config.json'} is damaged: it does not describe a run")
     if model is not None and found != model:
         raise UserError(f"{run_dir} is a run of {found}, not of {model}: pass the directory of a {model} run")
-    if found not in MODELS:
-        raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(str(found), MODELS)}")
+    if found not in models.MODELS:
+        raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(str(found), models.MODELS)}")
     return description
 
 
@@ -222,7 +224,7 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
 
     Args:
         run_dir: The run directory.
-        model: The model it must be of (key of `MODELS`); None: any.
+        model: The model it must be of (key of `models.MODELS`); None: any.
         checkpoint: "best" (lowest validation loss) or "latest"; None: what the run's `config.evaluate_checkpoint` says.
 
     Raises:
@@ -242,7 +244,7 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
 
     def build() -> nnx.Module:
         shape = tuple(description["input_shape"])
-        return MODELS[description["model"]].from_config(description["config"]["model"], shape, nnx.Rngs(0))
+        return models.build(description["model"], plain(description["config"]["model"]), shape, nnx.Rngs(0))
 
     abstract = nnx.eval_shape(build)
     graphdef, state = nnx.split(abstract)
@@ -276,6 +278,12 @@ def unflatten_weights(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State
     return nnx.from_flat_state(flat)
 
 
+def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
+    """Flattens a pytree of arrays to arrays by path: `{"trainable.vae.encoder.linear_in.kernel": [d, h], ...}`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+
+
 def versions() -> dict[str, str]:
     """Versions of what numbers depend on."""
     return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpyro", "numpy")}
@@ -290,13 +298,11 @@ def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
 def _check_same_run(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if saved["model"] != now["model"]:
         raise UserError(f"{path} is a run of {saved['model']}, not of {now['model']}: choose another --run_dir")
-    before, after = _flatten(saved["config"]), _flatten(now["config"])
-    for key in ("input_shape", "num_devices"):
-        before[key], after[key] = saved[key], now[key]
-    free = {f"config.{key}" for key in _FREE_ON_RESUME}
     before, after = (
-        {k if k in ("input_shape", "num_devices") else f"config.{k}": v for k, v in c.items()} for c in (before, after)
+        flatten({"config": run["config"]}) | {key: run[key] for key in ("input_shape", "num_devices")}
+        for run in (saved, now)
     )
+    free = {f"config.{key}" for key in _FREE_ON_RESUME}
     if problem := _difference(*({k: v for k, v in c.items() if k not in free} for c in (before, after))):
         raise UserError(f"{path} holds a run that differs ({problem}): use its values, or choose another --run_dir")
 
@@ -312,21 +318,8 @@ def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, branch in tree.items() for k, v in _flatten(branch, f"{prefix}.{name}".strip(".")).items()}
-
-
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # a line cut short by a kill
         return float("inf")
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 from PIL import Image
 
-from posterior_matching import data, masking, progress, runs
+from posterior_matching import data, masking, models, progress, runs
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import pictures, uci
 from posterior_matching.evaluation.examples import ExampleMap, load_dataset, open_run
 from posterior_matching.evaluation.results import Parts, Results, load_npz
-from posterior_matching.models.vae import PosteriorMatchingVAE
 
 NUM_ROWS, DIM = 1797, 5
 
@@ -41,7 +39,7 @@ CONFIG |= {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "Id
 
 @pytest.fixture(scope="module")
 def model():
-    return PosteriorMatchingVAE.from_config(CONFIG, (DIM,), nnx.Rngs(0))
+    return models.build("pm_vae", CONFIG, (DIM,), nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +47,9 @@ def run_dir(tmp_path_factory):
     """A run on digits whose weights are random."""
     settings = {"dataset": "digits", "evaluate_checkpoint": "latest", "model": CONFIG, "train_split": "train"}
     settings["mask_generator"] = {"name": "BernoulliMaskGenerator", "p": 0.0}
-    run = runs.open_run(str(tmp_path_factory.mktemp("run") / "run"), "pm_vae", ConfigDict(settings), (8, 8, 1))
+    run = runs.open_run(str(tmp_path_factory.mktemp("run") / "run"), "pm_vae", settings, (8, 8, 1))
     run.create()
-    untrained = PosteriorMatchingVAE.from_config(CONFIG, (8, 8, 1), nnx.Rngs(0))
+    untrained = models.build("pm_vae", CONFIG, (8, 8, 1), nnx.Rngs(0))
     with run.finished_saving():
         run.save(1, runs.flat_weights(nnx.state(untrained)), {"step": np.int32(1)}, best=False)
     return run.path
@@ -329,10 +327,11 @@ def test_the_numbers_stay_when_the_picture_fails(run_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
-        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"num_samples": 0}, "num_samples must be greater than or equal to 1, not 0"),
+        ({"seed": -1}, "seed must be greater than or equal to 0, not -1"),
+        ({"num_samples": "many"}, "num_samples must be a valid integer, not 'many'"),
         ({"split": "tset"}, "no split 'tset'"),
-        ({"checkpoint": "newest"}, "unknown checkpoint 'newest'"),
+        ({"checkpoint": "newest"}, "checkpoint must be 'best' or 'latest', not 'newest'"),
         ({"checkpoint": "best"}, "holds no best checkpoint"),
         ({"mask_generator": "SquareMaskGenerator:size=9"}, r"size must lie in 1\.\.8"),
     ],

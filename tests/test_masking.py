@@ -574,9 +574,10 @@ def test_a_specification_names_a_generator_and_its_options(spec, expected):
             "SquareMaskGenerator:sze=4",
             r"'mask_generator.sze': did you mean 'size'\? \(SquareMaskGenerator takes size\)",
         ),
-        ("SquareMaskGenerator:size", r"bad value '' for mask_generator.size.*takes size"),
-        ("SquareMaskGenerator:size=four", r"bad value 'four' for mask_generator.size.*takes size"),
-        ("SquareMaskGenerator:size=__import__('os').getpid()", "bad value"),
+        ("SquareMaskGenerator:size", r"mask_generator.size must be a number or a tuple, not ''.*takes size"),
+        ("SquareMaskGenerator:size=four", r"mask_generator.size must be a number or a tuple, not 'four'"),
+        ("SquareMaskGenerator:size=__import__('os').getpid()", "must be a number or a tuple"),
+        ("SquareMaskGenerator:size=4.5", r"mask_generator.size must be a valid integer, not 4\.5"),
         ("GCFMaskGenerator:dim=64", "'mask_generator.dim'.*GCFMaskGenerator takes no options"),
     ],
 )

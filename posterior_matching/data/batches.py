@@ -1,4 +1,4 @@
-"""Batches that cover every row once."""
+"""Rows in batches of one size, for compiled functions."""
 
 import numpy as np
 

@@ -4,14 +4,17 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
+from pydantic import Field
 
 from posterior_matching.acquisition import POLICIES, acquire, features_that_fit
+from posterior_matching.config import Count, NonNegative, check
 from posterior_matching.data import decode
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.evaluation.examples import ExampleMap, check_arguments, open_run
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
 from posterior_matching.evaluation.results import Arrays, Parts, Results
 from posterior_matching.models.lookahead import LookaheadPosterior
 from posterior_matching.progress import with_log
@@ -22,18 +25,18 @@ MOST_INSTANCES = 1000
 
 
 def evaluate(
-    run_dir: str | os.PathLike,
+    run_dir: str | os.PathLike[str],
     *,
     dataset: str | None = None,
     split: str = "test",
-    checkpoint: str | None = None,
+    checkpoint: Checkpoint | None = None,
     policies: Sequence[str] = tuple(POLICIES),
-    num_instances: int | None = None,
-    batch_size: int = 32,
-    num_samples: int = 50,
-    num_steps: int = 31,
-    seed: int = 0,
-    memory_budget_gb: float = 2.0,
+    num_instances: Count | None = None,
+    batch_size: Count = 32,
+    num_samples: Count = 50,
+    num_steps: Annotated[Count, Field(ge=2)] = 31,
+    seed: Seed = 0,
+    memory_budget_gb: NonNegative = 2.0,
 ) -> Results:
     """Acquires with every policy and writes `trajectories/` in the run directory of a lookahead posterior.
 
@@ -56,8 +59,7 @@ def evaluate(
     Raises:
         UserError: An argument is wrong, or does not fit the run or the evaluation to resume; or it was interrupted.
     """
-    arguments = dict(locals())
-    check_arguments(arguments)
+    arguments = check(evaluate, dict(locals()))
     for name in policies:
         if name not in POLICIES:
             raise UserError(f"unknown policy '{name}': {nearest(name, POLICIES)}")

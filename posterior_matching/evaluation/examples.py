@@ -5,11 +5,12 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from pydantic import Field
 
 from posterior_matching import data, masking, parallel, runs
 from posterior_matching.data.batches import padded_batches
@@ -21,8 +22,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 # (model, key, x [*input_shape], available mask) -> results by name, for one example
 ExampleFn = Callable[[Model, jax.Array, jax.Array, jax.Array], Mapping[str, jax.Array]]
 
-_LEAST = {"batch_size": 1, "num_samples": 1, "num_trials": 1, "chunk_size": 1, "num_steps": 2, "seed": 0}
-_LEAST |= {"memory_budget_gb": 0}
+Checkpoint = Literal["best", "latest"]
+Seed = Annotated[int, Field(ge=0, le=2**31)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +157,6 @@ def load_dataset(
         raise UserError(f"num_instances={num_instances}: the {split} split of {name} has {len(dataset)} examples")
     label = None if dataset.label is None else dataset.label[:num_instances]
     return dataclasses.replace(dataset, x=dataset.x[:num_instances], label=label)
-
-
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises UserError if one of an evaluation's numbers, by name, is too small."""
-    for name, least in _LEAST.items():
-        if name in arguments and not arguments[name] >= least:
-            raise UserError(f"{name} must be at least {least}, not {arguments[name]}")
 
 
 class ExampleMap:

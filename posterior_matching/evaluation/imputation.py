@@ -5,15 +5,17 @@ distribution of real images (precision and recall of distributions).
 """
 
 import os
+from typing import Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
-from posterior_matching.errors import UserError, nearest
+from posterior_matching.config import Count, check
+from posterior_matching.errors import UserError
 from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.embeddings import EMBEDDINGS
-from posterior_matching.evaluation.examples import ExampleMap, check_arguments, open_run
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
@@ -36,18 +38,18 @@ class UnitRange(nnx.Module):
 
 
 def evaluate(
-    run_dir: str | os.PathLike,
+    run_dir: str | os.PathLike[str],
     *,
     dataset: str | None = None,
     split: str = "test",
-    checkpoint: str | None = None,
+    checkpoint: Checkpoint | None = None,
     mask_generator: str | MaskGenerator = "config",
-    num_instances: int | None = None,
-    batch_size: int = 32,
-    num_samples: int = 10,
-    num_trials: int = 5,
-    seed: int = 0,
-    embedding: str = "inception",
+    num_instances: Count | None = None,
+    batch_size: Count = 32,
+    num_samples: Count = 10,
+    num_trials: Count = 5,
+    seed: Seed = 0,
+    embedding: Literal["inception", "pixels"] = "inception",
     baselines: bool = False,
 ) -> Results:
     """Evaluates a PM-VQVAE or PM-VDVAE and writes `imputation_results/` in its run directory.
@@ -73,13 +75,10 @@ def evaluate(
     Raises:
         UserError: An argument is wrong, or does not fit the run.
     """
-    arguments = dict(locals())
-    check_arguments(arguments)
+    arguments = check(evaluate, dict(locals()))
     run = open_run(run_dir, dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)
     if (name := run.description["model"]) not in MODELS:
         raise UserError(f"{run_dir} is a run of {name}, not of {' or '.join(MODELS)}")
-    if embedding not in EMBEDDINGS:
-        raise UserError(f"unknown embedding '{embedding}': {nearest(embedding, EMBEDDINGS)}")
     if len(run.dataset) < NUM_CLUSTERS:
         raise UserError(f"precision and recall need at least {NUM_CLUSTERS} images, not {len(run.dataset)}")
     generator = run.masks(mask_generator)

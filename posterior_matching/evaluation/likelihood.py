@@ -6,7 +6,8 @@ import os
 import jax
 import numpy as np
 
-from posterior_matching.evaluation.examples import ExampleMap, check_arguments, open_run
+from posterior_matching.config import Count, check
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
 from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.results import Parts, Results
 from posterior_matching.masking import MaskGenerator
@@ -17,18 +18,18 @@ INSTANCES_PER_DEVICE = 625  # as published
 
 
 def evaluate(
-    run_dir: str | os.PathLike,
+    run_dir: str | os.PathLike[str],
     *,
     dataset: str | None = None,
     split: str = "test",
-    checkpoint: str | None = None,
+    checkpoint: Checkpoint | None = None,
     mask_generator: str | MaskGenerator = "config",
-    num_instances: int | None = None,
-    batch_size: int = 16,
-    chunk_size: int = 16,
-    num_samples: int = 10_000,
-    num_trials: int = 5,
-    seed: int = 0,
+    num_instances: Count | None = None,
+    batch_size: Count = 16,
+    chunk_size: Count = 16,
+    num_samples: Count = 10_000,
+    num_trials: Count = 5,
+    seed: Seed = 0,
 ) -> Results:
     """Evaluates a PM-VDVAE and writes `likelihood_results/` in its run directory.
 
@@ -52,8 +53,7 @@ def evaluate(
     Raises:
         UserError: An argument is wrong, or does not fit the run or the evaluation to resume; or it was interrupted.
     """
-    arguments = dict(locals())
-    check_arguments(arguments)
+    arguments = check(evaluate, dict(locals()))
     at_most = INSTANCES_PER_DEVICE * jax.local_device_count()
     source = {"dataset": dataset, "split": split, "checkpoint": checkpoint}
     run = open_run(run_dir, "pm_vdvae", **source, num_instances=num_instances, at_most=at_most)

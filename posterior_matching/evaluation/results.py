@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from posterior_matching import runs
-from posterior_matching.atomic import replacing
+from posterior_matching.atomic import replacing, write_text
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.pictures import imputation_grid, save_png
@@ -101,7 +101,7 @@ class Results:
         with _one_line(self.folder), contextlib.ExitStack() as files:
             # The stack moves the files to their names once all are written, results.json last.
             summary = files.enter_context(replacing(self.folder / "results.json"))
-            summary.write_text(json.dumps(description, indent=2, default=str) + "\n")
+            summary.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
             for name, array in arrays.items():
                 with open(files.enter_context(replacing(self.folder / f"{name}.npy")), "wb") as file:
                     np.save(file, array, allow_pickle=False)
@@ -162,8 +162,7 @@ class Parts:
             )
         with _one_line(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(dict(settings), indent=2) + "\n")
+            write_text(path, json.dumps(dict(settings), indent=2) + "\n")
         return cls(folder, settings)
 
     def within(self, name: str) -> "Parts":

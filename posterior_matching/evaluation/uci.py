@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from posterior_matching import data
+from posterior_matching.config import Count, check
 from posterior_matching.evaluation import baselines as rivals
-from posterior_matching.evaluation.examples import ExampleMap, check_arguments, open_run
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
 from posterior_matching.evaluation.metrics import nrmse
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
@@ -16,17 +17,17 @@ from posterior_matching.progress import with_log
 
 
 def evaluate(
-    run_dir: str | os.PathLike,
+    run_dir: str | os.PathLike[str],
     *,
     dataset: str | None = None,
     split: str = "test",
-    checkpoint: str | None = None,
+    checkpoint: Checkpoint | None = None,
     mask_generator: str | MaskGenerator = "BernoulliMaskGenerator",
-    num_instances: int | None = None,
-    batch_size: int = 32,
-    num_samples: int = 512,
-    num_trials: int = 5,
-    seed: int = 0,
+    num_instances: Count | None = None,
+    batch_size: Count = 32,
+    num_samples: Count = 512,
+    num_trials: Count = 5,
+    seed: Seed = 0,
     baselines: bool = False,
 ) -> Results:
     """Evaluates a PM-VAE and writes `uci_results/` in its run directory.
@@ -49,8 +50,7 @@ def evaluate(
     Raises:
         UserError: An argument is wrong, or does not fit the run.
     """
-    arguments = dict(locals())
-    check_arguments(arguments)
+    arguments = check(evaluate, dict(locals()))
     run = open_run(run_dir, "pm_vae", dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)
     generator = run.masks(mask_generator)
     trained: PosteriorMatchingVAE = run.model

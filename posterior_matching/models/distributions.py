@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from numpyro import distributions as dist
 
+from posterior_matching.config import Blocks, Units
 from posterior_matching.errors import UserError
 from posterior_matching.models.networks import ResidualMLP, Shape
 from posterior_matching.numerics import triangular
@@ -110,9 +111,9 @@ class AutoregressiveGMM(nnx.Module):
         self,
         features_shape: Shape,
         event_size: int,
-        num_components: int = 10,
-        residual_blocks: int = 2,
-        hidden_units: int = 256,
+        num_components: Units = 10,
+        residual_blocks: Blocks = 2,
+        hidden_units: Units = 256,
         *,
         rngs: nnx.Rngs,
     ):
@@ -236,7 +237,7 @@ def _require_data_shape(head: str, meaning: str, features_shape: Shape, data_sha
     if tuple(features_shape) != tuple(data_shape):
         raise UserError(
             f"a {head} decoder takes the network's output as {meaning}: its shape {tuple(features_shape)} is not "
-            f"that of the data, {tuple(data_shape)}; adapt config.model.decoder"
+            f"that of the data, {tuple(data_shape)}; adapt the decoder"
         )
 
 

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching.config import build, call
-from posterior_matching.errors import UserError
+from posterior_matching.config import Config, build, call
 from posterior_matching.masking import mask_shape, partial_input
 from posterior_matching.models import distributions
 from posterior_matching.models.networks import NETWORKS, Shape
-from posterior_matching.models.vae import Config, PosteriorMatchingVAE
+from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.numerics import on_cpu
 
 SPREADS = ("remaining", "total")
@@ -32,27 +31,20 @@ class LookaheadPosterior(nnx.Module):
     """
 
     def __init__(self, *, pm_vae: Config, input_shape: Shape, lookahead_encoder: Config | None = None, rngs: nnx.Rngs):
-        self.pm_vae = PosteriorMatchingVAE.from_config(pm_vae, input_shape, rngs)
+        self.pm_vae: PosteriorMatchingVAE = call(
+            PosteriorMatchingVAE, pm_vae, "pm_vae", input_shape=input_shape, rngs=rngs
+        )
         observed_shape = (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1])
         self.encoder = build(
             NETWORKS,
             pm_vae["encoder"] if lookahead_encoder is None else lookahead_encoder,
-            "config.model.lookahead_encoder",
+            "lookahead_encoder",
             input_shape=observed_shape,
             rngs=rngs,
         )
         self.num_features = math.prod(mask_shape(input_shape))
         latent_dim = self.pm_vae.vae.latent_dim
         self.head = distributions.DiagonalGaussians(self.encoder.output_shape, self.num_features, latent_dim, rngs=rngs)
-
-    @classmethod
-    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "LookaheadPosterior":
-        """Builds the model from `config.model`: `pm_vae` and `lookahead_encoder`.
-
-        Raises:
-            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
-        """
-        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, b: jax.Array, chosen: jax.Array | slice = slice(None), rngs: nnx.Rngs | None = None
@@ -161,13 +153,3 @@ class LookaheadPosterior(nnx.Module):
         now = distributions.entropy(self.pm_vae.partial_posterior(x, b), key, num_samples)
         then = distributions.entropy(self(x, b), key, num_samples)
         return jnp.where(b.reshape(len(b), -1) == 1, -jnp.inf, now[:, None] - then)
-
-
-def check_options(model: LookaheadPosterior, num_samples: int, num_features: int, spread: str) -> None:
-    """Raises UserError if `log_prob_of_samples` cannot take these options, which a config names."""
-    if num_samples < 1:
-        raise UserError(f"config.model_samples must be at least 1, not {num_samples}")
-    if not 1 <= num_features <= model.num_features:
-        raise UserError(f"config.lookahead_subsample must lie in 1..{model.num_features}, not be {num_features}")
-    if spread not in SPREADS:
-        raise UserError(f"config.spread must be 'remaining' or 'total', not '{spread}'")

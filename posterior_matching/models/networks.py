@@ -7,15 +7,22 @@ deviation 1 / sqrt(fan_in), biases at zero.
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from pydantic import Field
 
-from posterior_matching.errors import UserError
+from posterior_matching.config import Blocks, Dropout, Units
+from posterior_matching.errors import OptionError, UserError
 from posterior_matching.numerics.convolution import conv, conv_transpose
 
 Shape = tuple[int, ...]
+# (filters, kernel size, stride) of each layer.
+ConvLayers = Annotated[
+    Sequence[tuple[Units, Annotated[int, Field(ge=1, le=256)], Annotated[int, Field(ge=1, le=64)]]], Field(min_length=1)
+]
 
 _kernel_init = nnx.initializers.lecun_normal()
 
@@ -34,10 +41,10 @@ class ResidualMLP(nnx.Module):
     def __init__(
         self,
         input_shape: Shape,
-        residual_blocks: int = 2,
-        hidden_units: int = 256,
+        residual_blocks: Blocks = 2,
+        hidden_units: Units = 256,
         layer_norm: bool = False,
-        dropout: float = 0.0,
+        dropout: Dropout = 0.0,
         *,
         rngs: nnx.Rngs,
     ):
@@ -128,16 +135,17 @@ class ConvEncoder(nnx.Module):
         UserError: The data are not images, or too small for the last layer.
     """
 
-    def __init__(self, input_shape: Shape, conv_layers: Sequence[tuple[int, int, int]], *, rngs: nnx.Rngs):
+    def __init__(self, input_shape: Shape, conv_layers: ConvLayers, *, rngs: nnx.Rngs):
         _require_image(input_shape, "ConvEncoder")
         height, width, channels = input_shape
         layers = []
         for i, (filters, size, stride) in enumerate(conv_layers):
             last = i == len(conv_layers) - 1
             if last and size > min(height, width):
-                raise UserError(
-                    f"ConvEncoder: the last layer's kernel ({size}x{size}) exceeds its {height}x{width} input; "
-                    f"adapt conv_layers to images of shape {input_shape}"
+                raise OptionError(
+                    "conv_layers",
+                    f"{{}}: the last layer's kernel ({size}x{size}) exceeds its {height}x{width} input; adapt them to "
+                    f"images of shape {input_shape}",
                 )
             trim = size - 1 if last else 0
             height, width = (math.ceil((n - trim) / stride) for n in (height, width))
@@ -174,7 +182,7 @@ class ConvDecoder(nnx.Module):
     def __init__(
         self,
         input_shape: Shape,
-        conv_layers: Sequence[tuple[int, int, int]],
+        conv_layers: ConvLayers,
         activate_output: bool = False,
         *,
         rngs: nnx.Rngs,

@@ -9,14 +9,16 @@ code costs one position's work and a whole grid no more than one pass.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from pydantic import Field
 
-from posterior_matching.errors import UserError
+from posterior_matching.config import Blocks, Dropout, Units
+from posterior_matching.errors import OptionError
 
 _ABOVE, _LEFT = 2, 1  # margins of what sampling remembers: no layer looks further up, or further to a side
 _kernel_init = nnx.initializers.lecun_normal()
@@ -180,20 +182,17 @@ class PixelCNN(nnx.Module):
         grid: tuple[int, int],
         codebook_size: int,
         conditional_dim: int,
-        num_resnet: int,
-        num_filters: int,
-        num_hierarchies: int = 1,
-        dropout: float = 0.5,
+        num_resnet: Annotated[Blocks, Field(ge=1)],
+        num_filters: Units,
+        num_hierarchies: Annotated[int, Field(ge=1, le=16)] = 1,
+        dropout: Dropout = 0.5,
         rngs: nnx.Rngs,
     ):
         sizes = {"num_resnet": num_resnet, "num_filters": num_filters, "num_hierarchies": num_hierarchies}
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"config.model.pixel_cnn.{name} must be at least 1, not {size}")
         if 2 ** (num_hierarchies - 1) > min(grid):
-            raise UserError(
-                f"a code grid of {grid[0]}x{grid[1]} cannot be halved {num_hierarchies - 1} times: "
-                "lower config.model.pixel_cnn.num_hierarchies"
+            raise OptionError(
+                "num_hierarchies",
+                f"a code grid of {grid[0]}x{grid[1]} cannot be halved {num_hierarchies - 1} times: lower {{}}",
             )
         self.grid, f = tuple(grid), num_filters
         self.embedding = nnx.Embed(codebook_size, f, rngs=rngs)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching.config import call
-from posterior_matching.errors import UserError
+from posterior_matching.config import Config, Count, Units, call
+from posterior_matching.errors import OptionError
 from posterior_matching.models import distributions, likelihood
 from posterior_matching.models.networks import Shape
-from posterior_matching.models.vae import VAE, Config, PartialPosterior
+from posterior_matching.models.vae import VAE, PartialPosterior
 
 
 class Terms(NamedTuple):
@@ -45,16 +45,14 @@ class VADE(VAE):
         self,
         *,
         input_shape: Shape,
-        latent_dim: int,
-        num_clusters: int,
+        latent_dim: Units,
+        num_clusters: Count,
         encoder: Config,
         posterior: Config,
         decoder: Config,
         likelihood: Config,
         rngs: nnx.Rngs,
     ):
-        if num_clusters < 1:
-            raise UserError(f"config.model.num_clusters must be at least 1, not {num_clusters}")
         super().__init__(
             input_shape=input_shape,
             latent_dim=latent_dim,
@@ -65,21 +63,12 @@ class VADE(VAE):
             rngs=rngs,
         )
         if not isinstance(self.posterior_head, distributions.DiagonalGaussian):
-            raise UserError("config.model.posterior must be a DiagonalGaussian in a VaDE")
+            raise OptionError("posterior", "must be a DiagonalGaussian in a VaDE")
         self.num_clusters = num_clusters
         # Zero until `initialise_prior`: what they should be depends on the pretrained encoder.
         self.logits = nnx.Param(jnp.zeros(num_clusters))
         self.means = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
         self.log_scales = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
-
-    @classmethod
-    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "VADE":
-        """Builds the model from `config.model`, whose keys are the arguments of the class.
-
-        Raises:
-            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
-        """
-        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
 
     def initialise_prior(self, weights: jax.Array, means: jax.Array, variances: jax.Array) -> None:
         """Sets the mixture: weights `[K]`, means `[K, e]`, variances `[K, e]` (not standard deviations)."""
@@ -152,37 +141,30 @@ class PosteriorMatchingVADE(nnx.Module):
     """A VaDE that also clusters and imputes partially observed examples, through z ~ q(z | x_o).
 
     Args:
-        vade: The VaDE; it may be trained already.
-        partial_posterior: q(z | x_o), over the same z.
+        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+        vade: The options of `VADE`.
+        partial_posterior: Head config of q(z | x_o).
+        partial_encoder: Network config of q(z | x_o); None: as the VaDE's encoder, with weights of its own.
+        rngs: Source of initial weights.
     """
 
-    def __init__(self, vade: VADE, partial_posterior: PartialPosterior):
-        self.vade = vade
-        self.partial_posterior = partial_posterior
-
-    @classmethod
-    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVADE":
-        """Builds the model from `config.model`.
-
-        Args:
-            config: `vade`, the config of the VaDE; `partial_encoder` and `partial_posterior`, configs of a network
-                and a head. Absent or None, the network is that of the VaDE's encoder, with weights of its own.
-            input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-            rngs: Source of initial weights.
-
-        Raises:
-            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
-        """
-
-        def parts(vade: Config, partial_posterior: Config, partial_encoder: Config | None = None):
-            return vade, partial_posterior, partial_encoder or vade["encoder"]
-
-        vade, head, encoder = call(parts, config, "config.model")
-        vade = VADE.from_config(vade, input_shape, rngs)
-        partial = PartialPosterior(
-            input_shape=input_shape, latent_dim=vade.latent_dim, encoder=encoder, head=head, rngs=rngs
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        vade: Config,
+        partial_posterior: Config,
+        partial_encoder: Config | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.vade: VADE = call(VADE, vade, "vade", input_shape=input_shape, rngs=rngs)
+        self.partial_posterior = PartialPosterior(
+            input_shape=input_shape,
+            latent_dim=self.vade.latent_dim,
+            encoder=partial_encoder or vade["encoder"],
+            head=partial_posterior,
+            rngs=rngs,
         )
-        return cls(vade, partial)
 
     def matching_ll(self, x: jax.Array, b: jax.Array, key: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """log q(z | x_o) in nats, `[B]`, for one z ~ q(z | x): the Posterior Matching objective (paper, equation 4).

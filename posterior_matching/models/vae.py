@@ -1,21 +1,18 @@
 """The VAE, and Posterior Matching: a second encoder q(z | x_o) that gives it every conditional p(x_u | x_o)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching.config import build, call
-from posterior_matching.errors import UserError
+from posterior_matching.config import Config, Units, build
 from posterior_matching.masking import mask_shape, partial_input
 from posterior_matching.models import distributions, likelihood
 from posterior_matching.models.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
 from posterior_matching.models.likelihood import ConditionalLogProb
 from posterior_matching.models.networks import NETWORKS, Shape
-
-Config = Mapping[str, Any]
 
 
 class VAE(nnx.Module):
@@ -35,30 +32,28 @@ class VAE(nnx.Module):
         self,
         *,
         input_shape: Shape,
-        latent_dim: int,
+        latent_dim: Units,
         encoder: Config,
         posterior: Config,
         decoder: Config,
         likelihood: Config,
         rngs: nnx.Rngs,
     ):
-        if latent_dim < 1:
-            raise UserError(f"config.model.latent_dim must be at least 1, not {latent_dim}")
         self.latent_dim = latent_dim
-        self.encoder = build(NETWORKS, encoder, "config.model.encoder", input_shape=input_shape, rngs=rngs)
+        self.encoder = build(NETWORKS, encoder, "encoder", input_shape=input_shape, rngs=rngs)
         self.posterior_head = build(
             LATENT_HEADS,
             posterior,
-            "config.model.posterior",
+            "posterior",
             features_shape=self.encoder.output_shape,
             event_size=latent_dim,
             rngs=rngs,
         )
-        self.decoder = build(NETWORKS, decoder, "config.model.decoder", input_shape=(latent_dim,), rngs=rngs)
+        self.decoder = build(NETWORKS, decoder, "decoder", input_shape=(latent_dim,), rngs=rngs)
         self.likelihood_head = build(
             LIKELIHOOD_HEADS,
             likelihood,
-            "config.model.likelihood",
+            "likelihood",
             features_shape=self.decoder.output_shape,
             data_shape=input_shape,
             rngs=rngs,
@@ -101,11 +96,11 @@ class PartialPosterior(nnx.Module):
 
     def __init__(self, *, input_shape: Shape, latent_dim: int, encoder: Config, head: Config, rngs: nnx.Rngs):
         observed_shape = (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1])
-        self.encoder = build(NETWORKS, encoder, "config.model.partial_encoder", input_shape=observed_shape, rngs=rngs)
+        self.encoder = build(NETWORKS, encoder, "partial_encoder", input_shape=observed_shape, rngs=rngs)
         self.head = build(
             LATENT_HEADS,
             head,
-            "config.model.partial_posterior",
+            "partial_posterior",
             features_shape=self.encoder.output_shape,
             event_size=latent_dim,
             rngs=rngs,
@@ -165,39 +160,46 @@ class PosteriorMatchingVAE(nnx.Module):
     """A VAE that answers every conditional p(x_u | x_o) through z ~ q(z | x_o).
 
     Args:
-        vae: The VAE; it may be trained already.
-        partial_posterior: q(z | x_o), over the same z.
+        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
+        latent_dim: Of the `VAE`, as are the four below.
+        encoder: See `VAE`.
+        posterior: See `VAE`.
+        decoder: See `VAE`.
+        likelihood: See `VAE`.
+        partial_encoder: Network config of q(z | x_o); None: as the encoder, with weights of its own.
+        partial_posterior: Head config of q(z | x_o); None: as the posterior, with weights of its own.
+        rngs: Source of initial weights.
     """
 
-    def __init__(self, vae: VAE, partial_posterior: PartialPosterior):
-        self.vae = vae
-        self.partial_posterior = partial_posterior
-
-    @classmethod
-    def from_config(cls, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVAE":
-        """Builds the model from `config.model`.
-
-        Args:
-            config: The options of `VAE`, and `partial_encoder` and `partial_posterior`, configs of a network and a
-                head. Absent or None, they are those of the encoder and the posterior, with weights of their own.
-            input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-            rngs: Source of initial weights.
-
-        Raises:
-            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
-        """
-        vae_config = dict(config)
-        partial_encoder = vae_config.pop("partial_encoder", None)
-        partial_posterior = vae_config.pop("partial_posterior", None)
-        vae = call(VAE, vae_config, "config.model", input_shape=input_shape, rngs=rngs)
-        partial = PartialPosterior(
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        latent_dim: Units,
+        encoder: Config,
+        posterior: Config,
+        decoder: Config,
+        likelihood: Config,
+        partial_encoder: Config | None = None,
+        partial_posterior: Config | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.vae = VAE(
             input_shape=input_shape,
-            latent_dim=vae.latent_dim,
-            encoder=vae_config["encoder"] if partial_encoder is None else partial_encoder,
-            head=vae_config["posterior"] if partial_posterior is None else partial_posterior,
+            latent_dim=latent_dim,
+            encoder=encoder,
+            posterior=posterior,
+            decoder=decoder,
+            likelihood=likelihood,
             rngs=rngs,
         )
-        return cls(vae, partial)
+        self.partial_posterior = PartialPosterior(
+            input_shape=input_shape,
+            latent_dim=latent_dim,
+            encoder=encoder if partial_encoder is None else partial_encoder,
+            head=posterior if partial_posterior is None else partial_posterior,
+            rngs=rngs,
+        )
 
     def terms(
         self,

@@ -13,14 +13,15 @@ Images are whole numbers 0, ..., L - 1 (255 for 8 bits), not [0, 1].
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from pydantic import Field
 
-from posterior_matching.config import call
+from posterior_matching.config import Positive, Steps, Units
 from posterior_matching.errors import UserError
 from posterior_matching.masking import partial_input
 from posterior_matching.models.distributions import (
@@ -186,24 +187,19 @@ class PosteriorMatchingVDVAE(nnx.Module):
         input_shape: Shape,
         encoder: str,
         decoder: str,
-        latent_dim: int,
-        width: int,
-        bottleneck: float = 0.25,
+        latent_dim: Units,
+        width: Units,
+        bottleneck: Annotated[Positive, Field(le=16)] = 0.25,
         custom_widths: str = "",
-        no_bias_above: int = 64,
-        num_components: int = 10,
-        num_levels: int = 256,
+        no_bias_above: Steps = 64,
+        num_components: Units = 10,
+        num_levels: Annotated[Units, Field(ge=2)] = 256,
         rematerialise: bool = False,
-        compute_dtype: str = "float32",
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
         rngs: nnx.Rngs,
     ):
         if len(input_shape) != 3 or input_shape[0] != input_shape[1] or input_shape[2] not in (1, 3):
             raise UserError(f"a VDVAE needs square images of 1 or 3 channels, the data have shape {tuple(input_shape)}")
-        if compute_dtype not in _COMPUTE_TYPES:
-            raise UserError(f"config.model.compute_dtype must be float32 or bfloat16, not '{compute_dtype}'")
-        for name, value, least in (("latent_dim", latent_dim, 1), ("width", width, 1), ("num_levels", num_levels, 2)):
-            if value < least:
-                raise UserError(f"config.model.{name} must be at least {least}, not {value}")
         size, _, self.channels = input_shape
         encoder_layers = parse_encoder(encoder, size)
         resolutions = encoder_resolutions(encoder_layers)
@@ -228,15 +224,6 @@ class PosteriorMatchingVDVAE(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(widths[size]))
         outputs = logistic_mixture_parameters(self.channels, num_components)
         self.conv_out = Conv(widths[size], outputs, 1, 1, "SAME", rngs=rngs)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVDVAE":
-        """Builds the model from `config.model`, whose keys are those of the class.
-
-        Raises:
-            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
-        """
-        return call(cls, config, "config.model", input_shape=input_shape, rngs=rngs)
 
     def to_levels(self, x: jax.Array) -> jax.Array:
         """Images in [0, 1] -> whole numbers 0..num_levels - 1, which all other methods take and return."""

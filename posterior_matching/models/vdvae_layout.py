@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from posterior_matching.errors import UserError
+from posterior_matching.errors import OptionError
 
 
 class Layer(NamedTuple):
@@ -13,24 +13,25 @@ class Layer(NamedTuple):
     change: int | None  # encoder: pool this many pixels after the block; decoder: add the state of this resolution
 
 
-def parse_blocks(blocks: str, letter: str, where: str) -> list[Layer]:
+def parse_blocks(blocks: str, letter: str, option: str) -> list[Layer]:
     """Parses a block string: `RxN` is N blocks at resolution R, `RdK` or `RmK` one block that changes resolution.
 
     Args:
         blocks: Such as "28x6,28d2,14x4".
         letter: What marks a block that changes resolution, "d" or "m".
-        where: Its config key, for messages.
+        option: Its name, for messages.
 
     Raises:
-        UserError: A part is neither.
+        OptionError: A part is neither.
     """
     layers: list[Layer] = []
     for part in blocks.split(","):
         match = re.fullmatch(rf"([1-9]\d*)(x|{letter})([1-9]\d*)", part.strip())
         if not match:
-            raise UserError(
-                f"{where}: '{part.strip()}' is neither RxN (N blocks at resolution R) nor R{letter}K, as in 28x6,"
-                f"{'28d2,14x4' if letter == 'd' else '28m14'}"
+            raise OptionError(
+                option,
+                f"{{}}: '{part.strip()}' is neither RxN (N blocks at resolution R) nor R{letter}K, as in 28x6,"
+                f"{'28d2,14x4' if letter == 'd' else '28m14'}",
             )
         resolution, number = int(match[1]), int(match[3])
         layers += [Layer(resolution, None)] * number if match[2] == "x" else [Layer(resolution, number)]
@@ -38,22 +39,24 @@ def parse_blocks(blocks: str, letter: str, where: str) -> list[Layer]:
 
 
 def parse_encoder(blocks: str, size: int) -> list[Layer]:
-    """Parses `config.model.encoder` for images of `size` x `size` pixels.
+    """Parses the encoder's blocks for images of `size` x `size` pixels.
 
     Raises:
-        UserError: It is malformed, or a block is not at the resolution that the blocks before it lead to.
+        OptionError: It is malformed, or a block is not at the resolution that the blocks before it lead to.
     """
-    where = "config.model.encoder"
-    layers = parse_blocks(blocks, "d", where)
+    layers = parse_blocks(blocks, "d", "encoder")
     resolution = size
     for layer in layers:
         if layer.resolution != resolution:
-            raise UserError(f"{where}: a block of resolution {layer.resolution} where the image has {resolution}")
+            raise OptionError(
+                "encoder", f"{{}}: a block of resolution {layer.resolution} where the image has {resolution}"
+            )
         if layer.change is not None:
             if not 2 <= layer.change <= resolution:
-                raise UserError(
-                    f"{where}: {resolution}d{layer.change} pools over {layer.change} of {resolution} pixels; "
-                    f"it must be 2..{resolution}"
+                raise OptionError(
+                    "encoder",
+                    f"{{}}: {resolution}d{layer.change} pools over {layer.change} of {resolution} pixels; "
+                    f"it must be 2..{resolution}",
                 )
             resolution //= layer.change  # what does not fill a window is dropped
     return layers
@@ -65,23 +68,24 @@ def encoder_resolutions(layers: list[Layer]) -> list[int]:
 
 
 def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[Layer]:
-    """Parses `config.model.decoder` for images of `size` x `size` pixels and an encoder with these `resolutions`.
+    """Parses the decoder's blocks for images of `size` x `size` pixels and an encoder with these `resolutions`.
 
     Raises:
-        UserError: It is malformed, needs a resolution that the encoder does not have or the decoder has not yet, or
+        OptionError: It is malformed, needs a resolution that the encoder does not have or the decoder has not yet, or
             does not end at that of the image.
     """
-    where = "config.model.decoder"
-    layers = parse_blocks(blocks, "m", where)
+    layers = parse_blocks(blocks, "m", "decoder")
     reached: set[int] = set()
     for resolution, lower in layers:
         if resolution not in resolutions:
-            raise UserError(f"{where}: resolution {resolution} is none of the encoder's: {resolutions}")
+            raise OptionError("decoder", f"{{}}: resolution {resolution} is none of the encoder's: {resolutions}")
         if lower is not None and (lower not in reached or lower >= resolution):
-            raise UserError(f"{where}: {resolution}m{lower} needs an earlier block of a lower resolution {lower}")
+            raise OptionError(
+                "decoder", f"{{}}: {resolution}m{lower} needs an earlier block of a lower resolution {lower}"
+            )
         reached.add(resolution)
     if layers[-1].resolution != size:
-        raise UserError(f"{where}: the last block has resolution {layers[-1].resolution}, the image {size}")
+        raise OptionError("decoder", f"{{}}: the last block has resolution {layers[-1].resolution}, the image {size}")
     return layers
 
 
@@ -89,15 +93,16 @@ def parse_widths(widths: str, width: int, resolutions: list[int]) -> dict[int, i
     """Returns the width at every resolution: `width`, but for the exceptions in `widths`, such as "14:128,7:256".
 
     Raises:
-        UserError: A part is malformed, or its resolution is not among `resolutions`.
+        OptionError: A part is malformed, or its resolution is not among `resolutions`.
     """
     found = dict.fromkeys(resolutions, width)
     for part in filter(None, widths.split(",")):
         match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", part.strip())
         if not match or int(match[1]) not in found:
-            raise UserError(
-                f"config.model.custom_widths: '{part.strip()}' is not resolution:width, as in 14:128, "
-                f"with one of the resolutions {resolutions}"
+            raise OptionError(
+                "custom_widths",
+                f"{{}}: '{part.strip()}' is not resolution:width, as in 14:128, "
+                f"with one of the resolutions {resolutions}",
             )
         found[int(match[1])] = int(match[2])
     return found

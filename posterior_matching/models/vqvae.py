@@ -1,19 +1,22 @@
 """The VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), and Posterior Matching over its discrete latents."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from pydantic import Field
 
-from posterior_matching.config import call
-from posterior_matching.errors import UserError
+from posterior_matching.config import Blocks, Config, Decay, NonNegative, Units, call
+from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape, partial_input
 from posterior_matching.models import distributions, likelihood
 from posterior_matching.models.networks import Conv, ConvTranspose, Shape
 from posterior_matching.models.pixel_cnn import PixelCNN
+
+Stride = Annotated[int, Field(ge=1, le=64)]
 
 
 class ResidualStack(nnx.Module):
@@ -65,14 +68,12 @@ class Encoder(nnx.Module):
     ):
         if len(input_shape) != 3:
             raise UserError(f"a VQ-VAE needs images (H, W, C), the data have shape {tuple(input_shape)}")
-        if len(strides) != 2:
-            raise UserError(f"config.model.strides must be two numbers, not {tuple(strides)}")
         height, width, channels = input_shape
         shrink = math.prod(strides)
         if height % shrink or width % shrink:
-            raise UserError(
-                f"images of {height}x{width} do not fit a code grid that is {shrink} times smaller: "
-                "choose other config.model.strides"
+            raise OptionError(
+                "strides",
+                f"{{}}={tuple(strides)}: images of {height}x{width} do not fit a code grid {shrink} times smaller",
             )
         self.convs = nnx.List(
             (
@@ -155,10 +156,6 @@ class VectorQuantizer(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        if codebook_size < 1:
-            raise UserError(f"config.model.codebook_size must be at least 1, not {codebook_size}")
-        if not 0 <= decay < 1:
-            raise UserError(f"config.model.decay must lie in [0, 1), not be {decay}")
         bound = math.sqrt(3 / embedding_dim)  # variance 1 / e
         initial = jax.random.uniform(rngs.params(), (codebook_size, embedding_dim), minval=-bound, maxval=bound)
         self.codebook = Average(initial) if use_ema else nnx.Param(initial)
@@ -254,15 +251,15 @@ class VQVAE(nnx.Module):
         self,
         *,
         input_shape: Shape,
-        hidden_units: int,
-        residual_units: int,
-        residual_blocks: int,
-        codebook_size: int,
-        embedding_dim: int,
-        commitment_cost: float = 0.25,
+        hidden_units: Annotated[Units, Field(ge=2)],
+        residual_units: Units,
+        residual_blocks: Blocks,
+        codebook_size: Units,
+        embedding_dim: Units,
+        commitment_cost: NonNegative = 0.25,
         use_ema: bool = True,
-        decay: float = 0.99,
-        strides: Sequence[int] = (2, 2),
+        decay: Decay = 0.99,
+        strides: tuple[Stride, Stride] = (2, 2),
         rngs: nnx.Rngs,
     ):
         body = {"hidden_units": hidden_units, "residual_units": residual_units, "residual_blocks": residual_blocks}
@@ -272,15 +269,6 @@ class VQVAE(nnx.Module):
         self.decoder = Decoder(embedding_dim, input_shape[-1], **body)
         self.likelihood_head = distributions.SharedScaleGaussian(input_shape, input_shape)
         self.codebook_size = codebook_size
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], input_shape: Shape, rngs: nnx.Rngs) -> "VQVAE":
-        """Builds the model from `config.model`, the arguments above.
-
-        Raises:
-            UserError: A key is unknown or missing, or the model does not fit the data.
-        """
-        return call(cls, config, "config.model", input_shape=tuple(input_shape), rngs=rngs)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -320,32 +308,30 @@ class PosteriorMatchingVQVAE(nnx.Module):
     """A VQ-VAE that answers p(x_u | x_o): a PixelCNN over code grids, conditioned on what is observed, is q(z | x_o).
 
     Args:
-        vqvae: The VQ-VAE, trained already.
-        partial_encoder: Sees `[x * b, b]`; its features go to `condition`.
-        condition: From flattened features to the PixelCNN's conditional input.
-        pixel_cnn: q(z | x_o) given that input.
+        input_shape: `(H, W, C)`.
+        vqvae: The options of `VQVAE`. The partial encoder, which sees `[x * b, b]`, is built like its encoder.
+        conditional_dim: Length of the PixelCNN's conditional input.
+        pixel_cnn: The options of `PixelCNN`.
+        rngs: Source of initial weights.
     """
 
-    def __init__(self, vqvae: VQVAE, partial_encoder: Encoder, condition: nnx.Linear, pixel_cnn: PixelCNN):
-        self.vqvae = vqvae
-        self.partial_encoder = partial_encoder
-        self.condition = condition
-        self.pixel_cnn = pixel_cnn
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], input_shape: Shape, rngs: nnx.Rngs) -> "PosteriorMatchingVQVAE":
-        """Builds the model from `config.model`.
-
-        Args:
-            config: `vqvae`, the options of `VQVAE`; `conditional_dim`, length of the PixelCNN's conditional input;
-                `pixel_cnn`, the options of `PixelCNN`. The partial encoder is built like the encoder.
-            input_shape: `(H, W, C)`.
-            rngs: Source of initial weights.
-
-        Raises:
-            UserError: A key is unknown or missing, or the parts do not fit each other or the data.
-        """
-        return call(_build, config, "config.model", input_shape=tuple(input_shape), rngs=rngs)
+    def __init__(self, *, input_shape: Shape, vqvae: Config, conditional_dim: Units, pixel_cnn: Config, rngs: nnx.Rngs):
+        self.vqvae: VQVAE = call(VQVAE, vqvae, "vqvae", input_shape=input_shape, rngs=rngs)
+        body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
+        self.partial_encoder = Encoder(
+            (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1]),
+            vqvae["embedding_dim"],
+            **body,
+            strides=vqvae.get("strides", (2, 2)),
+            rngs=rngs,
+        )
+        self.condition = nnx.Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
+        context = {
+            "grid": self.vqvae.grid,
+            "codebook_size": self.vqvae.codebook_size,
+            "conditional_dim": conditional_dim,
+        }
+        self.pixel_cnn: PixelCNN = call(PixelCNN, pixel_cnn, "pixel_cnn", **context, rngs=rngs)
 
     def conditional_input(self, x: jax.Array, b: jax.Array) -> jax.Array:
         """What the PixelCNN knows of the observed pixels of `x: [B, H, W, C]`: `[B, conditional_dim]`."""
@@ -378,26 +364,3 @@ class PosteriorMatchingVQVAE(nnx.Module):
         codes = self.pixel_cnn.sample(jnp.tile(condition, (num_samples, 1)), key)  # [S B, h, w]
         means = jnp.clip(self.vqvae.decode(codes).mean, 0.0, 1.0)
         return jnp.where(b == 1, x, means.reshape(num_samples, *x.shape))
-
-
-def _build(
-    *,
-    vqvae: Mapping[str, Any],
-    conditional_dim: int,
-    pixel_cnn: Mapping[str, Any],
-    input_shape: Shape,
-    rngs: nnx.Rngs,
-) -> PosteriorMatchingVQVAE:
-    base = VQVAE.from_config(vqvae, input_shape, rngs)
-    body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
-    partial_encoder = Encoder(
-        (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1]),
-        vqvae["embedding_dim"],
-        **body,
-        strides=vqvae.get("strides", (2, 2)),
-        rngs=rngs,
-    )
-    condition = nnx.Linear(math.prod(partial_encoder.output_shape), conditional_dim, rngs=rngs)
-    context = {"grid": base.grid, "codebook_size": base.codebook_size, "conditional_dim": conditional_dim}
-    network = call(PixelCNN, pixel_cnn, "config.model.pixel_cnn", **context, rngs=rngs)
-    return PosteriorMatchingVQVAE(base, partial_encoder, condition, network)

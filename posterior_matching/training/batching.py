@@ -10,7 +10,7 @@ import numpy as np
 
 from posterior_matching import parallel
 from posterior_matching.data.batches import padded_batches
-from posterior_matching.errors import UserError
+from posterior_matching.errors import OptionError
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,16 +51,17 @@ class TrainingFeed:
         memory_budget_gb: Most gigabytes (1e9 bytes) of data per device; 0 streams always.
 
     Raises:
-        UserError: A batch is larger than a device's share of the data.
+        OptionError: A batch is larger than a device's share of the data.
     """
 
     def __init__(self, arrays: Arrays, batch_size: int, seed: int, memory_budget_gb: float):
         num_rows = len(next(iter(arrays.values())))
         num_devices = jax.device_count()
         if num_rows < batch_size * num_devices:
-            raise UserError(
+            raise OptionError(
+                "batch_size",
                 f"a batch of {batch_size} on each of {num_devices} device(s) exceeds the {num_rows} training examples: "
-                f"set config.batch_size to at most {num_rows // num_devices}"
+                f"set {{}} to at most {num_rows // num_devices}",
             )
         self._arrays, self._batch_size = arrays, batch_size
         self._rows = [np.arange(d, num_rows, num_devices) for d in parallel.local_devices()]
@@ -129,3 +130,26 @@ def evaluation_chunks(arrays: Arrays, batch_size: int, chunk_gb: float = 0.25) -
     for start in range(0, indices.shape[1], step):
         chunk = indices[:, start : start + step]
         yield {k: a[chunk] for k, a in arrays.items()}, weights[:, start : start + step]
+
+
+class ValidationChunks:
+    """The validation data in padded chunks, kept on the devices when they fit there.
+
+    Yields arrays `[local devices, batches, batch_size, ...]`, weights (0 for padding) and the indices of the batches.
+    """
+
+    def __init__(self, arrays: Arrays, batch_size: int, memory_budget_gb: float):
+        self._arrays, self._batch_size = arrays, batch_size
+        size_gb = sum(a.nbytes for a in arrays.values()) / jax.device_count() / 1e9
+        self._kept = list(parallel.shard(list(self._read()))) if size_gb <= memory_budget_gb else None
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        return iter(self._kept) if self._kept is not None else self._read()
+
+    def _read(self):
+        first = 0
+        for arrays, weights in evaluation_chunks(self._arrays, self._batch_size):
+            num_batches = weights.shape[1]
+            index = np.broadcast_to(np.arange(first, first + num_batches), (len(weights), num_batches))
+            first += num_batches
+            yield arrays, weights, index

@@ -1,22 +1,40 @@
 """Random changes of training data, against overfitting: noise, and distortions of images."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from posterior_matching import data
-from posterior_matching.errors import UserError
+from posterior_matching.config import NonNegative
+from posterior_matching.errors import OptionError
+from posterior_matching.training.experiment import Batch
 
 
-def corrupt(x: jax.Array, available: jax.Array, key: jax.Array, noise_std: float, distortion_std: float) -> jax.Array:
-    """Distorts images, `distort`, and adds Gaussian noise to the values that are available."""
-    key_distortion, key_noise = jax.random.split(key)
-    if distortion_std:
-        x = distort(key_distortion, x, distortion_std)
-    if noise_std:
-        x = x + noise_std * jax.random.normal(key_noise, x.shape) * available
-    return x
+def add_noise(x: jax.Array, available: jax.Array, key: jax.Array, std: float) -> jax.Array:
+    """Adds Gaussian noise to the values that are available."""
+    return x + std * jax.random.normal(key, x.shape) * available if std else x
+
+
+@dataclasses.dataclass(frozen=True)
+class CorruptionOptions:
+    """The options of families that corrupt their training data; `corrupt` applies them."""
+
+    noise_std: NonNegative  # of Gaussian noise
+    distortion_std: NonNegative  # of a random affine distortion of images, see `distort`
+
+    def corrupt(self, batch: Batch, rngs: nnx.Rngs) -> jax.Array:
+        """Returns `batch.x`, while training distorted and then noisy where values are available."""
+        if not batch.training:
+            return batch.x
+        key_distortion, key_noise = jax.random.split(rngs.noise())
+        x = distort(key_distortion, batch.x, self.distortion_std) if self.distortion_std else batch.x
+        return add_noise(x, batch.available, key_noise, self.noise_std)
+
+    def check(self, input_shape: tuple[int, ...]) -> None:
+        """Raises OptionError if data that are no images are to be distorted."""
+        if self.distortion_std and len(input_shape) != 3:
+            raise OptionError("distortion_std", f"is for images, the data have shape {input_shape}")
 
 
 def distort(key: jax.Array, x: jax.Array, std: float) -> jax.Array:
@@ -43,12 +61,3 @@ def distort(key: jax.Array, x: jax.Array, std: float) -> jax.Array:
         return interpolate(image).reshape(image.shape)
 
     return jax.vmap(one)(x, deviations)
-
-
-def check_corruption(options: Any, train_set: data.Dataset) -> None:
-    """Raises UserError if `noise_std` or `distortion_std` is out of range, or does not fit the data."""
-    for name in ("noise_std", "distortion_std"):
-        if getattr(options, name) < 0:
-            raise UserError(f"config.{name} must not be negative, it is {getattr(options, name)}")
-    if options.distortion_std and len(train_set.input_shape) != 3:
-        raise UserError(f"config.distortion_std is for images, the data have shape {train_set.input_shape}")

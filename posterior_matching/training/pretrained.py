@@ -1,106 +1,112 @@
-"""Models that are built on a trained one: it is copied, frozen, and described in the new run's own config.
+"""Models built on a trained one, which is copied, frozen, and described in the new run's own config.
 
-The new model has the base as an attribute and as a key of `config.model`, both named after the base's model:
-`model.vqvae` and `config.model.vqvae`. So its run directory is complete: it resumes, loads and moves without the base.
+So the new run directory is complete: it resumes, loads and moves without the run it was built on.
 """
 
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
 from flax import nnx
-from ml_collections import ConfigDict
 
 from posterior_matching import runs
-from posterior_matching.data import Dataset, Standardisation, load_for_training
+from posterior_matching.config import plain
+from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError
 
 
-class Base(NamedTuple):
-    """A trained model to build on."""
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a family is built on, as the family declares it.
 
-    name: str  # key of `runs.MODELS`
-    model: nnx.Module
-    config: dict[str, Any]  # its config.model
-    dataset: str  # what it was trained on
+    Attributes:
+        model: Key of `models.MODELS` of the trained run.
+        dir_key: Config key of that run's directory; default: `<model>_dir`.
+        part: Attribute of the new model that is taken over; default: the whole trained model, as attribute `<model>`.
+            Another name is a part of the trained model, an attribute of it too.
+        config_keys: Keys of the trained run's `config.model` that describe the part and go into the new `config.model`;
+            default: all of them, as its group `<part>`.
+        required: Whether the family needs a base, or trains from scratch without one.
+    """
+
+    model: str
+    dir_key: str = ""
+    part: str = ""
+    config_keys: tuple[str, ...] = ()
+    required: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dir_key", self.dir_key or f"{self.model}_dir")
+        object.__setattr__(self, "part", self.part or self.model)
+
+    def options(self) -> type:
+        """Returns a dataclass of the one option that names the base's run directory."""
+        return dataclasses.make_dataclass("BaseOptions", [(self.dir_key, str | None)], frozen=True)
+
+    def trainable(self) -> Any:
+        """Returns the NNX filter of the parameters that train: all but the part's."""
+        return nnx.All(nnx.Param, nnx.Not(nnx.PathContains(self.part)))
+
+
+class Pretrained(NamedTuple):
+    """A trained part, loaded."""
+
+    base: Base
+    part: nnx.Module
+    config: dict[str, Any]  # what it adds to config.model
+    dataset: str  # it was trained on
     input_shape: tuple[int, ...]
     standardisation: Standardisation | None = None
 
-    def trainable(self) -> Any:
-        """NNX filter of the parameters that train: all but the base's."""
-        return nnx.All(nnx.Param, nnx.Not(nnx.PathContains(self.name)))
+    def check_shape(self, input_shape: tuple[int, ...]) -> None:
+        """Raises UserError if the part was trained on data of another shape."""
+        if tuple(input_shape) != self.input_shape:
+            raise UserError(
+                f"the {self.base.model} run was trained on data of shape {self.input_shape}, "
+                f"config.dataset has shape {tuple(input_shape)}"
+            )
 
 
-def load_base(base_dir: str | None, name: str, run_dir: str | os.PathLike | None, key: str | None = None) -> Base:
-    """Loads the model to build on, from its run or, if the new run is being resumed, from that.
+def load_pretrained(
+    base: Base, base_dir: str | None, family: str, run_dir: str | os.PathLike[str] | None
+) -> Pretrained | None:
+    """Loads the part to build on from its run, or from the new run if that is being resumed.
 
     Args:
+        base: What the family is built on.
         base_dir: Run directory of the base.
-        name: The model it must be of, a key of `runs.MODELS`.
+        family: The new run's model, a key of `models.MODELS`.
         run_dir: Run directory of the new model.
-        key: Config key of `base_dir`, for messages; None: `<name>_dir`.
+
+    Returns:
+        The part; None if there is no base and none is needed.
 
     Raises:
         UserError: `base_dir` is missing, or see `runs.load_model`.
     """
+    if base_dir is None and not base.required:
+        return None
     if run_dir is not None and runs.latest_step(run_dir):
-        description = runs.read_description(run_dir)
-        model, config = runs.load_model(run_dir, checkpoint="latest"), description["config"]["model"]
-        if description["model"] != name:
-            if name not in config:
-                raise UserError(f"{run_dir} is a run of {description['model']}: choose another --run_dir")
-            model, config = getattr(model, name), config[name]
+        description = runs.read_description(run_dir, family)
+        model, holder = runs.load_model(run_dir, checkpoint="latest"), family
     elif base_dir is None:
-        raise UserError(f"missing key 'config.{key or name + '_dir'}': the run directory of a {name} run")
+        raise UserError(f"missing key 'config.{base.dir_key}': the run directory of a {base.model} run")
     else:
-        description = runs.read_description(base_dir, name)
-        model, config = runs.load_model(base_dir, name), description["config"]["model"]
+        description = runs.read_description(base_dir, base.model)
+        model, holder = runs.load_model(base_dir, base.model), base.model
+    config = plain(description["config"]["model"])
+    if base.config_keys:
+        part, config = getattr(model, base.part), {key: config[key] for key in base.config_keys}
+    elif holder == family:
+        part, config = getattr(model, base.part), {base.part: config[base.part]}
+    else:
+        part, config = model, {base.part: config}
     saved = description["standardisation"]
-    return Base(
-        name=name,
-        model=model,
+    return Pretrained(
+        base=base,
+        part=part,
         config=config,
         dataset=description["config"]["dataset"],
         input_shape=tuple(description["input_shape"]),
         standardisation=Standardisation.from_json(saved) if saved else None,
     )
-
-
-def load_datasets(base: Base, config: ConfigDict) -> tuple[Dataset, Dataset]:
-    """Loads the training and the validation part, in the base's units; `config.dataset` defaults to the base's.
-
-    Raises:
-        UserError: See `data.load`.
-    """
-    if config.dataset is None:
-        config.dataset = base.dataset
-    return load_for_training(config, base.standardisation)
-
-
-def build_on(base: Base, model: str, config: ConfigDict, input_shape: tuple[int, ...], seed: int) -> nnx.Module:
-    """Builds a new model around the base, and puts the base's config into `config.model`.
-
-    Args:
-        base: The base.
-        model: Key of `runs.MODELS`.
-        config: The new run's config; `config.model` has the options of the new parts.
-        input_shape: Shape of one example of the new run's data.
-        seed: Of the new parts' initial weights.
-
-    Raises:
-        UserError: The base was trained on data of another shape; or the options are wrong.
-    """
-    check_shape(base, input_shape)
-    with config.unlocked():
-        config.model[base.name] = ConfigDict(base.config)
-    new = runs.MODELS[model].from_config(config.model, input_shape, nnx.Rngs(seed))
-    setattr(new, base.name, base.model)
-    return new
-
-
-def check_shape(base: Base, input_shape: tuple[int, ...]) -> None:
-    """Raises UserError if the base was trained on data of another shape."""
-    if tuple(input_shape) != base.input_shape:
-        raise UserError(
-            f"the {base.name} run was trained on data of shape {base.input_shape}, "
-            f"config.dataset has shape {tuple(input_shape)}"
-        )

@@ -1,0 +1,198 @@
+"""The front door: a training script declares its family of models, and the engine does the rest.
+
+    FAMILY = Family(name="pm_vqvae", base=Base("vqvae"), options=Options, loss=loss, pictures=pictures)
+
+CONTRIBUTING.md shows how to add one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from posterior_matching import config as configs
+from posterior_matching import data, models, runs
+from posterior_matching.errors import OptionError
+from posterior_matching.masking import mask_shape
+from posterior_matching.training.corruption import CorruptionOptions
+from posterior_matching.training.experiment import Batch, Experiment, Phase, Terms, TrainingOptions
+from posterior_matching.training.loop import fit
+from posterior_matching.training.pretrained import Base, Pretrained, load_pretrained
+
+FamilyLoss = Callable[[Any, Batch, nnx.Rngs, Any], Terms]
+Pictures = Callable[[Any, jax.Array, Any], dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """The keys of a config that choose the data."""
+
+    dataset: str | None  # a name (README, "Data") or a path to a file; None: the base's
+    train_split: str
+    validation_split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The group `config.model`: the arguments of the model's class."""
+
+    model: configs.Config
+
+
+class Parsed(NamedTuple):
+    """A config, taken apart and checked."""
+
+    config: dict[str, Any]
+    options: Any  # of the family
+    training: TrainingOptions
+    base_dir: str | None
+
+
+class Setup(NamedTuple):
+    """What the phases of a run are made from."""
+
+    options: Any  # of the family
+    training: TrainingOptions
+    train_set: data.Dataset
+    validation_set: data.Dataset
+    build: Callable[[], Any]  # a model with new initial weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models and how it trains.
+
+    Attributes:
+        name: Key of `models.MODELS`.
+        options: A dataclass of the keys that a config of this family has in addition to those of every family
+            (`DataOptions`, `ModelOptions`, `TrainingOptions`). Its `mask_generator` and its
+            `CorruptionOptions`, if any, are checked against the data.
+        loss: `loss(model, batch, rngs, options) -> {"loss": [B], "<term>_<unit>": [B] or scalar}`; see `loop.Batch`.
+        base: The trained model that this one is built on.
+        pictures: `pictures(model, x, b)` of the first validation images `x: [8, H, W, C]` and masks `b` (None for a
+            family without a mask generator): `{name: [H, W, C] in [0, 1]}` for TensorBoard.
+        check: `check(options, model, train_set)` raises OptionError if they do not fit together.
+        summarise: Means over the validation data -> what is logged. Terms may be arrays per example, `[B, ...]`, that
+            only together mean something: how often each code was used, which cluster met which label.
+        phases: The phases of a run, if there are several or the loss is not the same in all.
+    """
+
+    name: str
+    options: type
+    loss: FamilyLoss
+    base: Base | None = None
+    pictures: Pictures | None = None
+    check: Callable[[Any, Any, data.Dataset], None] | None = None
+    summarise: Callable[[dict[str, np.ndarray], int], dict[str, Any]] | None = None
+    phases: Callable[[Setup], Sequence[Phase]] | None = None
+
+    def train(self, config: Any, run_dir: str | None = None) -> str:
+        """Trains, or resumes training, and returns the run directory.
+
+        Args:
+            config: A ConfigDict or nested dicts; not changed. What is saved in the run is what it resolves to.
+            run_dir: Run directory; resumed if it holds this run. None: a new one under `runs/`.
+
+        Raises:
+            UserError: The config, the data, the base or the run directory does not fit.
+        """
+        parsed = self.parse(config)
+        pretrained = load_pretrained(self.base, parsed.base_dir, self.name, run_dir) if self.base else None
+        if pretrained and parsed.config["dataset"] is None:
+            parsed = parsed._replace(config=parsed.config | {"dataset": pretrained.dataset})
+        train_set, validation_set = data.load_for_training(
+            parsed.config, pretrained.standardisation if pretrained else None
+        )
+        experiment = self.experiment(parsed, train_set, validation_set, pretrained)
+        run = runs.open_run(
+            run_dir, self.name, experiment.config, train_set.input_shape, standardisation=train_set.standardisation
+        )
+        fit(experiment, run)
+        return str(run.path)
+
+    def parse(self, config: Any) -> Parsed:
+        """Takes a config apart and checks every key.
+
+        Raises:
+            OptionError: A key is unknown, missing, of another type or out of range.
+        """
+        plain = configs.plain(config)
+        groups = [self.options, TrainingOptions, DataOptions, ModelOptions]
+        if self.base is None:
+            options, training, _, _ = configs.parse(plain, *groups)
+            return Parsed(plain, options, training, base_dir=None)
+        options, training, _, _, base = configs.parse(plain, *groups, self.base.options())
+        return Parsed(plain, options, training, getattr(base, self.base.dir_key))
+
+    def experiment(
+        self,
+        parsed: Parsed,
+        train_set: data.Dataset,
+        validation_set: data.Dataset,
+        pretrained: Pretrained | None = None,
+    ) -> Experiment:
+        """Builds what the loop trains, on the pretrained part if there is one.
+
+        Raises:
+            UserError: The options, the data and the pretrained part do not fit together.
+        """
+        shape, options, config = train_set.input_shape, parsed.options, parsed.config
+        generator = getattr(options, "mask_generator", None)
+        if generator:
+            generator.check(mask_shape(shape))
+        if pretrained:
+            pretrained.check_shape(shape)
+            config = config | {"model": config["model"] | pretrained.config}
+        rngs = nnx.Rngs(parsed.training.seed)
+
+        def build() -> nnx.Module:
+            model = models.build(self.name, config["model"], shape, rngs)
+            if pretrained:
+                setattr(model, pretrained.base.part, pretrained.part)
+            return model
+
+        setup = Setup(options, parsed.training, train_set, validation_set, build)
+        trainable = pretrained.base.trainable() if pretrained else nnx.Param
+        with configs.naming("config"):
+            if isinstance(options, CorruptionOptions):
+                options.check(shape)
+            phases = self.phases(setup) if self.phases else [self._only_phase(setup, trainable)]
+            if (others := sum(phase.steps or 0 for phase in phases[:-1])) >= parsed.training.steps:
+                raise OptionError("steps", f"must exceed the {others} steps of the phases before the last")
+            if self.check:
+                self.check(options, phases[-1].model, train_set)
+        return Experiment(
+            config=config,
+            options=parsed.training,
+            phases=phases,
+            train_set=train_set,
+            validation_set=validation_set,
+            pictures=_first_pictures(self.pictures, generator, validation_set) if len(shape) == 3 else None,
+            summarise=self.summarise,
+        )
+
+    def _only_phase(self, setup: Setup, trainable: Any) -> Phase:
+        loss = bind(self.loss, setup.options)
+        return Phase(setup.build(), loss, None, setup.training.optimizer, trainable)
+
+
+def bind(loss: FamilyLoss, options: Any) -> Callable[[Any, Batch, nnx.Rngs], Terms]:
+    """Returns the loss with its options filled in."""
+    return lambda model, batch, rngs: loss(model, batch, rngs, options)
+
+
+def _first_pictures(
+    pictures: Pictures | None, generator: Any, dataset: data.Dataset
+) -> Callable[[Any], dict[str, np.ndarray]] | None:
+    """Binds `pictures` to the first validation images, with the same masks every time."""
+    if pictures is None:
+        return None
+
+    def draw(model: Any) -> dict[str, np.ndarray]:
+        x, available = data.decode(dataset.x[:8], dataset.max_value)
+        return pictures(model, x, generator(jax.random.key(0), available.shape) if generator else None)
+
+    return draw
