@@ -51,6 +51,15 @@ def call(fn: Callable[..., Any], options: Config, where: str = "", **context: An
         return fn(**_checked(fn, options, context.keys()), **context)
 
 
+def check(fn: Callable[..., Any], arguments: Config) -> dict[str, Any]:
+    """Returns a function's arguments after checking that each has the type and range that `fn` declares.
+
+    Raises:
+        OptionError: See `call`.
+    """
+    return _checked(fn, arguments, ())
+
+
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
     """Puts the name of a group in front of options that the block finds wrong."""
