@@ -33,8 +33,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from posterior_matching import atomic, models, parallel
-from posterior_matching.config import flatten, plain
-from posterior_matching.data import Columns
+from posterior_matching.config import call, flatten, plain
+from posterior_matching.data import Columns, TableOptions
 from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
@@ -274,6 +274,11 @@ def saved_columns(description: Mapping[str, Any]) -> Columns | None:
     """Returns the columns of the table that a run was trained on, from its `config.json`; None for other data."""
     saved = description.get("columns") or description.get("standardisation")  # the latter in runs of version 0.1
     return Columns.from_json(saved) if saved else None
+
+
+def saved_table_options(description: Mapping[str, Any]) -> TableOptions:
+    """Returns how a run read its table, `config.table`, from its `config.json`."""
+    return call(TableOptions, plain(description["config"].get("table") or {}), "config.table")
 
 
 def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkpoint: str | None = None) -> Any:

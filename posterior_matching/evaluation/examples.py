@@ -143,7 +143,8 @@ def load_dataset(
             `num_instances`.
     """
     name = name or description["config"]["dataset"]
-    dataset = data.load(name, split, columns=runs.saved_columns(description))
+    table = runs.saved_table_options(description)
+    dataset = data.load(name, split, columns=runs.saved_columns(description), table=table)
     expected = tuple(description["input_shape"])
     if dataset.input_shape != expected:
         raise UserError(
