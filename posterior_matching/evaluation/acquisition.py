@@ -11,10 +11,10 @@ import numpy as np
 from pydantic import Field
 
 from posterior_matching.acquisition import POLICIES, acquire, features_that_fit
-from posterior_matching.config import Count, NonNegative, check
+from posterior_matching.config import Count, NonNegative, Seed, check
 from posterior_matching.data import decode
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
 from posterior_matching.evaluation.results import Arrays, Parts, Results
 from posterior_matching.models.lookahead import LookaheadPosterior
 from posterior_matching.progress import with_log

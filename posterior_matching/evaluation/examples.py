@@ -5,12 +5,11 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from pydantic import Field
 
 from posterior_matching import data, masking, parallel, runs
 from posterior_matching.data.batches import padded_batches
@@ -23,7 +22,6 @@ Model = TypeVar("Model", bound=nnx.Module)
 ExampleFn = Callable[[Model, jax.Array, jax.Array, jax.Array], Mapping[str, jax.Array]]
 
 Checkpoint = Literal["best", "latest"]
-Seed = Annotated[int, Field(ge=0, le=2**31)]
 
 
 @dataclasses.dataclass(frozen=True)

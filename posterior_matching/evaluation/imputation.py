@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from posterior_matching.config import Count, check
+from posterior_matching.config import Count, Seed, check
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.embeddings import EMBEDDINGS
-from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator

@@ -6,8 +6,8 @@ import os
 import jax
 import numpy as np
 
-from posterior_matching.config import Count, check
-from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
+from posterior_matching.config import Count, Seed, check
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
 from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.results import Parts, Results
 from posterior_matching.masking import MaskGenerator

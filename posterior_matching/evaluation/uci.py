@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from posterior_matching import data
-from posterior_matching.config import Count, check
+from posterior_matching.config import Count, Seed, check
 from posterior_matching.evaluation import baselines as rivals
-from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, Seed, open_run
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
 from posterior_matching.evaluation.metrics import nrmse
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
