@@ -31,6 +31,7 @@ class TrainingOptions:
     validation_every: Count
     log_every: Count
     checkpoint_every: Count | None  # in addition to every validation
+    patience: Count | None  # stop after so many validations in a row without a lower loss; None: never before `steps`
     evaluate_checkpoint: Literal["best", "latest"]  # what evaluations load; "best": lowest validation loss
     ema_decay: Decay | None  # of the weights that validation and evaluation use; None: the weights themselves
     skip_nonfinite_updates: bool  # True: skip and count them; False: stop

@@ -19,7 +19,7 @@ from posterior_matching.numerics import on_cpu
 from posterior_matching.training.batching import Arrays, TrainingFeed, ValidationChunks
 from posterior_matching.training.experiment import Experiment, TrainingOptions
 from posterior_matching.training.log import TrainingLog
-from posterior_matching.training.step import CompiledPhase, TrainState
+from posterior_matching.training.step import CompiledPhase
 
 _MAX_STEPS_PER_DISPATCH = 1000
 
@@ -37,7 +37,7 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
     options, trainer = experiment.options, Trainer(experiment, run)
     first_step = trainer.step
     with run.finished_saving(), trainer.log as log, _interruptible() as signalled:
-        while trainer.step < options.steps:
+        while trainer.step < options.steps and not trainer.has_converged():
             if trainer.phase_is_over():
                 trainer.begin_next_phase()
             trainer.run_dispatch()
@@ -48,16 +48,18 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
             # Several processes have to stop at the same step, so they ask each other, though not at every step.
             asks = jax.process_count() == 1 or step % options.log_every == 0
             interrupted = asks and parallel.any_process(signalled())
-            if step % options.log_every == 0 or validates or saves or interrupted:
+            if step % options.log_every == 0 or validates or saves:
                 log.write_training()  # stops at a non-finite step, before anything is saved
+            elif interrupted:
+                log.collect()  # likewise; what it collects is saved, and logged by the run that resumes
             if validates:
                 trainer.validate_and_save()
             elif saves or interrupted:
                 trainer.save(best=False)
-            if interrupted and step < options.steps:
+            if interrupted and step < options.steps and not trainer.has_converged():
                 raise UserError(f"interrupted: saved at step {step}; resume with --run_dir={run.path}")
     if jax.process_index() == 0:
-        done = "nothing to do" if first_step >= options.steps else "done"
+        done = "nothing to do" if first_step >= trainer.step else "done"
         print(f"{done}: step {trainer.step} of {options.steps}; run directory: {run.path}")
     return trainer.evaluation_model()
 
@@ -73,7 +75,7 @@ class Trainer:
             CompiledPhase(experiment, phase, first, last)
             for phase, first, last in zip(experiment.phases, [0, *ends], ends, strict=False)
         ]
-        self._index = next((i for i, phase in enumerate(self._phases) if run.step <= phase.last_step), len(ends) - 1)
+        self._index = self._phase_at(run.step)
         with naming("config"):
             self._feed = TrainingFeed(
                 _arrays(experiment.train_set), options.batch_size, options.seed, options.data_memory_budget_gb
@@ -83,9 +85,11 @@ class Trainer:
         )
         state, self._frozen = self._phase.initial_state()
         run.create()  # what can be wrong with the input has been found by now
-        self._best_loss = math.inf
+        self._best_loss, self._stalled, unwritten = math.inf, 0, {}
         if run.step:
-            state, self._best_loss = self._restore(state)
+            saved, record = run.restore(self._saved_structure)
+            state, self._best_loss = saved["state"], float(saved["best_loss"])
+            self._stalled, unwritten = record["stalled_validations"], record["log"]
         self.step = run.step
         run.forget_metrics_after(self.step - 1 if self.phase_is_over() else self.step)
         model, trainable = experiment.phases[-1].model, experiment.phases[-1].trainable
@@ -96,6 +100,7 @@ class Trainer:
             steps=options.steps,
             batch_size=options.batch_size,
             skip_nonfinite=options.skip_nonfinite_updates,
+            unwritten=unwritten,
         )
         self._state, self._frozen_everywhere = parallel.replicate((state, self._frozen))
 
@@ -107,9 +112,22 @@ class Trainer:
     def _in_last_phase(self) -> bool:
         return self._phase is self._phases[-1]
 
+    def _phase_at(self, step: int) -> int:
+        """The phase whose state a checkpoint at `step` holds; at the end of a phase, that one."""
+        return next((i for i, phase in enumerate(self._phases) if step <= phase.last_step), len(self._phases) - 1)
+
+    def _saved_structure(self, step: int) -> dict[str, Any]:
+        self._index = self._phase_at(step)
+        state, self._frozen = self._phase.initial_state()
+        return {"state": state, "best_loss": np.float64(math.inf)}
+
     def phase_is_over(self) -> bool:
         """Whether the next step belongs to another phase."""
         return not self._in_last_phase and self.step == self._phase.last_step
+
+    def has_converged(self) -> bool:
+        """Whether the validation loss has not fallen for `config.patience` validations."""
+        return self._options.patience is not None and self._stalled >= self._options.patience
 
     def begin_next_phase(self) -> None:
         """Makes the next phase's first model of what this phase trained, and validates it."""
@@ -138,6 +156,7 @@ class Trainer:
         best = self._in_last_phase and values["loss"] < self._best_loss
         if best:
             self._best_loss = values["loss"]
+        self._stalled = self._stalled + 1 if self._in_last_phase and not best else 0
         self.save(best)
         if self._experiment.pictures and self._in_last_phase and jax.process_index() == 0:
             self.log.write_images(self.step, self._experiment.pictures(self.evaluation_model()))
@@ -149,12 +168,9 @@ class Trainer:
         weights = runs.flat_weights(nnx.state(self.evaluation_model())) if self._in_last_phase else None
         model = jax.tree.map(np.asarray, weights)
         train = {"state": parallel.unreplicate(self._state), "best_loss": np.float64(self._best_loss)}
-        self._run.save(self.step, model, train, best)
+        record = {"log": self.log.unwritten(), "stalled_validations": self._stalled}
+        self._run.save(self.step, model, train, record, best)
         self.log.restart_clock()
-
-    def _restore(self, state: TrainState) -> tuple[TrainState, float]:
-        saved: dict[str, Any] = self._run.restore({"state": state, "best_loss": np.float64(math.inf)})
-        return saved["state"], float(saved["best_loss"])
 
     def evaluation_model(self) -> nnx.Module:
         """Returns the model with the weights that validation uses."""
