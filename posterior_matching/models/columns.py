@@ -7,19 +7,21 @@ are its columns in order: a real value as it is, a category one-hot.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from numpyro import distributions as dist
+from pydantic import Field
 
 from posterior_matching.config import Count
 from posterior_matching.errors import OptionError
-from posterior_matching.masking import partial_input
+from posterior_matching.masking import mask_shape, partial_input
 from posterior_matching.models.networks import Shape
 
-Cardinalities = tuple[int, ...]
+Cardinalities = tuple[Annotated[int, Field(ge=0)], ...]
 
 # In standard deviations of a column. A column of repeated values, or one that the others determine, would otherwise
 # have an unbounded likelihood, and outweigh all other columns.
@@ -37,8 +39,18 @@ def column_features(x: jax.Array, cardinalities: Cardinalities) -> jax.Array:
     if not any(cardinalities):
         return x
     column, category = _layout(cardinalities)
-    is_real = np.array(cardinalities)[column] == 0
-    return jnp.where(is_real, x[..., column], x[..., column] == category)
+    return jnp.where(is_real(cardinalities)[column], x[..., column], x[..., column] == category)
+
+
+def is_real(cardinalities: Cardinalities) -> np.ndarray:
+    """Returns which columns are real, bool `[d]`; for () a single True, which stands for all."""
+    return np.array(cardinalities or (0,)) == 0
+
+
+def partial_input_shape(input_shape: Shape, cardinalities: Cardinalities) -> Shape:
+    """Returns the shape of one example of `column_partial_input`."""
+    *axes, channels = features_shape(input_shape, cardinalities)
+    return (*axes, channels + mask_shape(input_shape)[-1])
 
 
 def column_partial_input(x: jax.Array, b: jax.Array, cardinalities: Cardinalities) -> jax.Array:
