@@ -8,9 +8,11 @@ from flax import nnx
 
 from posterior_matching.config import Config, Count, Units, call
 from posterior_matching.errors import OptionError
+from posterior_matching.masking import checked
 from posterior_matching.models import distributions, likelihood
+from posterior_matching.models.columns import Cardinalities
 from posterior_matching.models.networks import Shape
-from posterior_matching.models.vae import VAE, PartialPosterior
+from posterior_matching.models.vae import VAE, Imputing, PartialPosterior
 
 
 class Terms(NamedTuple):
@@ -35,6 +37,8 @@ class VADE(VAE):
         posterior: Head config of q(z | x); a DiagonalGaussian.
         decoder: Network config.
         likelihood: Head config of p(x | z).
+        cardinalities: See `VAE`.
+        availability: See `VAE`.
         rngs: Source of initial weights.
 
     Raises:
@@ -51,6 +55,8 @@ class VADE(VAE):
         posterior: Config,
         decoder: Config,
         likelihood: Config,
+        cardinalities: Cardinalities = (),
+        availability: bool = False,
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -60,6 +66,8 @@ class VADE(VAE):
             posterior=posterior,
             decoder=decoder,
             likelihood=likelihood,
+            cardinalities=cardinalities,
+            availability=availability,
             rngs=rngs,
         )
         if not isinstance(self.posterior_head, distributions.DiagonalGaussian):
@@ -96,14 +104,14 @@ class VADE(VAE):
         """The terms of the ELBO.
 
         Args:
-            x: `[B, *input_shape]`, finite; missing values are zeros.
+            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
             key: Random key of z.
             corrupted_x: What the encoder sees in place of x, while training: noise, distortions. It has to
                 reconstruct x, so that z forgets them. The ELBO stays a bound on log p(x). None: x.
             available: Mask of the values that exist in the data, `[B, d]` or `[B, H, W, 1]`; None: all.
             rngs: Dropout streams, while training.
         """
-        q = self.posterior(x if corrupted_x is None else corrupted_x, rngs)
+        q = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available)
         z = q.sample(key)  # reparameterised
         # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) where this has log p(z). They are the
         # same: by Bayes' rule every summand's bracket is log p(z).
@@ -121,23 +129,28 @@ class VADE(VAE):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """log p(x | z) in nats, `[B]`, where z is the mean of q(z | x): what pretraining maximises. See `terms`."""
-        z = self.posterior(x if corrupted_x is None else corrupted_x, rngs).mean
+        z = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available).mean
         return self._reconstruction_ll(z, x, available, rngs)
 
-    def cluster_probs(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x)."""
-        return self.responsibilities(self.posterior(x).sample(key, (num_samples,))).mean(0)
+    def cluster_probs(
+        self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
+    ) -> jax.Array:
+        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x); `available` as in `terms`."""
+        z = self.posterior(x, available=available).sample(key, (num_samples,))
+        return self.responsibilities(z).mean(0)
 
-    def predict_cluster(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+    def predict_cluster(
+        self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
+    ) -> jax.Array:
         """Returns the most probable cluster of every example, int32 `[B]`; see `cluster_probs`."""
-        return self.cluster_probs(x, num_samples, key=key).argmax(-1)
+        return self.cluster_probs(x, num_samples, key=key, available=available).argmax(-1)
 
     def _reconstruction_ll(self, z, x, available, rngs):
         everywhere = jnp.ones_like(x) if available is None else jnp.broadcast_to(available, x.shape)
         return likelihood.log_prob_of_observed(self.decode(z, rngs), x, everywhere)
 
 
-class PosteriorMatchingVADE(nnx.Module):
+class PosteriorMatchingVADE(Imputing):
     """A VaDE that also clusters and imputes partially observed examples, through z ~ q(z | x_o).
 
     Args:
@@ -163,42 +176,54 @@ class PosteriorMatchingVADE(nnx.Module):
             latent_dim=self.vade.latent_dim,
             encoder=partial_encoder or vade["encoder"],
             head=partial_posterior,
+            cardinalities=self.vade.cardinalities,
             rngs=rngs,
         )
 
-    def matching_ll(self, x: jax.Array, b: jax.Array, key: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+    @property
+    def decoding(self) -> VAE:
+        """The VaDE."""
+        return self.vade
+
+    def matching_ll(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        key: jax.Array,
+        *,
+        available: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
         """log q(z | x_o) in nats, `[B]`, for one z ~ q(z | x): the Posterior Matching objective (paper, equation 4).
 
         Args:
-            x: `[B, *input_shape]`, finite.
+            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
+            available: Mask of the values that exist in the data; None: all.
             rngs: Dropout streams of the partial posterior, while training.
         """
-        z = jax.lax.stop_gradient(self.vade.posterior(x).sample(key))
+        z = jax.lax.stop_gradient(self.vade.posterior(x, available=available).sample(key))
         return self.partial_posterior(x, b, rngs).log_prob(z)
 
-    def predict_cluster(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+    def predict_cluster(
+        self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
+    ) -> jax.Array:
         """As `VADE.predict_cluster`."""
-        return self.vade.predict_cluster(x, num_samples, key=key)
+        return self.vade.predict_cluster(x, num_samples, key=key, available=available)
 
     def partial_cluster_probs(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """q(c | x_o), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x_o)."""
-        z = self.partial_posterior(x, b).sample(key, (num_samples,))
-        return self.vade.responsibilities(z).mean(0)
+        x, b = checked(x, b, self.vade.input_shape)
+        return self.vade.responsibilities(self._latents(x, b, num_samples, key)).mean(0)
 
     def partial_predict_cluster(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """Returns the most probable cluster given x_o, int32 `[B]`.
 
         Args:
-            x: `[B, *input_shape]`; values where b = 0 have no influence (but must be finite).
+            x: `[B, *input_shape]`; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             num_samples: Draws of z ~ q(z | x_o).
             key: Random key.
         """
         return self.partial_cluster_probs(x, b, num_samples, key=key).argmax(-1)
-
-    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """As `PosteriorMatchingVAE.impute`: `[num_samples, B, *input_shape]`, the observed values copied."""
-        z = self.partial_posterior(x, b).sample(key, (num_samples,))
-        return jnp.where(b == 1, x, self.vade.decode_mean(z))
