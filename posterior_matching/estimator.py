@@ -114,9 +114,9 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             table = self._table(X, reset=True)
             validation, train = np.split(np.random.default_rng(int(seed)).permutation(len(table)), [len(table) // 10])
             table = dataclasses.replace(table, parts={"train": np.sort(train), "val": np.sort(validation)})
-            config = table_config(len(train), len(table.names))
-            config.table = dataclasses.asdict(table.options)
-            config = changed(configs.plain(config), configs.plain(self.config or {})) | {"seed": int(seed)}
+            config = configs.plain(table_config(len(train), len(table.names)))
+            config = changed(config, configs.plain(self.config or {}))
+            config |= {"seed": int(seed), "table": configs.plain(dataclasses.asdict(table.options))}
             with contextlib.ExitStack() as stack:
                 if not self.verbose:
                     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -387,16 +387,74 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     result = dict(config)
     for key, value in changes.items():
         old = result.get(key)
-        merge = isinstance(old, Mapping) and isinstance(value, Mapping) and old.get("name") == value.get("name", old.get("name"))
-        result[key] = changed(old, value) if merge else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
+            value = changed(old, value)
+        result[key] = value
     return result
 
 
 def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
-    """Returns the default config of a table.
+    """Returns the default config of a table, all but `config.table`.
 
     Args:
         num_rows: Rows to train on.
         num_columns: Columns.
     """
-    raise NotImplementedError
+    latent_dim = min(max(num_columns, 4), 32)
+    units = 128 if num_rows < 5000 else 256
+    encoder = {"name": "ResidualMLP", "residual_blocks": 2, "hidden_units": units, "layer_norm": False, "dropout": 0.0}
+    steps = 3000
+    return ConfigDict(
+        {
+            "seed": 0,
+            "dataset": None,
+            "train_split": "train",
+            "validation_split": "validation",
+            "batch_size": table_batch_size(num_rows),
+            "steps": steps,
+            "validation_every": 100,
+            "log_every": 100,
+            "patience": 10,
+            "checkpoint_every": None,
+            "evaluate_checkpoint": "best",
+            "ema_decay": 0.99,
+            "skip_nonfinite_updates": False,
+            "data_memory_budget_gb": 8.0,
+            "optimizer": {
+                "learning_rate": 1e-3,
+                "decay_rate": 0.9,
+                "transition_steps": 300,
+                "staircase": False,
+                "warmup_steps": 0,
+                "weight_decay": 1e-3,
+                "clip_norm": 10.0,
+                "eps": 1e-8,
+            },
+            "noise_std": 0.1,
+            "mask_generator": {"name": "BernoulliMaskGenerator", "p": 0.5},
+            "matching_coef": 1.0,
+            "matching_ll_stop_gradients": True,
+            "pretrained_dir": None,
+            "beta": {"name": "monotonic", "low": 0.0, "high": 1.0, "transition_begin": 0, "transition_steps": 500},
+            "model": {
+                "latent_dim": latent_dim,
+                "encoder": encoder,
+                "posterior": {"name": "TriLGaussian"},
+                "decoder": encoder,
+                "likelihood": {"name": "Columns", "num_components": 1},
+                "availability": None,
+                "partial_encoder": encoder,
+                "partial_posterior": {
+                    "name": "AutoregressiveGMM",
+                    "num_components": 10,
+                    "residual_blocks": 2,
+                    "hidden_units": units,
+                },
+            },
+        }
+    )
+
+
+def table_batch_size(num_rows: int) -> int:
+    """Returns how many of the rows to train on go into a step: a power of 2, an eighth of them, 8 to 256."""
+    return min(num_rows, 2 ** min(max(num_rows // 8, 8).bit_length() - 1, 8))

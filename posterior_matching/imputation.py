@@ -18,7 +18,6 @@ from posterior_matching.config import Count, Seed, check
 from posterior_matching.data import Columns, Table
 from posterior_matching.data.tables import iter_chunks, table_writer
 from posterior_matching.errors import UserError
-from posterior_matching.models.likelihood import importance_log_prob
 from posterior_matching.progress import progress_bar
 
 Kind = Literal["point", "draws"]
@@ -68,7 +67,7 @@ class Imputer:
             `[N]` float32, nats; 0 where nothing is scored.
         """
         available = ~np.isnan(x)
-        masks = np.stack([available & (given | of), available & given], axis=1).astype(np.float32)
+        masks = np.stack([available & of & ~given, available & given], axis=1).astype(np.float32)
         return self._over_batches(_log_prob, num_samples, self._key, x, masks)
 
     def _filled(self, x: np.ndarray, fn: "_RowFunction", num_samples: int, key: jax.Array) -> np.ndarray:
@@ -112,17 +111,8 @@ def _draw(model, key, x, b, num_samples):
 
 
 def _log_prob(model, key, x, masks, num_samples):
-    def log_prob_of(b, key):
-        def log_joint(z):
-            return model.vae.log_prob_given(z, x, b) + model.vae.prior().log_prob(z)
-
-        estimate = importance_log_prob(log_joint, model.partial_posterior(x, b), key, num_samples).log_prob
-        return jnp.where(b.any(axis=-1), estimate, 0.0)
-
-    together, given = masks[:, 0], masks[:, 1]
-    key_together, key_given = jax.random.split(key)
-    difference = log_prob_of(together, key_together) - log_prob_of(given, key_given)
-    return jnp.where((together == given).all(axis=-1), 0.0, difference)
+    of, given = masks[:, 0], masks[:, 1]
+    return jnp.where(of.any(axis=-1), model.log_prob_of(x, of, given, num_samples, key=key), 0.0)
 
 
 def impute_file(
