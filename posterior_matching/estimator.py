@@ -27,8 +27,9 @@ from posterior_matching import config as configs
 from posterior_matching import runs
 from posterior_matching.data import Columns, Table, TableOptions, read_table, split_table
 from posterior_matching.errors import UserError
-from posterior_matching.imputation import Imputer, Kind, Unknown
+from posterior_matching.imputation import Imputer, Kind, NumImputations, Unknown, impute_file, output_files
 from posterior_matching.training import loop
+from posterior_matching.training.batching import default_batch_size
 from posterior_matching.training.pm_vae import FAMILY
 
 Units = Literal["table", "standardised"]
@@ -382,6 +383,71 @@ def train_on(table: Table, config: Any, run_dir: str | os.PathLike[str]) -> None
     loop.fit(experiment, run)
 
 
+def impute(
+    run_dir: str,
+    input: str,
+    output: str,
+    *,
+    train: bool = False,
+    num_imputations: NumImputations = 1,
+    kind: Kind | None = None,
+    unknown_categories: Unknown = "error",
+    checkpoint: str | None = None,
+    batch_size: configs.Count = 128,
+    num_samples: configs.Count = 64,
+    seed: configs.Seed = 0,
+    config: Mapping[str, Any] | None = None,
+) -> list[pathlib.Path]:
+    """Fills the holes of a file of rows, see `imputation.impute_file`, perhaps with a model trained on it first.
+
+    Args:
+        run_dir: Run directory of a PM-VAE trained on a table with these columns.
+        input: The file.
+        output: Where the filled file goes.
+        train: If `run_dir` holds no run yet, train `table_config` on the input; if that was interrupted, resume it.
+        num_imputations: How many completed copies to write.
+        kind: "point" estimates or "draws" of p(x_u | x_o); None: draws if there are several, else point estimates.
+        unknown_categories: What becomes of categories that the run does not know.
+        checkpoint: "best" or "latest"; None: what the run's config says.
+        batch_size: Rows at once.
+        num_samples: Draws of z that a point estimate averages.
+        seed: Random seed of the imputations.
+        config: Changes to `table_config` by key, `{"table.drop": ("id",)}`; only for a run to be trained.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: The run, the file or the options do not fit; no output is written then.
+    """
+    arguments = dict(locals())
+    configs.check(impute, arguments)
+    del arguments["train"], arguments["config"]
+    exists = (pathlib.Path(run_dir) / "config.json").exists()
+    if config and (exists or not train):
+        why = f"{run_dir} holds a run already" if exists else "nothing is trained without --train"
+        raise UserError(f"--config.{next(iter(config))} changes how to train, but {why}")
+    if train:
+        output_files(input, output, num_imputations)  # before hours of training
+        if exists:
+            saved = runs.read_description(run_dir, "pm_vae")["config"]
+            if saved["dataset"] == input:
+                FAMILY.train(saved, run_dir)
+        else:
+            nested: dict[str, Any] = {}
+            for key, value in (config or {}).items():
+                *groups, name = key.split(".")
+                group = nested
+                for part in groups:
+                    group = group.setdefault(part, {})
+                group[name] = value
+            options = configs.call(TableOptions, configs.plain(nested.get("table", {})), "config.table")
+            table = read_table(input, options)
+            whole = configs.plain(table_config(len(table), len(table.names))) | {"table": {}, "dataset": input}
+            train_on(table, changed(whole, configs.plain(nested)), run_dir)
+    return impute_file(**arguments)
+
+
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config with changes to its keys; a group of another `name` takes the place of the old one."""
     result = dict(config)
@@ -410,7 +476,7 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
             "dataset": None,
             "train_split": "train",
             "validation_split": "validation",
-            "batch_size": table_batch_size(num_rows),
+            "batch_size": default_batch_size(num_rows),
             "steps": steps,
             "validation_every": 100,
             "log_every": 100,
@@ -453,8 +519,3 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
             },
         }
     )
-
-
-def table_batch_size(num_rows: int) -> int:
-    """Returns how many of the rows to train on go into a step: a power of 2, an eighth of them, 8 to 256."""
-    return min(num_rows, 2 ** min(max(num_rows // 8, 8).bit_length() - 1, 8))

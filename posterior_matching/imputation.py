@@ -4,7 +4,7 @@ import contextlib
 import functools
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import jax
@@ -22,6 +22,7 @@ from posterior_matching.progress import progress_bar
 
 Kind = Literal["point", "draws"]
 Unknown = Literal["error", "missing"]
+NumImputations = Annotated[int, Field(ge=1, le=1000)]
 _CHUNK_ROWS = 65_536
 
 
@@ -120,7 +121,7 @@ def impute_file(
     input: str,
     output: str,
     *,
-    num_imputations: Annotated[int, Field(ge=1, le=1000)] = 1,
+    num_imputations: NumImputations = 1,
     kind: Kind | None = None,
     unknown_categories: Unknown = "error",
     checkpoint: str | None = None,
@@ -158,7 +159,7 @@ def impute_file(
     columns = runs.saved_columns(description)
     if columns is None:
         raise UserError(f"{run_dir} was trained on {description['config']['dataset']}, not on a table of your own")
-    targets = _targets(pathlib.Path(input), pathlib.Path(output), num_imputations)
+    targets = output_files(input, output, num_imputations)
     model = runs.load_model(run_dir, "pm_vae", checkpoint)
     imputer = Imputer(model, seed=seed, batch_size=batch_size, num_samples=num_samples)
     options = columns.reading(runs.saved_table_options(description))
@@ -175,18 +176,23 @@ def impute_file(
     return targets
 
 
-def _targets(source: pathlib.Path, output: pathlib.Path, num_imputations: int) -> Sequence[pathlib.Path]:
-    """The files to write; refuses those that cannot be, before anything is computed."""
-    targets = [output]
+def output_files(input: str, output: str, num_imputations: int) -> list[pathlib.Path]:
+    """Returns the files that `impute_file` will write.
+
+    Raises:
+        UserError: One of them cannot be written, or is the input.
+    """
+    path = pathlib.Path(output)
+    files = [path]
     if num_imputations > 1:
-        ending = "".join(output.suffixes[-2:] if output.suffix in (".gz", ".zip") else output.suffixes[-1:])
-        stem = output.name.removesuffix(ending)
-        targets = [output.with_name(f"{stem}_{i + 1}{ending}") for i in range(num_imputations)]
-    if not output.parent.is_dir():
-        raise UserError(f"cannot write '{output}': there is no directory '{output.parent}'")
-    for target in targets:
-        if target.exists() and source.exists() and target.samefile(source):
-            raise UserError(f"the output '{target}' is the input itself: give it another name")
-        if target.is_dir():
-            raise UserError(f"cannot write '{target}': it is a directory")
-    return targets
+        ending = "".join(path.suffixes[-2:] if path.suffix in (".gz", ".zip") else path.suffixes[-1:])
+        stem = path.name.removesuffix(ending)
+        files = [path.with_name(f"{stem}_{i + 1}{ending}") for i in range(num_imputations)]
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write '{output}': there is no directory '{path.parent}'")
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"cannot write '{file}': it is a directory")
+        if file.exists() and pathlib.Path(input).exists() and file.samefile(input):
+            raise UserError(f"the output '{file}' is the input: give it another name")
+    return files
