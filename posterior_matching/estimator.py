@@ -1,9 +1,9 @@
 """Posterior Matching in scikit-learn's conventions, and the default config of a table.
 
-    imputer = PosteriorMatchingImputer().fit(frame)
-    filled = imputer.transform(frame)           # every hole filled: means, and the likeliest categories
-    copies = imputer.sample(frame, 5)           # multiple imputation: draws of p(x_u | x_o)
-    imputer.log_prob(frame, given=["age"], of=["income"])
+imputer = PosteriorMatchingImputer().fit(frame)
+filled = imputer.transform(frame)           # every hole filled: means, and the likeliest categories
+copies = imputer.sample(frame, 5)           # multiple imputation: draws of p(x_u | x_o)
+imputer.log_prob(frame, given=["age"], of=["income"])
 """
 
 import contextlib
@@ -39,7 +39,8 @@ _MIN_ROWS = 10  # one of them for validation
 class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Imputes columns of any kind with a PM-VAE, and estimates likelihoods of any of them given any others.
 
-    DataFrames in, DataFrames out, with their dtypes, indices and observed cells; arrays in, arrays out. Columns are
+    Fitted on a DataFrame: DataFrames in, DataFrames out, with their dtypes, indices and observed cells; fitted on an
+    array: arrays out. Columns are
     real, integer or categorical (texts, booleans, pandas categories, and what `categorical` declares), see
     `data.kinds`. Constant and empty columns are set aside, dropped ones carried through; an empty column stays empty.
     Of the rows given to `fit`, nine tenths are trained on and one tenth decides when training stops.
@@ -243,7 +244,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             imputer._adopt(run_dir, checkpoint)
             names = columns.names or tuple(column.name for column in columns.columns)
             imputer.n_features_in_ = len(names)
-            if not all(re.fullmatch(r"column_\d+", name) for name in names):
+            if imputer._has_names:
                 imputer.feature_names_in_ = np.array(names, object)
             return imputer
 
@@ -259,6 +260,11 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
     def _imputer(self) -> Imputer:
         seed = self.description_["config"]["seed"]
         return Imputer(self.model_, seed=seed, batch_size=self.batch_size, num_samples=self.num_samples)
+
+    @property
+    def _has_names(self) -> bool:
+        """Whether the columns had names when the model was trained, as those of arrays do not."""
+        return not all(re.fullmatch(r"column_\d+", name) for name in self.columns_.names)
 
     def _check_parameters(self) -> None:
         parameters = {key: getattr(self, key) for key in ("unknown_categories", "kind", "num_samples", "batch_size")}
@@ -309,10 +315,9 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
 
     def _like(self, X: Any, table: Table) -> Any:  # noqa: N803
         """Returns the rows of a table in the type of `X`."""
-        if isinstance(X, pd.DataFrame):
+        if isinstance(X, pd.DataFrame) and self._has_names:  # else fitted on an array: arrays come out
             return table.frame.set_axis(X.columns, axis=1)
-        array = table.frame.to_numpy()
-        dtype = np.asarray(X).dtype
+        array, dtype = table.frame.to_numpy(), np.asarray(X).dtype
         return array.astype(dtype) if dtype.kind in "iufb" else array
 
     def __getstate__(self) -> dict[str, Any]:

@@ -406,7 +406,10 @@ def _check(table: Table, name: str, bad: np.ndarray, problem: str) -> None:
 def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, integer: bool) -> pd.Series:
     """Returns the column with its missing cells replaced, in the type and the spelling of the others."""
     series = table.frame[name].copy()
-    if pd.api.types.is_string_dtype(series.dtype):
+    is_text = pd.api.types.is_string_dtype(series.dtype)
+    if series.dtype == object:  # of texts, or of booleans and numbers among None
+        is_text = pd.api.types.infer_dtype(series, skipna=True) == "string"
+    if is_text:
         decimal = table.options.decimal or "."
         series[missing] = [v if isinstance(v, str) else number_text(v, integer, decimal) for v in values.tolist()]
     else:
