@@ -28,7 +28,7 @@ class LookaheadOptions:
     mask_generator: Mapping[str, Any]
     model_samples: int
     lookahead_subsample: int
-    spread: str
+    target: str
     model: Mapping[str, Any]
     pm_vae_dir: str | None = None
 
@@ -55,7 +55,7 @@ def make_experiment(
     generator = masking.build_mask_generator(options.mask_generator)
     generator.check(masking.mask_shape(train_set.input_shape))
     model = build_on(base, "lookahead", config, train_set.input_shape, training.seed)
-    check_options(model, options.model_samples, options.lookahead_subsample, options.spread)
+    check_options(model, options.model_samples, options.lookahead_subsample, options.target)
 
     def prepare(rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
         x, available = data.decode(rows["x"], train_set.max_value)
@@ -70,7 +70,7 @@ def make_experiment(
             num_samples=options.model_samples,
             num_features=options.lookahead_subsample,
             available=available,
-            spread=options.spread,
+            target=options.target,
             rngs=rngs if training else None,
         )
         return {"loss": -lookahead_ll, "lookahead_ll_nats": lookahead_ll}

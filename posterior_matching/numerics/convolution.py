@@ -100,7 +100,7 @@ class _General:
             )
             return jax.linear_transpose(forward, kernel)(y)[0]
 
-        return sum(one_block(*block) for block in zip(_blocks(x), _blocks(y), strict=True))
+        return functools.reduce(jnp.add, map(one_block, _blocks(x), _blocks(y)))
 
     def _before(self) -> list[int]:
         """Zeros that `padding` puts before the first row and column of x."""
@@ -149,7 +149,8 @@ class _FewInputs(_General):
         taps = jnp.einsum("bhwo,tuio->bhwtui", y, kernel)
         taps = jnp.pad(taps, ((0, 0), *self._gradient_pads(y), (0, 0), (0, 0), (0, 0)))
         shifts = itertools.product(range(k), range(k))
-        return sum(taps[:, k - 1 - t :, k - 1 - u :][:, :height, :width, t, u] for t, u in shifts)
+        shifted = (taps[:, k - 1 - t :, k - 1 - u :][:, :height, :width, t, u] for t, u in shifts)
+        return functools.reduce(jnp.add, shifted)
 
 
 class _Strided(_General):
@@ -187,8 +188,11 @@ def _phase_taps(k: int, stride: int, before: int) -> tuple[int, int, np.ndarray]
 def _convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: str | list[tuple[int, int]], dilation: int = 1
 ) -> jax.Array:
-    options = {"lhs_dilation": (dilation, dilation), "dimension_numbers": _LAYOUT}
-    blocks = [lax.conv_general_dilated(block, kernel, (stride, stride), padding, **options) for block in _blocks(x)]
+    strides, dilations = (stride, stride), (dilation, dilation)
+    blocks = [
+        lax.conv_general_dilated(block, kernel, strides, padding, lhs_dilation=dilations, dimension_numbers=_LAYOUT)
+        for block in _blocks(x)
+    ]
     return jnp.concatenate(blocks)
 
 
