@@ -18,8 +18,9 @@ from jax import lax
 
 from posterior_matching.errors import UserError
 
-# The input of every convolution at the positions computed so far, by the convolution's name, and "embedding", the codes
-# drawn so far: [B, ABOVE + H, SIDE + W + SIDE, C] at the depth of that input, with zeros elsewhere.
+# The input of every convolution at the positions computed so far, by the convolution's name, and "embedding", that of
+# the codes drawn so far: [ABOVE + H, SIDE + W + SIDE, B, C] at the depth of that input, with zeros elsewhere.
+# (Positions come first so that those of a region lie together.)
 Cache = dict[str, jax.Array]
 ABOVE, SIDE = 2, 1  # margins of zeros: no convolution looks further up, or further to a side
 
@@ -96,18 +97,19 @@ class CausalConv(nnx.Module):
         top = out.row * self.stride + ABOVE + self.rows[0]
         left = out.column * self.stride + SIDE + self.columns[0]
         height, width = (out.height - 1) * self.stride + 1, (out.width - 1) * self.stride + 1
-        size = (len(seen), height + kernel_height - 1, width + kernel_width - 1, seen.shape[-1])
-        window = lax.dynamic_slice(seen, (0, top, left, 0), size)
+        size = (height + kernel_height - 1, width + kernel_width - 1, *seen.shape[2:])
+        window = lax.dynamic_slice(seen, (top, left, 0, 0), size)
         taps = [
-            window[:, i : i + height : self.stride, j : j + width : self.stride]
+            window[i : i + height : self.stride, j : j + width : self.stride]
             for i, j in np.ndindex(kernel_height, kernel_width)
         ]
-        return jnp.concatenate(taps, axis=-1) @ self.kernel[...].reshape(-1, self.kernel.shape[-1]) + self.bias[...]
+        x = jnp.moveaxis(jnp.concatenate(taps, axis=-1), 2, 0)  # [B, h, w, taps * C]
+        return x @ self.kernel[...].reshape(-1, self.kernel.shape[-1]) + self.bias[...]
 
 
 def write(seen: jax.Array, x: jax.Array, region: Region) -> jax.Array:
     """Enters the features x, `[B, h, w, C]`, of a region into an entry of the cache."""
-    return lax.dynamic_update_slice(seen, x, (0, region.row + ABOVE, region.column + SIDE, 0))
+    return lax.dynamic_update_slice(seen, jnp.moveaxis(x, 0, 2), (region.row + ABOVE, region.column + SIDE, 0, 0))
 
 
 class Upsample(nnx.Linear):
@@ -372,7 +374,7 @@ class PixelCNN(nnx.Module):
 
         def zeros(depth: int, features: int) -> jax.Array:
             _, _, height, width = everywhere.at(depth)
-            return jnp.zeros((batch, ABOVE + height, SIDE + width + SIDE, features))
+            return jnp.zeros((ABOVE + height, SIDE + width + SIDE, batch, features))
 
         stacks = {
             name: zeros(conv.depth, conv.kernel.shape[2])
