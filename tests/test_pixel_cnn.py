@@ -10,7 +10,7 @@ from flax import nnx
 from scipy import stats
 
 from posterior_matching.errors import UserError
-from posterior_matching.models.pixel_cnn import PixelCNN, Region, Upsample
+from posterior_matching.models.pixel_cnn import PixelCNN, Region, UpsamplingLinear
 
 
 def build(grid, codebook_size=3, num_hierarchies=1, seed=0, **options):
@@ -56,9 +56,9 @@ def test_logits_depend_on_all_earlier_codes_in_raster_order_and_on_no_other(grid
 def test_upsampling_is_a_transposed_convolution_whose_kernel_is_masked(left):
     """As in TensorFlow Probability's PixelCNN: 2x4 taps at stride 2, of which the vertical stack has the first three
     columns; the horizontal stack has 2x2 taps."""
-    upsample = Upsample(3, left, rngs=nnx.Rngs(0))
-    upsample.bias[...] = jnp.zeros_like(upsample.bias[...])
-    taps = upsample.kernel[...].reshape(3, 2, -1, 3).transpose(1, 2, 3, 0)  # [row, column, fine, coarse]
+    layer = UpsamplingLinear(3, 1, left, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.zeros_like(layer.bias[...])
+    taps = layer.kernel[...].reshape(3, 2, -1, 3).transpose(1, 2, 3, 0)  # [row, column, fine, coarse]
     kernel = jnp.zeros((2, 4, 3, 3)).at[:, 0 if left else 1 : 3].set(taps)
 
     def convolve(fine):
@@ -66,10 +66,11 @@ def test_upsampling_is_a_transposed_convolution_whose_kernel_is_masked(left):
 
     x = jax.random.normal(jax.random.key(1), (2, 3, 4, 3))
     (expected,) = jax.linear_transpose(convolve, jnp.zeros((2, 6, 8, 3)))(x)
-    np.testing.assert_allclose(upsample(x, Region(0, 0, 6, 8), 1), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.upsample(x, Region(0, 0, 6, 8)), expected, rtol=1e-5, atol=1e-6)
     # A grid of odd size is cut; a region of it is part of the whole.
-    np.testing.assert_array_equal(upsample(x, Region(0, 0, 5, 7), 1), upsample(x, Region(0, 0, 6, 8), 1)[:, :5, :7])
-    row = upsample(x[:, 1:2], Region(3, 0, 1, 8), 1)
+    odd = layer.upsample(x, Region(0, 0, 5, 7))
+    np.testing.assert_allclose(odd, expected[:, :5, :7], rtol=1e-5, atol=1e-6)
+    row = layer.upsample(x[:, 1:2], Region(3, 0, 1, 8))
     np.testing.assert_allclose(row, expected[:, 3:4], rtol=1e-5, atol=1e-6)
 
 

@@ -48,7 +48,8 @@ def concat_elu(x: jax.Array) -> jax.Array:
 class CausalConv(nnx.Module):
     """A convolution that sees, from position (i, j), rows i + rows[0] to i + rows[1] and columns likewise.
 
-    With stride 2, output (i, j) stands at (2 i, 2 j) of the input.
+    With stride 2, output (i, j) stands at (2 i, 2 j) of the input. XLA's own convolution, not `numerics.convolution`,
+    which is for square, centred kernels, and gains nothing at stride 1.
 
     Attributes:
         name: Key of its input in the cache, set by `PixelCNN`.
@@ -79,7 +80,7 @@ class CausalConv(nnx.Module):
         Args:
             x: `[B, h, w, C]`, the input at `region.at(depth)`.
             region: The region.
-            cache: Gets x. None: the region is the whole grid.
+            cache: Where to add x, and to find the input at earlier positions. None: the region is the whole grid.
 
         Returns:
             `[B, ceil(h / stride), ceil(w / stride), features]`.
@@ -91,14 +92,14 @@ class CausalConv(nnx.Module):
         cache[self.name] = write(cache[self.name], x, region.at(self.depth))
         return self.read(cache[self.name], region)
 
-    def read(self, seen: jax.Array, region: Region) -> jax.Array:
+    def read(self, cached: jax.Array, region: Region) -> jax.Array:
         """The output of a region, from an entry of the cache: of few positions, so a matrix product is fastest."""
         out, (kernel_height, kernel_width, *_) = region.at(self.output_depth), self.kernel.shape
         top = out.row * self.stride + ABOVE + self.rows[0]
         left = out.column * self.stride + SIDE + self.columns[0]
         height, width = (out.height - 1) * self.stride + 1, (out.width - 1) * self.stride + 1
-        size = (height + kernel_height - 1, width + kernel_width - 1, *seen.shape[2:])
-        window = lax.dynamic_slice(seen, (top, left, 0, 0), size)
+        size = (height + kernel_height - 1, width + kernel_width - 1, *cached.shape[2:])
+        window = lax.dynamic_slice(cached, (top, left, 0, 0), size)
         taps = [
             window[i : i + height : self.stride, j : j + width : self.stride]
             for i, j in np.ndindex(kernel_height, kernel_width)
@@ -107,30 +108,30 @@ class CausalConv(nnx.Module):
         return x @ self.kernel[...].reshape(-1, self.kernel.shape[-1]) + self.bias[...]
 
 
-def write(seen: jax.Array, x: jax.Array, region: Region) -> jax.Array:
+def write(cached: jax.Array, x: jax.Array, region: Region) -> jax.Array:
     """Enters the features x, `[B, h, w, C]`, of a region into an entry of the cache."""
-    return lax.dynamic_update_slice(seen, jnp.moveaxis(x, 0, 2), (region.row + ABOVE, region.column + SIDE, 0, 0))
+    return lax.dynamic_update_slice(cached, jnp.moveaxis(x, 0, 2), (region.row + ABOVE, region.column + SIDE, 0, 0))
 
 
-class Upsample(nnx.Linear):
+class UpsamplingLinear(nnx.Linear):
     """Doubles the grid: position (i, j) feeds the 2x2 positions from (2 i, 2 j) on.
 
-    With `left` it also feeds those in the column left of them, as in the vertical stack, which sees rows in full.
+    With `left` it also feeds the two positions left of them. The vertical stack may, as it sees rows in full.
     """
 
-    def __init__(self, features: int, left: bool, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, depth: int, left: bool, *, rngs: nnx.Rngs):
         super().__init__(features, 2 * (2 + left) * features, rngs=rngs)
-        self.left = left
+        self.depth, self.left = depth, left
 
-    def __call__(self, x: jax.Array, region: Region, depth: int) -> jax.Array:
-        """Maps the features `[B, h, w, C]` of a region at `depth` to the next finer depth."""
+    def upsample(self, x: jax.Array, region: Region) -> jax.Array:
+        """Maps the features `[B, h, w, C]` of a region at `depth` to the region at `depth - 1`."""
         batch, height, width, features = x.shape
-        fed = super().__call__(x).reshape(batch, height, width, 2, 2 + self.left, features)
+        fed = self(x).reshape(batch, height, width, 2, 2 + self.left, features)
         y = fed[..., -2:, :]
         if self.left:  # column 2 j - 1 is the second one fed by j - 1
             y = y.at[:, :, :-1, :, 1].add(fed[:, :, 1:, :, 0])
         y = y.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, features)
-        coarse, fine = region.at(depth), region.at(depth - 1)
+        coarse, fine = region.at(self.depth), region.at(self.depth - 1)
         return crop(y, Region(fine.row - 2 * coarse.row, fine.column - 2 * coarse.column, fine.height, fine.width))
 
 
@@ -223,7 +224,7 @@ class Stack(nnx.Module):
         # Above the lowest hierarchy there is one more to go up: the skip of the layer that entered the hierarchy.
         self.up = nnx.List(layers(num_resnet + (depth < bottom), other + f, depth) for depth in range(num_hierarchies))
         self.shrink = nnx.List(CausalConv(f, f, rows, columns, depth, stride=2, rngs=rngs) for depth in range(bottom))
-        self.grow = nnx.List(Upsample(f, left=vertical, rngs=rngs) for _ in range(bottom))
+        self.grow = nnx.List(UpsamplingLinear(f, depth + 1, left=vertical, rngs=rngs) for depth in range(bottom))
 
     def __call__(
         self,
@@ -267,7 +268,7 @@ class Stack(nnx.Module):
             for block in self.up[depth]:
                 h = layer(block, h, [skips.pop()])
             if depth:
-                h = self.grow[depth - 1](h, region, depth)
+                h = self.grow[depth - 1].upsample(h, region)
         return h, outputs
 
 
@@ -309,7 +310,7 @@ class PixelCNN(nnx.Module):
                 f"a code grid of {grid[0]}x{grid[1]} cannot be halved {num_hierarchies - 1} times: "
                 "lower config.model.pixel_cnn.num_hierarchies"
             )
-        self.grid, f = grid, num_filters
+        self.grid, f = (grid[0], grid[1]), num_filters
         self.embedding = nnx.Embed(codebook_size, f, rngs=rngs)
         # The first layers leave out the current position, so all later ones may include it.
         self.vertical_in = CausalConv(f, f, rows=(-2, -1), columns=(-1, 1), rngs=rngs)
@@ -355,11 +356,11 @@ class PixelCNN(nnx.Module):
             def draw(cache: Cache, inputs: tuple[jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:
                 column, key = inputs
                 cache, region = dict(cache), Region(row, column, 1, 1)
-                seen = cache["embedding"]
-                h = self.horizontal_in_above.read(seen, region) + self.horizontal_in_left.read(seen, region)
+                drawn = cache["embedding"]
+                h = self.horizontal_in_above.read(drawn, region) + self.horizontal_in_left.read(drawn, region)
                 h, _ = self.horizontal(h, vertical, condition, region, cache, None)
                 codes = jax.random.categorical(key, self.out(jax.nn.elu(h)))  # [B, 1, 1]
-                cache["embedding"] = write(seen, self.embedding(codes), region)
+                cache["embedding"] = write(drawn, self.embedding(codes), region)
                 return cache, codes[:, 0, 0]
 
             return lax.scan(draw, cache, (jnp.arange(width), keys))

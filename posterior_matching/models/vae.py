@@ -144,16 +144,17 @@ class PartialPosterior(nnx.Module):
         return posterior
 
     def _added_by_feature(self, i: jax.Array, input_shape: Shape, mask_shape: Shape) -> jax.Array:
-        """What a unit of each channel of feature i, and a unit of its mask, add to the first layer: `[C + 1, ...]`."""
+        """What a unit of each channel of feature i, and a unit of its mask, add to the first layer: `[C + 1, ...]`.
+
+        (`jax.linearize` would give the same, but `numerics.convolution` has reverse-mode derivatives only.)
+        """
         mask = jnp.zeros(math.prod(mask_shape)).at[i].set(1.0).reshape(1, *mask_shape)
         channels = math.prod(input_shape) // mask.size
         value = mask * jnp.eye(channels).reshape(channels, *[1] * (len(input_shape) - 1), channels)
-        units = jnp.concatenate([_pad_rows(value, 0, 1), _pad_rows(mask, channels, 0)], axis=-1)
+        value_units = jnp.concatenate([value, jnp.zeros((1, *input_shape))])
+        mask_units = jnp.concatenate([jnp.zeros((channels, *mask_shape)), mask])
+        units = jnp.concatenate([value_units, mask_units], axis=-1)
         return self.encoder.first(units) - self.encoder.first(jnp.zeros_like(units))  # the bias cancels
-
-
-def _pad_rows(a: jax.Array, before: int, after: int) -> jax.Array:
-    return jnp.pad(a, ((before, after), *[(0, 0)] * (a.ndim - 1)))
 
 
 class VAETerms(NamedTuple):
