@@ -162,7 +162,9 @@ class Columns:
         """
         options = table.options
         rows = np.arange(len(table)) if rows is None else rows
-        columns, set_aside, ignored = [], {}, list(options.drop)
+        columns: list[Column] = []
+        set_aside: dict[str, Value | None] = {}
+        ignored = list(options.drop)
         for name, kind in kinds.infer(table).items():
             if kind == "index":
                 logging.warning("%s has no name and numbers the rows: left out", table.where(name))
@@ -335,8 +337,9 @@ def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.
     if table.dialect is not None:
         text = table.cells(name, "number").array
         dtype = "float64" if pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() else "int64"
-    bounds = {} if kind == "real" else {"low": float(values.min()), "high": float(values.max())}
-    column = Column(name, kind, dtype, **bounds)
+    column = Column(name, kind, dtype)
+    if kind == "integer":
+        column = dataclasses.replace(column, low=float(values.min()), high=float(values.max()))
     if name in table.options.log:
         _check(table, name, _numbers(table, name) <= 0, "has no logarithm: use config.table.quantile instead of log")
         return dataclasses.replace(column, transform="log")
@@ -369,7 +372,7 @@ def _standardised(table: Table, columns: list[Column], rows: np.ndarray) -> tupl
 
 def _quantities(column: Column, table: Table, name: str, cells: Cells) -> np.ndarray:
     if cells.numbers is None:
-        word = kinds.first_word(table, cells)
+        word = table.first_word(cells)
         raise UserError(
             f"{table.where(name)} holds {word}, but the run was trained on numbers: mend it or set config.table.decimal"
         )

@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -185,8 +185,11 @@ def _array_frame(source: str, array: np.ndarray, what: str = "the array", kinds:
 
 
 def _read_numpy(path: Path, options: TableOptions, rows: int | None) -> Iterator[Table]:
-    lazily = "r" if rows and path.suffix.lower() == ".npy" else None
-    loaded, parts = np.load(path, allow_pickle=False, mmap_mode=lazily), None
+    parts = None
+    if rows and path.suffix.lower() == ".npy":
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
+    else:
+        loaded = np.load(path, allow_pickle=False)
     kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
     if kind != path.suffix.lower():  # np.load looks at the content, not at the name
         raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
@@ -208,7 +211,7 @@ def _parts(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray] |
         return None
     if not {"train", "test"} <= arrays.keys():
         raise UserError(f"'{path}' must hold arrays train, test and val, or one array: it has {', '.join(arrays)}")
-    kept = {name: arrays[name] for name in ("train", "val", "test") if name in arrays}
+    kept: dict[str, np.ndarray] = {name: arrays[name] for name in ("train", "val", "test") if name in arrays}
     arrays.clear()
     arrays.update(kept)
     if len({array.shape[1:] for array in kept.values() if array.ndim == 2}) > 1:
@@ -364,8 +367,8 @@ def _create_bytes(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(path.stem, "w") as file:
             yield file
     elif ending == ".gz":
-        with temporary.open("wb") as raw, gzip.GzipFile(path.stem, "wb", fileobj=raw, mtime=0) as file:
-            yield file
+        with temporary.open("wb") as raw, gzip.GzipFile(path.stem, "wb", fileobj=raw, mtime=0) as packed:
+            yield cast(IO[bytes], packed)
     else:
         with temporary.open("wb") as file:
             yield file
