@@ -336,7 +336,8 @@ def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.
     dtype = str(table.frame[name].dtype)
     if table.dialect is not None:
         text = table.cells(name, "number").array
-        dtype = "float64" if pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() else "int64"
+        is_int = not pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() and np.abs(values).max() < 2**63
+        dtype = "int64" if is_int else "float64"
     column = Column(name, kind, dtype)
     if kind == "integer":
         column = dataclasses.replace(column, low=float(values.min()), high=float(values.max()))
@@ -418,5 +419,5 @@ def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, intege
 def _dtype(name: str) -> Any:
     try:
         return pd.api.types.pandas_dtype(name)
-    except TypeError:  # pandas can write some types of Arrow, but not read their names
+    except (TypeError, NotImplementedError):  # pandas can write some types of Arrow, but not read their names
         return np.dtype(object)
