@@ -1,12 +1,13 @@
 """What all scripts share on the command line: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
+import inspect
 import os
 import pathlib
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -173,3 +174,71 @@ def _use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+# The flags of all evaluations, one for each parameter of an `evaluate` function: how it is defined, and its help.
+_EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
+    "run_dir": (flags.DEFINE_string, "Evaluate the run in this directory (required)."),
+    "dataset": (
+        flags.DEFINE_string,
+        "Evaluate on this dataset, a name or the path of a file; by default the one the run was trained on.",
+    ),
+    "split": (flags.DEFINE_string, "Evaluate on this split of the dataset; 'all' takes every row of your own file."),
+    "checkpoint": (
+        flags.DEFINE_string,
+        "Load this checkpoint, 'best' or 'latest'; by default what config.evaluate_checkpoint of the run says.",
+    ),
+    "mask_generator": (
+        flags.DEFINE_string,
+        "Draw masks from this generator, given with its options as in UniformMaskGenerator:bounds=0.0,0.2 or "
+        "SquareMaskGenerator:size=4; 'config' takes the generator the run was trained with.",
+    ),
+    "num_instances": (flags.DEFINE_integer, "Evaluate only this many examples, the first ones; by default all."),
+    "batch_size": (
+        flags.DEFINE_integer,
+        "Process this many examples at once on each device; the results do not depend on it.",
+    ),
+    "chunk_size": (flags.DEFINE_integer, "Draw at most this many samples of an example at once, to save memory."),
+    "num_samples": (flags.DEFINE_integer, "Draw this many samples of z for each example and estimate."),
+    "num_trials": (flags.DEFINE_integer, "Repeat the evaluation this many times, with new masks and samples."),
+    "num_steps": (
+        flags.DEFINE_integer,
+        "Visit this many states, from nothing observed to num_steps - 1 features acquired.",
+    ),
+    "policies": (flags.DEFINE_list, "Compare these policies for choosing the next feature, separated by commas."),
+    "seed": (flags.DEFINE_integer, "Seed all masks, samples and clusterings with this number."),
+    "embedding": (
+        flags.DEFINE_string,
+        "Compute precision and recall in this embedding of images, 'inception' (a download of 96 MB) or 'pixels'.",
+    ),
+    "memory_budget_gb": (
+        flags.DEFINE_float,
+        "Let the sampling policy evaluate as many features together as fit into this many gigabytes on each device.",
+    ),
+    "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
+}
+
+
+def evaluation_main(evaluate: Callable[..., Any], **own_help: str) -> None:
+    """Runs an evaluation script that has one flag for every parameter of `evaluate`, with the parameter's default.
+
+    Args:
+        evaluate: An evaluation whose parameters are all in `_EVALUATION_FLAGS`.
+        own_help: By name, the help of flags whose meaning is particular to this script.
+    """
+    values = {}
+    for name, parameter in inspect.signature(evaluate).parameters.items():
+        define, text = _EVALUATION_FLAGS[name]
+        required = parameter.default is inspect.Parameter.empty
+        default = list(parameter.default) if define is flags.DEFINE_list else parameter.default
+        values[name] = define(name, None if required else default, own_help.get(name, text), required=required)
+
+    def main() -> None:
+        try:
+            evaluate(**{name: value.value for name, value in values.items()})
+        except KeyboardInterrupt:
+            raise UserError("interrupted: no results were written") from None
+
+    run(main, exact=True)

@@ -24,6 +24,7 @@ Config = Mapping[str, Any]
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Steps = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=0, le=2**31)]
 Units = Annotated[int, Field(ge=1, le=65_536)]  # of a layer: channels, hidden units, dimensions of z
 Blocks = Annotated[int, Field(ge=0, le=1000)]  # layers on top of each other
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,6 +50,15 @@ def call(fn: Callable[..., Any], options: Config, where: str = "", **context: An
     """
     with naming(where):
         return fn(**_checked(fn, options, context.keys()), **context)
+
+
+def check(fn: Callable[..., Any], arguments: Config) -> dict[str, Any]:
+    """Returns a function's arguments after checking that each has the type and range that `fn` declares.
+
+    Raises:
+        OptionError: See `call`.
+    """
+    return _checked(fn, arguments, ())
 
 
 @contextlib.contextmanager

@@ -8,11 +8,13 @@ A generator is an immutable set of options. `generator(key, shape)` draws masks 
 [batch, *mask_shape(event_shape)], independent per example, with pure JAX operations: it runs under jit, scan and pmap.
 """
 
+import ast
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import numpy as np
 from pydantic import PlainValidator
 
 from posterior_matching.config import Config, build, naming
-from posterior_matching.errors import UserError
+from posterior_matching.errors import OptionError, UserError, nearest
 
 MASK_GENERATORS: dict[str, type["MaskGenerator"]] = {}
 
@@ -39,6 +41,11 @@ def mask_shape(event_shape: tuple[int, ...]) -> tuple[int, ...]:
 def partial_input(x: jax.Array, b: jax.Array) -> jax.Array:
     """Returns what every conditional model sees, `concat([x * b, b])`: `[B, 2 d]` or `[B, H, W, C + 1]`."""
     return jnp.concatenate([x * b, b], axis=-1)
+
+
+def partial_input_shape(event_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of one example of `partial_input`: (H, W, C) -> (H, W, C + 1), and (d,) -> (2 d,)."""
+    return (*event_shape[:-1], event_shape[-1] + mask_shape(event_shape)[-1])
 
 
 class MaskGenerator:
@@ -336,16 +343,18 @@ class MixtureMaskGenerator(MaskGenerator):
 class SquareImageMixture(MaskGenerator):
     """Base of the mixtures for square images of side `dim`, which is an option or a constant."""
 
-    dim: int
+    @property
+    def _side(self) -> int:
+        return cast(Any, self).dim  # a field or a constant of the subclass
 
     def mixture(self) -> MixtureMaskGenerator:
         """Returns the mixture that this generator stands for."""
         raise NotImplementedError
 
     def rules(self, event_shape):
-        remedy = "set dim" if fields(self) else "resize them"
-        square = tuple(event_shape[:2]) == (self.dim, self.dim)
-        yield square, f"it is for images of {self.dim}x{self.dim} pixels; {remedy} or use another generator"
+        remedy = "set dim" if fields(cast(Any, self)) else "resize them"
+        square = tuple(event_shape[:2]) == (self._side, self._side)
+        yield square, f"it is for images of {self._side}x{self._side} pixels; {remedy} or use another generator"
         self.mixture().check(event_shape)
 
     def draw(self, key, shape):
@@ -449,3 +458,31 @@ def build_mask_generator(config: Config, where: str = "") -> MaskGenerator:
 
 
 MaskOption = Annotated[MaskGenerator, PlainValidator(build_mask_generator)]
+
+
+def mask_generator_from_spec(spec: str) -> MaskGenerator:
+    """Builds a generator from its name and options, as on a command line: `UniformMaskGenerator:bounds=0.0,0.2`.
+
+    Args:
+        spec: A key of `MASK_GENERATORS`, then perhaps a colon and options `name=value`, separated by commas. Values are
+            Python literals; a tuple needs no parentheses.
+
+    Raises:
+        UserError: The name or an option is unknown, an option is missing, or a value is wrong.
+    """
+    name, _, text = spec.partition(":")
+    if name not in MASK_GENERATORS:
+        raise OptionError("mask_generator", f"unknown {{}} '{name}': {nearest(name, MASK_GENERATORS)}")
+    options: dict[str, Any] = {"name": name}
+    try:
+        # Commas separate options where "name=" follows, and the items of a tuple elsewhere.
+        for part in re.split(r",\s*(?=[A-Za-z_]\w*=)", text) if text else []:
+            option, _, value = part.partition("=")
+            try:
+                options[option] = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                raise OptionError(f"mask_generator.{option}", f"must be a number or a tuple, not '{value}'") from None
+        return build_mask_generator(options, "mask_generator")
+    except UserError as error:
+        taken = ", ".join(field.name for field in fields(cast(Any, MASK_GENERATORS[name]))) or "no options"
+        raise UserError(f"{error} ({name} takes {taken})") from None

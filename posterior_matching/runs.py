@@ -33,8 +33,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from posterior_matching import atomic, models, parallel
-from posterior_matching.config import flatten, plain
-from posterior_matching.data import Columns
+from posterior_matching.config import call, flatten, plain
+from posterior_matching.data import Columns, TableOptions
 from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
@@ -184,7 +184,8 @@ def open_run(
     model: str,
     config: Mapping[str, Any],
     input_shape: tuple[int, ...],
-    standardisation: Columns | None = None,
+    columns: Columns | None = None,
+    fingerprint: str | None = None,
 ) -> Run:
     """Opens a run directory, new or holding this run already; nothing is written before `Run.create`.
 
@@ -193,7 +194,8 @@ def open_run(
         model: Key of `models.MODELS`.
         config: The resolved config, with `dataset`.
         input_shape: Shape of one example.
-        standardisation: Of the user's own data.
+        columns: Of a table of the user's own.
+        fingerprint: Of the same.
 
     Raises:
         UserError: The directory holds a run of another model or config, a run without its checkpoints, or something
@@ -208,7 +210,8 @@ def open_run(
         "model": model,
         "config": config,
         "input_shape": list(input_shape),
-        "standardisation": standardisation and standardisation.to_json(),
+        "columns": columns and columns.to_json(),
+        "fingerprint": fingerprint,
         "num_devices": jax.device_count(),
         "versions": versions(),
     }
@@ -265,6 +268,17 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
     if found not in models.MODELS:
         raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(found, models.MODELS)}")
     return description
+
+
+def saved_columns(description: Mapping[str, Any]) -> Columns | None:
+    """Returns the columns of the table that a run was trained on, from its `config.json`; None for other data."""
+    saved = description.get("columns") or description.get("standardisation")  # the latter in runs of version 0.1
+    return Columns.from_json(saved) if saved else None
+
+
+def saved_table_options(description: Mapping[str, Any]) -> TableOptions:
+    """Returns how a run read its table, `config.table`, from its `config.json`."""
+    return call(TableOptions, plain(description["config"].get("table") or {}), "config.table")
 
 
 def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkpoint: str | None = None) -> Any:

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from posterior_matching.data.batches import padded_batches
 from posterior_matching.errors import UserError
-from posterior_matching.training.batching import EpochOrder, TrainingFeed, evaluation_chunks, padded_batches
+from posterior_matching.training.batching import EpochOrder, TrainingFeed, evaluation_chunks
 
 DEVICES = 4
 

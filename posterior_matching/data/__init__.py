@@ -38,6 +38,7 @@ __all__ = [
     "TableOption",
     "TableOptions",
     "decode",
+    "fingerprint",
     "load",
     "load_for_training",
     "mixture_log_prob",
@@ -73,11 +74,6 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one example: (H, W, C) or (d,)."""
         return self.x.shape[1:]
-
-    @property
-    def standardisation(self) -> Columns | None:
-        """The columns, under the name that training scripts know."""
-        return self.columns
 
     def __len__(self) -> int:
         return len(self.x)
@@ -120,6 +116,12 @@ def load(
     if split not in parts:
         raise unknown_split(name, split, parts)
     return Dataset(name, split, *parts[split], max_value=max_value)
+
+
+def fingerprint(name: str | None) -> str | None:
+    """Returns the SHA-256 of a user's own file; None for other datasets, and for a file that is not there."""
+    path = Path(name or "")
+    return tables.file_fingerprint(path) if name and tables.is_table(name) and path.is_file() else None
 
 
 def load_for_training(config: Mapping[str, Any], columns: Columns | None = None) -> tuple[Dataset, Dataset]:
@@ -186,7 +188,7 @@ def _split(size: int) -> dict[str, np.ndarray]:
     return {"train": train, "val": val, "test": test}
 
 
-def decode(x: "jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:
+def decode(x: "np.ndarray | jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:
     """Turns stored rows into model input; jit-able.
 
     Args:
@@ -199,7 +201,7 @@ def decode(x: "jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:
     """
     import jax.numpy as jnp
 
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     if x.ndim == 4:
         return x / max_value, jnp.ones((*x.shape[:3], 1), jnp.float32)
     missing = jnp.isnan(x)

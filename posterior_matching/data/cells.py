@@ -138,10 +138,11 @@ class Table:
 
     def row(self, index: int) -> str:
         """Names a row in a message: by its line in a text file, which takes another reading of the file."""
-        if self.dialect is None or not Path(self.source).is_file():
-            return f"row {self.first_row + index + 1}"
-        lines = (line for line, _ in records(Path(self.source), self.dialect))
-        return f"line {next(itertools.islice(lines, self.first_row + index, None))}"
+        line = None
+        if self.dialect is not None and Path(self.source).is_file():
+            lines = (line for line, _ in records(Path(self.source), self.dialect))
+            line = next(itertools.islice(lines, self.first_row + index, None), None)
+        return f"row {self.first_row + index + 1}" if line is None else f"line {line}"
 
     def first_word(self, cells: Cells) -> str:
         """Shows the first cell of a column that is no number, and where it is."""

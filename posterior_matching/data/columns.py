@@ -338,9 +338,8 @@ def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.
         text = table.cells(name, "number").array
         is_int = not pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() and np.abs(values).max() < 2**63
         dtype = "int64" if is_int else "float64"
-    column = Column(name, kind, dtype)
-    if kind == "integer":
-        column = dataclasses.replace(column, low=float(values.min()), high=float(values.max()))
+    low, high = (None, None) if kind == "real" else (float(values.min()), float(values.max()))
+    column = Column(name, kind, dtype, low=low, high=high)
     if name in table.options.log:
         _check(table, name, _numbers(table, name) <= 0, "has no logarithm: use config.table.quantile instead of log")
         return dataclasses.replace(column, transform="log")

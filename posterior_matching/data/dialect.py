@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from absl import logging
 
@@ -268,7 +268,7 @@ def open_bytes(path: Path) -> IO[bytes]:
         UserError: The archive does not hold exactly one file.
     """
     if path.suffix.lower() == ".gz":
-        return io.BufferedReader(gzip.open(path))
+        return cast(IO[bytes], gzip.open(path))
     if path.suffix.lower() == ".zip":
         archive = zipfile.ZipFile(path)
         members = zip_members(archive)

@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -49,6 +49,7 @@ __all__ = [
     "Table",
     "TableOption",
     "TableOptions",
+    "file_fingerprint",
     "is_table",
     "iter_chunks",
     "read_table",
@@ -61,6 +62,12 @@ FORMATS = (*TEXT, ".parquet", ".npy", ".npz")
 _BLOCK_BYTES = 1 << 23
 _STRING = pa.large_string()
 _STR = pd.StringDtype("pyarrow", na_value=np.nan)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_table(source: Any) -> bool:
@@ -86,8 +93,7 @@ def read_table(
     if not isinstance(source, str | Path):
         return _of_frame(source, options)
     with _unchanged(source) as path:
-        with path.open("rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        fingerprint = file_fingerprint(path)
         chunks = list(_chunks(path, options, known_names, rows=None))
     if not chunks:
         raise UserError(f"'{source}' has no rows")
@@ -185,11 +191,8 @@ def _array_frame(source: str, array: np.ndarray, what: str = "the array", kinds:
 
 
 def _read_numpy(path: Path, options: TableOptions, rows: int | None) -> Iterator[Table]:
-    parts = None
-    if rows and path.suffix.lower() == ".npy":
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
-    else:
-        loaded = np.load(path, allow_pickle=False)
+    lazily: Literal["r"] | None = "r" if rows and path.suffix.lower() == ".npy" else None
+    loaded, parts = np.load(path, allow_pickle=False, mmap_mode=lazily), None
     kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
     if kind != path.suffix.lower():  # np.load looks at the content, not at the name
         raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
@@ -367,8 +370,8 @@ def _create_bytes(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(path.stem, "w") as file:
             yield file
     elif ending == ".gz":
-        with temporary.open("wb") as raw, gzip.GzipFile(path.stem, "wb", fileobj=raw, mtime=0) as packed:
-            yield cast(IO[bytes], packed)
+        with temporary.open("wb") as raw, gzip.GzipFile(path.stem, "wb", fileobj=raw, mtime=0) as file:
+            yield cast(IO[bytes], file)
     else:
         with temporary.open("wb") as file:
             yield file

@@ -1,14 +1,17 @@
 """Pictures of images and their imputations, as arrays (no plotting library)."""
 
-import os
+import pathlib
 
 import numpy as np
+from jax.typing import ArrayLike
+
+from posterior_matching.atomic import replacing
 
 _GREY = 0.5  # what is not observed
 _GAP = 2  # pixels between images
 
 
-def imputation_grid(x: np.ndarray, b: np.ndarray, imputations: np.ndarray) -> np.ndarray:
+def imputation_grid(x: ArrayLike, b: ArrayLike, imputations: ArrayLike) -> np.ndarray:
     """Lays out one row per image: the original, its observed part (grey where nothing is observed), its imputations.
 
     Args:
@@ -22,14 +25,14 @@ def imputation_grid(x: np.ndarray, b: np.ndarray, imputations: np.ndarray) -> np
     return image_columns(x, np.where(np.asarray(b) == 1, x, _GREY), *np.asarray(imputations))
 
 
-def image_columns(*columns: np.ndarray) -> np.ndarray:
+def image_columns(*columns: ArrayLike) -> np.ndarray:
     """Lays out batches of images `[B, H, W, C]` in [0, 1] as columns: one row per image."""
     rows = np.stack([np.asarray(column) for column in columns], axis=1)
     padded = [np.pad(row, ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=1.0) for row in rows]
     return np.clip(np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0), 0.0, 1.0)
 
 
-def image_square(x: np.ndarray) -> np.ndarray:
+def image_square(x: ArrayLike) -> np.ndarray:
     """Lays out images `[B, H, W, C]` in [0, 1] as a square."""
     x = np.asarray(x)
     width = int(np.ceil(np.sqrt(len(x))))
@@ -37,10 +40,11 @@ def image_square(x: np.ndarray) -> np.ndarray:
     return image_columns(*x.reshape(-1, width, *x.shape[1:]).swapaxes(0, 1))
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, min_width: int = 800) -> None:
+def save_png(path: pathlib.Path, image: np.ndarray, min_width: int = 800) -> None:
     """Writes an image `[H, W, C]` in [0, 1], enlarged by a whole factor to at least `min_width` pixels."""
     from PIL import Image
 
     factor = -(-min_width // image.shape[1])
     pixels = np.round(image * 255).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    with replacing(path) as temporary:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")

@@ -15,7 +15,7 @@ from flax import nnx
 
 from posterior_matching import config as configs
 from posterior_matching import data, models, runs
-from posterior_matching.errors import OptionError
+from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape
 from posterior_matching.training.corruption import CorruptionOptions
 from posterior_matching.training.experiment import Batch, Experiment, Phase, Terms, TrainingOptions
@@ -104,12 +104,16 @@ class Family:
         pretrained = load_pretrained(self.base, parsed.base_dir, self.name, run_dir) if self.base else None
         if pretrained and parsed.config["dataset"] is None:
             parsed = parsed._replace(config=parsed.config | {"dataset": pretrained.dataset})
-        train_set, validation_set = data.load_for_training(
-            parsed.config, pretrained.standardisation if pretrained else None
-        )
+        columns = saved_columns(run_dir, parsed.config) or (pretrained.columns if pretrained else None)
+        train_set, validation_set = data.load_for_training(parsed.config, columns)
         experiment = self.experiment(parsed, train_set, validation_set, pretrained)
         run = runs.open_run(
-            run_dir, self.name, experiment.config, train_set.input_shape, standardisation=train_set.standardisation
+            run_dir,
+            self.name,
+            experiment.config,
+            train_set.input_shape,
+            columns=train_set.columns,
+            fingerprint=train_set.fingerprint,
         )
         fit(experiment, run)
         return str(run.path)
@@ -197,3 +201,21 @@ def _first_pictures(
         return pictures(model, x, generator(jax.random.key(0), available.shape) if generator else None)
 
     return draw
+
+
+def saved_columns(run_dir: str | None, config: dict[str, Any]) -> data.Columns | None:
+    """Returns the columns of the run that is being resumed, which are never decided again; None for a new run.
+
+    Raises:
+        UserError: The table has changed since the run began.
+    """
+    if run_dir is None or not runs.latest_step(run_dir):
+        return None
+    description = runs.read_description(run_dir)
+    before, now = description.get("fingerprint"), data.fingerprint(config["dataset"])
+    if before and now and before != now:
+        raise UserError(
+            f"'{config['dataset']}' has changed since {run_dir} began to train on it: put the old file back, or choose "
+            "another --run_dir"
+        )
+    return runs.saved_columns(description)

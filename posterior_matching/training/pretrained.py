@@ -56,7 +56,7 @@ class Pretrained(NamedTuple):
     config: dict[str, Any]  # what it adds to config.model
     dataset: str  # it was trained on
     input_shape: tuple[int, ...]
-    standardisation: Columns | None = None
+    columns: Columns | None = None  # of the table it was trained on
 
     def check_shape(self, input_shape: tuple[int, ...]) -> None:
         """Raises UserError if the part was trained on data of another shape."""
@@ -101,12 +101,11 @@ def load_pretrained(
         part, config = getattr(model, base.part), {base.part: config[base.part]}
     else:
         part, config = model, {base.part: config}
-    saved = description["standardisation"]
     return Pretrained(
         base=base,
         part=part,
         config=config,
         dataset=description["config"]["dataset"],
         input_shape=tuple(description["input_shape"]),
-        standardisation=Columns.from_json(saved) if saved else None,
+        columns=runs.saved_columns(description),
     )
