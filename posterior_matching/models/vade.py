@@ -8,7 +8,7 @@ from flax import nnx
 
 from posterior_matching.config import Config, Count, Units, call
 from posterior_matching.errors import OptionError
-from posterior_matching.masking import checked
+from posterior_matching.masking import checked, existing, observed_only
 from posterior_matching.models import distributions, likelihood
 from posterior_matching.models.columns import Cardinalities
 from posterior_matching.models.networks import Shape
@@ -104,7 +104,7 @@ class VADE(VAE):
         """The terms of the ELBO.
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             key: Random key of z.
             corrupted_x: What the encoder sees in place of x, while training: noise, distortions. It has to
                 reconstruct x, so that z forgets them. The ELBO stays a bound on log p(x). None: x.
@@ -135,8 +135,16 @@ class VADE(VAE):
     def cluster_probs(
         self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
     ) -> jax.Array:
-        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x); `available` as in `terms`."""
-        z = self.posterior(x, available=available).sample(key, (num_samples,))
+        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x).
+
+        Args:
+            x: `[B, *input_shape]`.
+            num_samples: See above.
+            key: Random key.
+            available: Mask of the values that exist; None: all that are not NaN.
+        """
+        available = existing(x) if available is None else available
+        z = self.posterior(observed_only(x, available), available=available).sample(key, (num_samples,))
         return self.responsibilities(z).mean(0)
 
     def predict_cluster(
@@ -197,7 +205,7 @@ class PosteriorMatchingVADE(Imputing):
         """log q(z | x_o) in nats, `[B]`, for one z ~ q(z | x): the Posterior Matching objective (paper, equation 4).
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
             available: Mask of the values that exist in the data; None: all.

@@ -91,14 +91,13 @@ class VAE(nnx.Module):
         """q(z | x), a distribution over `[B, e]`.
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             rngs: Dropout streams, while training.
-            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`; None: all.
+            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`, for a VAE that sees it; None: all.
         """
         if self.availability:
             available = jnp.ones((len(x), *mask_shape(self.input_shape))) if available is None else available
             return self.posterior_head(self.encoder(column_partial_input(x, available, self.cardinalities), rngs))
-        x = x if available is None else observed_only(x, available)
         return self.posterior_head(self.encoder(column_features(x, self.cardinalities), rngs))
 
     def decode(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
@@ -354,7 +353,7 @@ class PosteriorMatchingVAE(Imputing):
         """The terms of the training objective.
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
             available: Mask of the values that exist in the data; None: all.
@@ -399,7 +398,7 @@ class PosteriorMatchingVAE(Imputing):
         """
         x, b = checked(x, b, self.vae.input_shape)
         available = existing(x) if available is None else jnp.asarray(available)
-        b = b * available
+        x, b = observed_only(x, available), b * available
         key_x, key_xo = jax.random.split(key)
         q = self.vae.posterior(x, available=available)
         full = self._importance_log_prob(q, x, available, num_samples, key_x, chunk_size)
