@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 from absl import logging
 
@@ -56,7 +56,7 @@ class Dialect:
 
 
 def sniff(
-    stream: BinaryIO,
+    stream: IO[bytes],
     source: str,
     separator: str | None = None,
     header: bool | None = None,
@@ -87,10 +87,10 @@ def sniff(
     newline = "\r\n" if "\r\n" in text else "\n" if "\n" in text else "\r" if "\r" in text else "\n"
     separator = separator or _separator(text)
     all_lines = split_lines(text)
-    records = list(itertools.islice(read_records(all_lines, separator), _SAMPLE_ROWS))
-    if not records:
+    sampled = list(itertools.islice(read_records(all_lines, separator), _SAMPLE_ROWS))
+    if not sampled:
         raise UserError(f"'{source}' has no rows")
-    lines, rows = zip(*records, strict=True)
+    lines, rows = zip(*sampled, strict=True)
     width = Counter(len(row) for row in rows[1:] or rows).most_common(1)[0][0]
     first = _fit_header([cell.strip() for cell in rows[0]], rows[1:], width, separator)
     if header is None:
@@ -129,7 +129,7 @@ def read_records(lines: Iterable[str], separator: str) -> Iterator[tuple[int, li
             yield reader.line_num, row
 
 
-def _encoding(sample: bytes, rest: BinaryIO, source: str) -> str:
+def _encoding(sample: bytes, rest: IO[bytes], source: str) -> str:
     if sample.startswith(codecs.BOM_UTF8):
         return "utf-8-sig"
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -261,14 +261,14 @@ def _show(cells: Sequence[str]) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> IO[bytes]:
     """Opens a file, decompressed if its name ends in `.gz` or `.zip`.
 
     Raises:
         UserError: The archive does not hold exactly one file.
     """
     if path.suffix.lower() == ".gz":
-        return gzip.open(path)
+        return cast(IO[bytes], gzip.open(path))
     if path.suffix.lower() == ".zip":
         archive = zipfile.ZipFile(path)
         members = zip_members(archive)
