@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from posterior_matching import runs
+from posterior_matching.config import plain
 from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError
 
@@ -93,7 +94,7 @@ def load_pretrained(
     else:
         description = runs.read_description(base_dir, base.model)
         model, holder = runs.load_model(base_dir, base.model), base.model
-    config = description["config"]["model"]
+    config = plain(description["config"]["model"])  # JSON has made lists of tuples
     if base.config_keys:
         part, config = getattr(model, base.part), {key: config[key] for key in base.config_keys}
     elif holder == family:
