@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from posterior_matching import atomic, models, parallel
-from posterior_matching.config import flatten, plain
+from posterior_matching.config import flatten, naming, plain
 from posterior_matching.data import Standardisation
 from posterior_matching.errors import UserError, nearest
 
@@ -246,7 +246,8 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
         shape = tuple(description["input_shape"])
         return models.build(description["model"], plain(description["config"]["model"]), shape, nnx.Rngs(0))
 
-    abstract = nnx.eval_shape(build)
+    with naming("config"):
+        abstract = nnx.eval_shape(build)
     graphdef, state = nnx.split(abstract)
     target = flat_weights(state)
     shapes = {key: tuple(value.shape) for key, value in target.items()}
