@@ -20,15 +20,18 @@ DIAGONAL = {"name": "DiagonalGaussian"}
 GMM = {"name": "AutoregressiveGMM", "num_components": 2, "residual_blocks": 0, "hidden_units": 8}
 
 QUICK = {"train_split": "test", "steps": 6, "validation_every": 3, "log_every": 1, "batch_size": 4}
-_VAE = {f"model.{part}": MLP for part in ("encoder", "decoder", "partial_encoder")}
-_VAE |= {"model.latent_dim": 2, "model.partial_posterior": DIAGONAL}
+_PARTIAL = {"model.latent_dim": 2, "model.partial_posterior": GMM}
+_TABULAR = _PARTIAL | {f"model.{part}": MLP for part in ("encoder", "decoder", "partial_encoder")}
+_ENCODER = {"name": "ConvEncoder", "conv_layers": ((4, 3, 1), (6, 3, 2), (8, 4, 1))}
+_IMAGES = _PARTIAL | {"model.encoder": _ENCODER, "model.partial_encoder": _ENCODER}
+_IMAGES |= {"model.decoder.conv_layers": ((6, 4, 1), (4, 3, 2), (1, 3, 1))}
 # What makes the configs of the README and of the tests quick; a network without blocks compiles fastest.
 SMALL = {
-    "pm_vae_digits": _VAE,
-    "pm_vae_digits_sparse": _VAE,
-    "pm_vae_mixture": _VAE,
-    "pm_vae_whitewine": _VAE | {"train_split": "train"},
-    "pm_vae_gas": _VAE | {"dataset": "mixture"},  # of as many features
+    "pm_vae_digits": _IMAGES,
+    "pm_vae_digits_sparse": _IMAGES | {"model.partial_posterior": DIAGONAL},
+    "pm_vae_mixture": _TABULAR,
+    "pm_vae_whitewine": _TABULAR | {"train_split": "train"},
+    "pm_vae_gas": _TABULAR | {"dataset": "mixture"},  # of as many features
     "vqvae_digits": {
         "model.hidden_units": 8,
         "model.residual_units": 4,
