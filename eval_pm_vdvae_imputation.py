@@ -1,26 +1,18 @@
 """PSNR, precision and recall of the imputations of a PM-VDVAE (paper, image inpainting).
 
-    python eval_pm_vdvae_imputation.py --run_dir DIR [--dataset NAME] [--embedding pixels] [--baselines]
+    python eval_pm_vdvae_imputation.py --run_dir runs/pm_vdvae --embedding pixels --baselines
 
-Writes `imputation_results/` in the run directory; see `posterior_matching/imputation.py`.
+Writes `imputation_results/` in the run directory: `psnrs.npy` [trials], `prd_data.npy` [trials, 2 (precision,
+recall), 1001], `f_scores.npy` [trials, 2 (F_1/8, F_8)], `results.json` and `imputations.png`.
 """
-
-import functools
-
-import jax
-from absl import flags
 
 from posterior_matching import cli
 from posterior_matching.evaluation import imputation
-from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
-
-flags.adopt_module_key_flags(imputation)
-
-
-def impute(model: PosteriorMatchingVDVAE, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array) -> jax.Array:
-    """Imputations `[S, B, H, W, C]` in [0, 1] of images in [0, 1]."""
-    return model.from_levels(model.impute(model.to_levels(x), b, num_samples, key=key))
-
 
 if __name__ == "__main__":
-    cli.run(functools.partial(imputation.evaluate, "pm_vdvae", impute), exact=True)
+    cli.evaluation_main(
+        imputation.evaluate,
+        run_dir="Evaluate the run in this directory, made by train_pm_vdvae.py (required).",
+        num_samples="Draw this many imputations of each image.",
+        baselines="Also compute the PSNR of mean and k-nearest-neighbour imputation on the same masks.",
+    )

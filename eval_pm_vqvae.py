@@ -1,18 +1,18 @@
 """PSNR, precision and recall of the imputations of a PM-VQVAE (paper, image inpainting).
 
-    python eval_pm_vqvae.py --run_dir DIR [--dataset NAME] [--embedding pixels] [--baselines] [--num_trials 5]
+    python eval_pm_vqvae.py --run_dir runs/pm_vqvae --embedding pixels --baselines
 
-Writes `imputation_results/` in the run directory; see `posterior_matching/imputation.py`.
+Writes `imputation_results/` in the run directory: `psnrs.npy` [trials], `prd_data.npy` [trials, 2 (precision,
+recall), 1001], `f_scores.npy` [trials, 2 (F_1/8, F_8)], `results.json` and `imputations.png`.
 """
-
-import functools
-
-from absl import flags
 
 from posterior_matching import cli
 from posterior_matching.evaluation import imputation
 
-flags.adopt_module_key_flags(imputation)
-
 if __name__ == "__main__":
-    cli.run(functools.partial(imputation.evaluate, "pm_vqvae"), exact=True)
+    cli.evaluation_main(
+        imputation.evaluate,
+        run_dir="Evaluate the run in this directory, made by train_pm_vqvae.py (required).",
+        num_samples="Draw this many imputations of each image.",
+        baselines="Also compute the PSNR of mean and k-nearest-neighbour imputation on the same masks.",
+    )

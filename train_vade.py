@@ -19,8 +19,8 @@ from posterior_matching.evaluation.clustering import SAMPLES, contingency, mixtu
 from posterior_matching.models.vade import VADE
 from posterior_matching.models.vade_initialisation import Restarts, choose
 from posterior_matching.training.corruption import CorruptionOptions
+from posterior_matching.training.experiment import Phase
 from posterior_matching.training.family import Batch, Family, Setup, Terms, bind
-from posterior_matching.training.loop import Phase
 from posterior_matching.training.optimizer import OptimizerOption
 
 
@@ -95,7 +95,7 @@ def phases(setup: Setup) -> list[Phase]:
     ]
 
 
-FAMILY = Family("vade", Options, phases=phases, summarise=summarise_contingency)
+FAMILY = Family("vade", Options, loss, phases=phases, summarise=summarise_contingency)
 train = FAMILY.train
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def summarise(means: dict[str, np.ndarray], num_examples: int) -> dict[str, Any]
     return means | {"perplexity": np.exp(-(used * np.log(used)).sum()), "codes_used": len(used)}
 
 
-def pictures(model: VQVAE, x: jax.Array, b: None) -> dict[str, np.ndarray]:
+def pictures(model: VQVAE, x: jax.Array, b: jax.Array | None) -> dict[str, np.ndarray]:
     """Images and their reconstructions."""
     del b
     return {"reconstructions": image_columns(x, nnx.jit(VQVAE.reconstruct)(model, x))}

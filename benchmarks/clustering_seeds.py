@@ -25,8 +25,8 @@ from sklearn.mixture import GaussianMixture
 import train_pm_vade
 import train_vade
 from posterior_matching import cli, data, masking, runs
+from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.examples import ExampleMap
-from posterior_matching.evaluation.metrics import clustering_scores
 
 _DATASET = flags.DEFINE_string("dataset", "digits", "Dataset, which has labels and the two configs.")
 _SEEDS = flags.DEFINE_integer("num_seeds", 5, "Seeds 0, 1, ... of everything.", lower_bound=1)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from posterior_matching import data, models
 from posterior_matching.config import plain
+from posterior_matching.training.experiment import Experiment
 from posterior_matching.training.family import Family
-from posterior_matching.training.loop import Experiment
 from posterior_matching.training.pretrained import Pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -26,6 +26,7 @@ from absl import flags
 from benchmarks import synthetic
 from posterior_matching import cli, parallel
 from posterior_matching.training import loop
+from posterior_matching.training.step import CompiledPhase
 
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
@@ -38,7 +39,7 @@ def main() -> None:
     dataset = synthetic.dataset(config.dataset, rows)
     experiment = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, dataset)
     options = experiment.options
-    phase = loop.CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
+    phase = CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
     state, frozen = parallel.replicate(phase.initial_state())
     per_dispatch = loop.max_steps_per_dispatch(options)
     share = rows // jax.device_count()

@@ -1,1 +1,1 @@
-"""One file per experiment; `common.py` holds what experiments of one kind share, with every key and its meaning."""
+"""One file per experiment; `common.py` documents every key and holds what the experiments of a family share."""

@@ -1,29 +1,51 @@
-"""Every key of an experiment, and the values that the paper's experiments of one kind share.
+"""Every config key with its meaning, and the values that experiments of one family share.
 
-Hyperparameters are those of the published experiments (paper, appendix), with its errors mended: see the README.
+Hyperparameters follow the paper's appendix; docs/differences.md lists where we depart from the published code.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def training() -> ConfigDict:
-    """The keys that every training script reads."""
+    """The keys of every training script."""
     config = ConfigDict()
     config.seed = 0
-    config.dataset = config_dict.placeholder(str)  # a name (README, "Data") or a path to .npy, .npz or .csv
+    config.dataset = config_dict.placeholder(str)  # a name (README, "Data") or the path of a data file
+    config.table = table()
     config.train_split = "train"
     config.validation_split = "validation"
     config.batch_size = 512  # per device
     config.steps = 200_000
     config.validation_every = 1000  # steps
     config.log_every = 100  # steps
-    config.checkpoint_every = config_dict.placeholder(int)  # steps, besides every validation
-    config.evaluate_checkpoint = "latest"  # or "best", by validation loss
-    config.ema_decay = config_dict.placeholder(float)
-    config.skip_nonfinite_updates = False
-    config.data_memory_budget_gb = 8.0  # per device; larger data stream from the host
+    config.patience = config_dict.placeholder(int)  # validations in a row without a lower loss; None: train all steps
+    config.checkpoint_every = config_dict.placeholder(int)  # steps; None: at validations only
+    config.evaluate_checkpoint = "latest"  # or "best": lowest validation loss
+    config.ema_decay = config_dict.placeholder(float)  # of the weights used in validation; None: no averaging
+    config.skip_nonfinite_updates = False  # True: skip and count them; False: stop with an error
+    config.data_memory_budget_gb = 8.0  # per device; larger datasets stream from the host
     config.optimizer = optimizer()
     return config
+
+
+def table() -> ConfigDict:
+    """The keys of `data.TableOptions`: what the user's own file does not say by itself; None: found out."""
+    return ConfigDict(
+        {
+            "separator": config_dict.placeholder(str),
+            "header": config_dict.placeholder(bool),
+            "encoding": config_dict.placeholder(str),
+            "decimal": config_dict.placeholder(str),
+            "thousands": "",
+            "missing_values": (),
+            "usual_missing": True,
+            "drop": (),
+            "categorical": (),
+            "real": (),
+            "log": (),
+            "quantile": (),
+        }
+    )
 
 
 def optimizer() -> ConfigDict:
@@ -43,40 +65,40 @@ def optimizer() -> ConfigDict:
 
 
 def pm_vae() -> ConfigDict:
-    """All keys of a PM-VAE config. `config.model` has the keys of `models.vae.PosteriorMatchingVAE`."""
+    """The keys of a PM-VAE config; `config.model` holds the options of `models.vae.PosteriorMatchingVAE`."""
     config = training()
     config.noise_std = 0.0  # Gaussian noise on the training data
     config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
     config.matching_coef = 1.0
-    config.matching_ll_stop_gradients = False  # True: the VAE does not feel the matching term
-    config.pretrained_dir = config_dict.placeholder(str)  # a PM-VAE run whose VAE to take over, frozen
+    config.matching_ll_stop_gradients = False  # True: the matching term does not train the VAE
+    config.pretrained_dir = config_dict.placeholder(str)  # a PM-VAE run whose VAE is copied and frozen
     config.beta = ConfigDict({"name": "constant", "value": 1.0})
     return config
 
 
 def lookahead() -> ConfigDict:
-    """All keys of a lookahead config. `config.model` has the keys of `models.lookahead.LookaheadPosterior`."""
+    """The keys of a lookahead config; `config.model` holds the options of `models.lookahead.LookaheadPosterior`."""
     config = training()
-    config.pm_vae_dir = config_dict.placeholder(str)  # the PM-VAE run to build on, frozen
+    config.pm_vae_dir = config_dict.placeholder(str)  # the PM-VAE run to build on; frozen
     config.mask_generator = ConfigDict({"name": "UniformMaskGenerator", "bounds": (0.0, 0.2)})
     config.model_samples = 64  # imputations per example and step
-    config.lookahead_subsample = 16  # features looked at per step, the same for the whole batch
+    config.lookahead_subsample = 16  # features per step, the same for the whole batch
     config.spread = "total"  # as published; or "remaining", see `LookaheadPosterior.log_prob_of_samples`
-    config.model = ConfigDict({"lookahead_encoder": None})  # a network's config; None: that of the PM-VAE's encoder
+    config.model = ConfigDict({"lookahead_encoder": None})  # a network config; None: the PM-VAE encoder's
     return config
 
 
 def vade() -> ConfigDict:
-    """All keys of a VaDE config. `config.model` has the keys of `models.vade.VADE`."""
+    """The keys of a VaDE config; `config.model` holds the options of `models.vade.VADE`."""
     config = training()
-    config.noise_std = 0.0  # Gaussian noise on what the encoder sees while training (not on what is reconstructed)
-    config.distortion_std = 0.0  # random affine distortion of the same, `corruption.distort`
-    config.restarts = 1  # networks pretrained side by side; the one whose VaDE begins with the best ELBO goes on
+    config.noise_std = 0.0  # Gaussian noise on the encoder's training input, not on the reconstruction target
+    config.distortion_std = 0.0  # random affine distortion of the same images, see `corruption.distort`
+    config.restarts = 1  # networks to pretrain; the one with the best ELBO is trained further
     config.pretraining = ConfigDict(
         {
             "steps": 70_000,  # of config.steps
             "optimizer": optimizer(),
-            "mixture_inits": 10,  # fits of the mixture, of which the likeliest is taken
+            "mixture_inits": 10,  # fits of the mixture; the one of highest likelihood is kept
             "mixture_iterations": 300,
         }
     )
@@ -84,11 +106,11 @@ def vade() -> ConfigDict:
 
 
 def pm_vade() -> ConfigDict:
-    """All keys of a PM-VaDE config. `config.model` has those of `models.vade.PosteriorMatchingVADE` but `vade`."""
+    """The keys of a PM-VaDE config; `config.model.vade` comes from the VaDE run."""
     config = training()
-    config.vade_dir = config_dict.placeholder(str)  # run directory of the VaDE
+    config.vade_dir = config_dict.placeholder(str)  # the VaDE run to build on; frozen
     config.noise_std = 0.0  # Gaussian noise on the training data
-    config.distortion_std = 0.0  # random affine distortion of the training images, `corruption.distort`
+    config.distortion_std = 0.0  # random affine distortion of the training images, see `corruption.distort`
     config.mask_generator = ConfigDict({"name": "UniformMaskGenerator"})
     return config
 
@@ -121,7 +143,7 @@ def autoregressive_gmm(residual_blocks: int, hidden_units: int = 256) -> ConfigD
 def pm_vae_tabular(
     latent_dim: int, encoder_blocks: int = 2, decoder_blocks: int = 2, layer_norm: bool = False, dropout: float = 0.0
 ) -> ConfigDict:
-    """What the tabular experiments share."""
+    """What the experiments on tables share."""
     config = pm_vae()
     config.noise_std = 0.001
     config.matching_ll_stop_gradients = True
@@ -142,7 +164,7 @@ def pm_vae_tabular(
 
 
 def cyclic_beta(period: int, delay: int) -> ConfigDict:
-    """KL weight 0 before `delay`, then cycles of `period`: a linear rise over the first half, 1 over the second."""
+    """KL weight: 0 before `delay`, then cycles of `period` with a linear rise to 1 over the first half."""
     return ConfigDict({"name": "cyclic", "low": 0.0, "high": 1.0, "period": period, "delay": delay})
 
 
@@ -171,7 +193,7 @@ def pm_vae_image(
 
 
 def pm_vdvae() -> ConfigDict:
-    """All keys of a PM-VDVAE config. `config.model` has the keys of `models.vdvae.PosteriorMatchingVDVAE`."""
+    """The keys of a PM-VDVAE config; `config.model` holds the options of `models.vdvae.PosteriorMatchingVDVAE`."""
     config = training()
     config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
     config.batch_size = 16
@@ -190,11 +212,11 @@ def pm_vdvae() -> ConfigDict:
             "latent_dim": 16,
             "width": 192,
             "bottleneck": 0.25,
-            "custom_widths": "",  # exceptions from the width, "14:128,7:256"
+            "custom_widths": "",  # widths by resolution where they differ, "14:128,7:256"
             "no_bias_above": 64,
             "num_components": 10,
-            "num_levels": 256,  # values of a pixel, which bits per dimension are about
-            "rematerialise": False,  # True: less memory, a quarter more operations
+            "num_levels": 256,  # values that a pixel can take
+            "rematerialise": False,  # True: less memory for a quarter more operations
             "compute_dtype": "float32",  # or bfloat16
         }
     )
@@ -202,12 +224,12 @@ def pm_vdvae() -> ConfigDict:
 
 
 def vqvae(hidden_units: int, residual_units: int, codebook_size: int, embedding_dim: int = 64) -> ConfigDict:
-    """All keys of a VQ-VAE config, with what those experiments share; `config.model` is for `models.vqvae.VQVAE`."""
+    """The keys of a VQ-VAE config; `config.model` holds the options of `models.vqvae.VQVAE`."""
     config = training()
     config.evaluate_checkpoint = "best"
     config.optimizer.update({"learning_rate": 3e-4, "decay_rate": 1.0, "transition_steps": 1})
     config.noise_std = 0.0  # Gaussian noise on the training images
-    config.distortion_std = 0.0  # random affine distortion of the same, `corruption.distort`
+    config.distortion_std = 0.0  # random affine distortion of the same images, see `corruption.distort`
     config.model = ConfigDict(
         {
             "hidden_units": hidden_units,
@@ -216,26 +238,26 @@ def vqvae(hidden_units: int, residual_units: int, codebook_size: int, embedding_
             "codebook_size": codebook_size,
             "embedding_dim": embedding_dim,
             "commitment_cost": 0.25,
-            "use_ema": True,  # False: the codebook is trained by a loss of its own
-            "decay": 0.99,  # of the averages that the codebook follows
-            "strides": (2, 2),  # the code grid is smaller than the image by their product
+            "use_ema": True,  # False: train the codebook with its own loss
+            "decay": 0.99,  # of the moving averages that the codebook follows
+            "strides": (2, 2),  # their product is the ratio of image size to code-grid size
         }
     )
     return config
 
 
 def pm_vqvae(num_resnet: int, num_filters: int = 128, conditional_dim: int = 512) -> ConfigDict:
-    """All keys of a PM-VQVAE config, with what they share; `config.model.vqvae` comes from the base run."""
+    """The keys of a PM-VQVAE config; `config.model.vqvae` comes from the VQ-VAE run."""
     config = training()
-    config.vqvae_dir = config_dict.placeholder(str)  # run directory of the VQ-VAE
+    config.vqvae_dir = config_dict.placeholder(str)  # the VQ-VAE run to build on; frozen
     config.evaluate_checkpoint = "best"
     config.optimizer.update({"learning_rate": 3e-4, "decay_rate": 0.999995, "transition_steps": 1})
     config.noise_std = 0.0  # Gaussian noise on the training images
-    config.distortion_std = 0.0  # random affine distortion of the same, `corruption.distort`
+    config.distortion_std = 0.0  # random affine distortion of the same images, see `corruption.distort`
     config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
     config.model = ConfigDict(
         {
-            "conditional_dim": conditional_dim,  # of what the PixelCNN is told about the observed pixels
+            "conditional_dim": conditional_dim,  # size of the PixelCNN's condition, the encoded observed pixels
             "pixel_cnn": {
                 "num_resnet": num_resnet,
                 "num_filters": num_filters,

@@ -1,4 +1,4 @@
-"""Lookahead posteriors on `pm_vae_digits_sparse`: active feature acquisition on 8x8 digits, without any download.
+"""Lookahead posteriors on `pm_vae_digits_sparse`: active feature acquisition on scikit-learn's 8x8 digits.
 
 python train_lookahead_posterior.py --config configs/lookahead_digits.py --config.pm_vae_dir=RUN
 """

@@ -9,11 +9,11 @@ from configs import common
 def get_config():
     config = common.pm_vade()
     config.model = {
-        "partial_encoder": None,  # that of the VaDE, with weights of its own
+        "partial_encoder": None,  # the VaDE encoder's, with its own weights
         "partial_posterior": common.autoregressive_gmm(residual_blocks=1, hidden_units=128),
     }
     config.dataset = "digits"
-    config.mask_generator = {  # uniform masks are seldom almost complete, and never complete
+    config.mask_generator = {  # uniform masks are rarely almost complete and never complete
         "name": "MixtureMaskGenerator",
         "generators": ({"name": "UniformMaskGenerator"}, {"name": "BernoulliMaskGenerator", "p": 1.0}),
         "weights": (3.0, 1.0),

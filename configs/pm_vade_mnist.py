@@ -1,4 +1,4 @@
-"""PM-VaDE on MNIST: clusters of partially observed images (paper, section on partially observed clustering).
+"""PM-VaDE on MNIST (paper, section on partially observed clustering).
 
 python train_pm_vade.py --config configs/pm_vade_mnist.py --config.vade_dir=RUN
 """
@@ -9,7 +9,7 @@ from configs import common
 def get_config():
     config = common.pm_vade()
     config.model = {
-        "partial_encoder": None,  # that of the VaDE, with weights of its own
+        "partial_encoder": None,  # the VaDE encoder's, with its own weights
         "partial_posterior": common.autoregressive_gmm(residual_blocks=2),
     }
     config.dataset = "mnist"

@@ -1,4 +1,4 @@
-"""PM-VAE on `bsds`: 63-d patches of natural images (BSDS300) (paper, table of the UCI results).
+"""PM-VAE on `bsds`: 63-d patches of natural images (BSDS300) (paper, UCI experiments).
 
 python train_pm_vae.py --config configs/pm_vae_bsds.py
 """

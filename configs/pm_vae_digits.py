@@ -1,9 +1,9 @@
-"""PM-VAE on scikit-learn's 8x8 digits: what `make demo` runs, about 2 minutes on 2 CPU cores.
+"""PM-VAE on scikit-learn's 8x8 digits, as run by `make demo`; about 2 minutes on 2 CPU cores.
 
     python train_pm_vae.py --config configs/pm_vae_digits.py
 
-With 1,257 training images, averaged weights (EMA) and noise on the images make the difference between an imputation
-worse and one better than nearest neighbours.
+There are only 1,257 training images: without averaged weights (EMA) and noise on the images, imputations are worse than
+nearest neighbours'.
 """
 
 from configs import common
@@ -17,7 +17,7 @@ def get_config():
         partial_posterior=common.autoregressive_gmm(residual_blocks=2),
     )
     config.dataset = "digits"
-    config.model.likelihood = {"name": "IdentityGaussian"}  # 17 grey levels, most of them neither black nor white
+    config.model.likelihood = {"name": "IdentityGaussian"}  # 17 grey levels, most neither black nor white
     config.matching_ll_stop_gradients = True
     config.mask_generator = {
         "name": "MixtureMaskGenerator",

@@ -1,9 +1,9 @@
-"""PM-VAE on scikit-learn's 8x8 digits with few observed pixels, the base of `lookahead_digits`.
+"""PM-VAE on scikit-learn's 8x8 digits with few observed pixels: the base of `lookahead_digits`.
 
     python train_pm_vae.py --config configs/pm_vae_digits_sparse.py
 
-As `pm_vae_mnist16` differs from `pm_vae_mnist`: masks that begin at none observed, as acquisition does, and a Gaussian
-q(z | x_o), whose entropy has a closed form; sampling-based gains are then exact but for the imputations.
+Like `pm_vae_mnist16`, it has masks that start from nothing observed, as acquisition does, and a Gaussian q(z | x_o),
+whose entropy is in closed form, so that sampling-based gains are exact up to the sampled imputations.
 """
 
 from configs import pm_vae_digits

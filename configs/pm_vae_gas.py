@@ -1,4 +1,4 @@
-"""PM-VAE on `gas`: 8 features of gas sensors (paper, table of the UCI results).
+"""PM-VAE on `gas`: 8 features of gas sensors (paper, UCI experiments).
 
 python train_pm_vae.py --config configs/pm_vae_gas.py
 """

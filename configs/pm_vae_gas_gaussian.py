@@ -1,4 +1,4 @@
-"""PM-VAE on `gas` with a Gaussian q(z | x_o): what the published code trains in place of the intended mixture.
+"""PM-VAE on `gas` with a Gaussian q(z | x_o), which the published code trains instead of the intended mixture.
 
 python train_pm_vae.py --config configs/pm_vae_gas_gaussian.py
 """

@@ -1,4 +1,4 @@
-"""PM-VAE on `hepmass`: 21 features of particle collisions (paper, table of the UCI results).
+"""PM-VAE on `hepmass`: 21 features of particle collisions (paper, UCI experiments).
 
 python train_pm_vae.py --config configs/pm_vae_hepmass.py
 """

@@ -1,4 +1,4 @@
-"""PM-VAE on `miniboone`: 43 features of neutrino events (paper, table of the UCI results).
+"""PM-VAE on `miniboone`: 43 features of neutrino events (paper, UCI experiments).
 
 python train_pm_vae.py --config configs/pm_vae_miniboone.py
 """

@@ -1,4 +1,4 @@
-"""PM-VAE on samples of a known Gaussian mixture: the evaluation prints the exact likelihood beside the model's.
+"""PM-VAE on samples from a known Gaussian mixture; the evaluation also prints the exact likelihood.
 
 python train_pm_vae.py --config configs/pm_vae_mixture.py
 """

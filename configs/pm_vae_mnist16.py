@@ -1,4 +1,4 @@
-"""PM-VAE on 16x16 MNIST with few observed pixels, the base of active feature acquisition (paper, section 4.3).
+"""PM-VAE on 16x16 MNIST with few observed pixels: the base of `lookahead_mnist16` (paper, section 4.3).
 
 python train_pm_vae.py --config configs/pm_vae_mnist16.py
 """

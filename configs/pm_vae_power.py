@@ -1,4 +1,4 @@
-"""PM-VAE on `power`: 6 features of household power consumption (paper, table of the UCI results).
+"""PM-VAE on `power`: 6 features of household power consumption (paper, UCI experiments).
 
 python train_pm_vae.py --config configs/pm_vae_power.py
 """

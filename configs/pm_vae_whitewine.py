@@ -1,4 +1,4 @@
-"""PM-VAE on UCI Wine Quality, white (Cortez et al. 2009): 4,898 rows, 12 columns. An example of one's own CSV file.
+"""PM-VAE on UCI Wine Quality, white (Cortez et al. 2009): 4,898 rows, 12 columns; an example of your own CSV file.
 
 python train_pm_vae.py --config configs/pm_vae_whitewine.py --config.dataset=winequality-white.csv
 """

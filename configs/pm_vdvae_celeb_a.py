@@ -1,8 +1,8 @@
-"""PM-VDVAE on CelebA at 64x64: an extension, no experiment of the paper; for several accelerators. Not run.
+"""PM-VDVAE on CelebA at 64x64, for several accelerators. Not an experiment of the paper, and not run.
 
     python train_pm_vdvae.py --config configs/pm_vdvae_celeb_a.py
 
-Blocks recomputed in the backward pass and bfloat16 convolutions, to fit 4 images of 64x64x3 on each device.
+Blocks are recomputed in the backward pass and convolutions use bfloat16, to fit 4 images per device.
 """
 
 from configs import common

@@ -2,7 +2,7 @@
 
     python train_pm_vdvae.py --config configs/pm_vdvae_digits.py
 
-Pixels have 17 values, 0..16, so bits per dimension are of those: guessing uniformly costs log2(17) = 4.09.
+Pixels take 17 values, 0..16, so a uniform guess costs log2(17) = 4.09 bits per dimension.
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-"""PM-VDVAE on MNIST (paper, section 5.3), made for 8 accelerators; 16 images on each.
+"""PM-VDVAE on MNIST (paper, section 5.3), for 8 accelerators with 16 images each.
 
 python train_pm_vdvae.py --config configs/pm_vdvae_mnist.py
 """

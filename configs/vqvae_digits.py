@@ -9,8 +9,8 @@ from configs import common
 def get_config():
     config = common.vqvae(hidden_units=64, residual_units=32, codebook_size=16, embedding_dim=16)
     config.dataset = "digits"
-    config.model.strides = (2, 1)  # a 4x4 grid: with 2x2 codes an image would have too few
-    config.noise_std = 0.05  # with averaged weights (EMA) against overfitting: there are 1,257 images
+    config.model.strides = (2, 1)  # a 4x4 code grid; a 2x2 grid has too few codes
+    config.noise_std = 0.05  # like EMA, against overfitting the 1,257 images
     config.ema_decay = 0.995
     config.batch_size = 64
     config.steps = 4000

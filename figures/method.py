@@ -17,9 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from posterior_matching import cli, data, runs
+from posterior_matching import cli
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation.examples import load_dataset
+from posterior_matching.evaluation.examples import open_run
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_pm_vae.py, on images", required=True)
 _OUTPUT = flags.DEFINE_string("output", "method.png", "Where the figure goes.")
@@ -30,13 +30,12 @@ _POSTERIOR, _PARTIAL = "tab:red", "tab:blue"
 
 def draw(run_dir: str, example: int) -> plt.Figure:
     """Draws the figure, about test image number `example` of a PM-VAE run on images."""
-    model = runs.load_model(run_dir, "pm_vae")
-    dataset = load_dataset(runs.read_description(run_dir, "pm_vae"), None, "test", None)
+    run = open_run(run_dir, "pm_vae")
+    model, dataset, x = run.model, run.dataset, run.x
     if len(dataset.input_shape) != 3:
         raise UserError(f"{run_dir} was not trained on images")
     if not 0 <= example < len(dataset):
         raise UserError(f"--example={example}: the test split has {len(dataset)} images")
-    x = np.asarray(data.decode(dataset.x, dataset.max_value)[0])
     height, width, _ = dataset.input_shape
     b = np.zeros((1, height, width, 1), np.float32)
     b[:, : height // 2] = 1.0

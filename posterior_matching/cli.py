@@ -1,11 +1,13 @@
 """What all scripts share on the command line: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
+import inspect
 import os
 import pathlib
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -14,30 +16,40 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
+from posterior_matching.numerics import on_cpu
 from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # flags defined here are those of the script that asks for them, in --help too
 
 
 def train_main(family: Family) -> None:
     """Runs a training script: `--config FILE [--config.key=value ...] [--run_dir DIR]`, and flags for several hosts."""
-    config = config_flag("the experiment, for example configs/pm_vae_digits.py")
-    run_dir = flags.DEFINE_string("run_dir", None, "Run directory; resumed if it holds this run.")
-    coordinator = flags.DEFINE_string("coordinator_address", None, "Several hosts: host:port of process 0.")
-    num_processes = flags.DEFINE_integer("num_processes", 1, "Several hosts: number of processes.", lower_bound=1)
-    process_id = flags.DEFINE_integer("process_id", 0, "Several hosts: index of this process.", lower_bound=0)
+    example = f"configs/{family.name}_digits.py"
+    config = config_flag(f"The experiment, for example {example}; --config.KEY=VALUE changes one of its keys.")
+    run_dir = flags.DEFINE_string(
+        "run_dir", None, "The run directory, resumed if it holds this run. Default: runs/<model>-<dataset>-<time>."
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator_address", None, "For training on several hosts: host:port of process 0."
+    )
+    num_processes = flags.DEFINE_integer(
+        "num_processes", 1, "For training on several hosts: the number of processes.", lower_bound=1
+    )
+    process_id = flags.DEFINE_integer(
+        "process_id", 0, "For training on several hosts: the index of this process, from 0.", lower_bound=0
+    )
 
-    def main() -> None:
+    def join() -> None:
         if num_processes.value > 1:
             if coordinator.value is None or run_dir.value is None:
                 raise UserError("--num_processes above 1 needs --coordinator_address and --run_dir")
             if process_id.value >= num_processes.value:
                 raise UserError(f"--process_id={process_id.value} must be below --num_processes={num_processes.value}")
             parallel.initialize(coordinator.value, num_processes.value, process_id.value)
-        family.train(config.value, run_dir.value)
 
-    run(main)
+    run(lambda: family.train(config.value, run_dir.value), join=join)
 
 
 def config_flag(meaning: str) -> flags.FlagHolder:
@@ -47,13 +59,14 @@ def config_flag(meaning: str) -> flags.FlagHolder:
     return config
 
 
-def run(main: Callable[[], None], *, exact: bool = False) -> None:
+def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], None] = lambda: None) -> None:
     """Parses the flags and calls `main`; a UserError or a bad flag ends as one line on stderr and exit status 1.
 
     Args:
         main: What the script does.
         exact: Multiply matrices in float32, as evaluations do: accelerators by default round the factors to 8 or 11
             bits, which is faster and good enough to train with. JAX_DEFAULT_MATMUL_PRECISION overrides either.
+        join: Joins the other processes of a run over several, before anything asks JAX for its devices.
     """
 
     def guarded(arguments: list[str]) -> None:
@@ -62,8 +75,10 @@ def run(main: Callable[[], None], *, exact: bool = False) -> None:
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
-            keep_freed_memory()
-            if exact and jax.config.jax_default_matmul_precision is None:
+            join()
+            if on_cpu():
+                keep_freed_memory()
+            if exact and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
                 jax.config.update("jax_default_matmul_precision", "highest")
             _use_compilation_cache()
             main()
@@ -139,7 +154,7 @@ def _override_problem(arguments: list[str], config: ConfigDict | None) -> str | 
     return None
 
 
-def _fail(message: object) -> None:
+def _fail(message: object) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
 
@@ -159,3 +174,71 @@ def _use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+# The flags of all evaluations, one for each parameter of an `evaluate` function: how it is defined, and its help.
+_EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
+    "run_dir": (flags.DEFINE_string, "Evaluate the run in this directory (required)."),
+    "dataset": (
+        flags.DEFINE_string,
+        "Evaluate on this dataset, a name or the path of a file; by default the one the run was trained on.",
+    ),
+    "split": (flags.DEFINE_string, "Evaluate on this split of the dataset; 'all' takes every row of your own file."),
+    "checkpoint": (
+        flags.DEFINE_string,
+        "Load this checkpoint, 'best' or 'latest'; by default what config.evaluate_checkpoint of the run says.",
+    ),
+    "mask_generator": (
+        flags.DEFINE_string,
+        "Draw masks from this generator, given with its options as in UniformMaskGenerator:bounds=0.0,0.2 or "
+        "SquareMaskGenerator:size=4; 'config' takes the generator the run was trained with.",
+    ),
+    "num_instances": (flags.DEFINE_integer, "Evaluate only this many examples, the first ones; by default all."),
+    "batch_size": (
+        flags.DEFINE_integer,
+        "Process this many examples at once on each device; the results do not depend on it.",
+    ),
+    "chunk_size": (flags.DEFINE_integer, "Draw at most this many samples of an example at once, to save memory."),
+    "num_samples": (flags.DEFINE_integer, "Draw this many samples of z for each example and estimate."),
+    "num_trials": (flags.DEFINE_integer, "Repeat the evaluation this many times, with new masks and samples."),
+    "num_steps": (
+        flags.DEFINE_integer,
+        "Visit this many states, from nothing observed to num_steps - 1 features acquired.",
+    ),
+    "policies": (flags.DEFINE_list, "Compare these policies for choosing the next feature, separated by commas."),
+    "seed": (flags.DEFINE_integer, "Seed all masks, samples and clusterings with this number."),
+    "embedding": (
+        flags.DEFINE_string,
+        "Compute precision and recall in this embedding of images, 'inception' (a download of 96 MB) or 'pixels'.",
+    ),
+    "memory_budget_gb": (
+        flags.DEFINE_float,
+        "Let the sampling policy evaluate as many features together as fit into this many gigabytes on each device.",
+    ),
+    "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
+}
+
+
+def evaluation_main(evaluate: Callable[..., Any], **own_help: str) -> None:
+    """Runs an evaluation script that has one flag for every parameter of `evaluate`, with the parameter's default.
+
+    Args:
+        evaluate: An evaluation whose parameters are all in `_EVALUATION_FLAGS`.
+        own_help: By name, the help of flags whose meaning is particular to this script.
+    """
+    values = {}
+    for name, parameter in inspect.signature(evaluate).parameters.items():
+        define, text = _EVALUATION_FLAGS[name]
+        required = parameter.default is inspect.Parameter.empty
+        default = list(parameter.default) if define is flags.DEFINE_list else parameter.default
+        values[name] = define(name, None if required else default, own_help.get(name, text), required=required)
+
+    def main() -> None:
+        try:
+            evaluate(**{name: value.value for name, value in values.items()})
+        except KeyboardInterrupt:
+            raise UserError("interrupted: no results were written") from None
+
+    run(main, exact=True)

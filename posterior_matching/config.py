@@ -24,6 +24,7 @@ Config = Mapping[str, Any]
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Steps = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=0, le=2**31)]
 Units = Annotated[int, Field(ge=1, le=65_536)]  # of a layer: channels, hidden units, dimensions of z
 Blocks = Annotated[int, Field(ge=0, le=1000)]  # layers on top of each other
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,6 +50,15 @@ def call(fn: Callable[..., Any], options: Config, where: str = "", **context: An
     """
     with naming(where):
         return fn(**_checked(fn, options, context.keys()), **context)
+
+
+def check(fn: Callable[..., Any], arguments: Config) -> dict[str, Any]:
+    """Returns a function's arguments after checking that each has the type and range that `fn` declares.
+
+    Raises:
+        OptionError: See `call`.
+    """
+    return _checked(fn, arguments, ())
 
 
 @contextlib.contextmanager
@@ -152,12 +162,11 @@ def _check(adapter: pydantic.TypeAdapter, name: str, value: Any) -> Any:
     except OptionError as error:  # of an option that is built from a group of its own
         raise error.within(name) from None
     except pydantic.ValidationError as invalid:
-        error = invalid.errors(include_url=False)[0]
-        at = name + "".join(f"[{index}]" for index in error["loc"] if isinstance(index, int))
-        if error["type"] in ("missing", "too_long"):
+        first = invalid.errors(include_url=False)[0]
+        at = name + "".join(f"[{index}]" for index in first["loc"] if isinstance(index, int))
+        if first["type"] in ("missing", "too_long"):
             raise OptionError(name, f"has a wrong number of entries: {value!r}") from None
-        problem = error["msg"].replace("Input should", "must")
-        raise OptionError(at, f"{problem}, not {error['input']!r}".replace("{}", "{ }")) from None
+        raise OptionError(at, f"{first['msg'].replace('Input should', 'must')}, not {first['input']!r}") from None
 
 
 @functools.cache

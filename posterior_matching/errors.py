@@ -24,7 +24,8 @@ class OptionError(UserError):
     """
 
     def __init__(self, option: str, problem: str):
-        super().__init__(problem.replace("{}", option, 1) if "{}" in problem else f"{option} {problem}")
+        text = problem.replace("{}", option, 1) if "{}" in problem else f"{option} {problem}"
+        super().__init__(" ".join(text.split()))  # one line, whatever was typed
         self.option, self.problem = option, problem
 
     def within(self, group: str) -> "OptionError":

@@ -8,8 +8,10 @@ A generator is an immutable set of options. `generator(key, shape)` draws masks 
 [batch, *mask_shape(event_shape)], independent per example, with pure JAX operations: it runs under jit, scan and pmap.
 """
 
+import ast
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
@@ -20,7 +22,7 @@ import numpy as np
 from pydantic import PlainValidator
 
 from posterior_matching.config import Config, build, naming
-from posterior_matching.errors import UserError
+from posterior_matching.errors import OptionError, UserError, nearest
 
 MASK_GENERATORS: dict[str, type["MaskGenerator"]] = {}
 
@@ -449,3 +451,31 @@ def build_mask_generator(config: Config, where: str = "") -> MaskGenerator:
 
 
 MaskOption = Annotated[MaskGenerator, PlainValidator(build_mask_generator)]
+
+
+def mask_generator_from_spec(spec: str) -> MaskGenerator:
+    """Builds a generator from its name and options, as on a command line: `UniformMaskGenerator:bounds=0.0,0.2`.
+
+    Args:
+        spec: A key of `MASK_GENERATORS`, then perhaps a colon and options `name=value`, separated by commas. Values are
+            Python literals; a tuple needs no parentheses.
+
+    Raises:
+        UserError: The name or an option is unknown, an option is missing, or a value is wrong.
+    """
+    name, _, text = spec.partition(":")
+    if name not in MASK_GENERATORS:
+        raise OptionError("mask_generator", f"unknown {{}} '{name}': {nearest(name, MASK_GENERATORS)}")
+    options: dict[str, Any] = {"name": name}
+    try:
+        # Commas separate options where "name=" follows, and the items of a tuple elsewhere.
+        for part in re.split(r",\s*(?=[A-Za-z_]\w*=)", text) if text else []:
+            option, _, value = part.partition("=")
+            try:
+                options[option] = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                raise OptionError(f"mask_generator.{option}", f"must be a number or a tuple, not '{value}'") from None
+        return build_mask_generator(options, "mask_generator")
+    except UserError as error:
+        taken = ", ".join(field.name for field in fields(MASK_GENERATORS[name])) or "no options"
+        raise UserError(f"{error} ({name} takes {taken})") from None

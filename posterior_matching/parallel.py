@@ -38,7 +38,7 @@ def _copy() -> Callable[[np.ndarray, Any], Any]:
     return pmap(lambda _, tree: tree, in_axes=(0, None))
 
 
-def unreplicate(tree: Tree) -> Tree:
+def unreplicate(tree: Any) -> Any:
     """Returns the first local device's copy, as NumPy arrays of their own memory."""
     return jax.tree.map(lambda a: np.array(a.addressable_data(0))[0], tree)
 
@@ -67,7 +67,7 @@ def any_process(flag: bool) -> bool:
 
 
 @functools.cache
-def _any_process() -> Callable[[jax.Array], jax.Array]:
+def _any_process() -> Callable[[np.ndarray], jax.Array]:
     return pmap(lambda flags: jax.lax.pmax(flags, AXIS))
 
 

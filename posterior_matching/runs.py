@@ -1,10 +1,11 @@
 """Run directories: what they hold, how they are made, resumed and loaded. The one home of the checkpoint format.
 
-config.json     model, config, input shape, standardisation, versions; written before the first step
-checkpoints/    latest/ and best/ (lowest validation loss), one Orbax checkpoint each, of two items (best/: only model):
+config.json     model, config, input shape, columns, versions; written before the first step
+checkpoints/    latest/ (the last two) and best/ (lowest validation loss): Orbax checkpoints, named by step, of items
                   model   weights ready for use (EMA where the config has EMA), a flat dict of arrays by path;
-                          not there while the run is pretraining
-                  train   everything else that continuing needs
+                          absent while the run is pretraining
+                  train   everything else that resuming needs, arrays by path (latest/ only)
+                  record  JSON: checksums of all arrays, and metrics not logged yet
 tb/             TensorBoard events
 metrics.jsonl   one JSON object per validation
 parameters.txt  names, shapes and sizes of all parameters
@@ -12,29 +13,37 @@ parameters.txt  names, shapes and sizes of all parameters
 
 import contextlib
 import datetime
-import fcntl
+import functools
 import json
+import logging
 import os
 import pathlib
-import weakref
-from collections.abc import Iterator, Mapping
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, TypeVar
 
+import filelock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from posterior_matching import atomic, models, parallel
-from posterior_matching.config import flatten, naming, plain
-from posterior_matching.data import Standardisation
-from posterior_matching.errors import UserError, nearest
+from posterior_matching.config import call, flatten, naming, plain
+from posterior_matching.data import Columns, TableOptions
+from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
 
 # A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
-_FREE_ON_RESUME = ("steps", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
+_FREE_ON_RESUME = ("steps", "patience", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
+
+_KEPT = {"latest": 2, "best": 1}  # the second latest is there in case the latest is damaged
+_PATIENCE_SECONDS = 10.0  # of a reader whose checkpoint is replaced by a run in progress
 
 
 class Run:
@@ -49,99 +58,125 @@ class Run:
         self.path = path
         self.step = latest_step(path)
         self._description = description
+        self._lock = filelock.FileLock(path / ".lock")
+        self._managers: dict[str, ocp.CheckpointManager] = {}
 
     def create(self) -> None:
         """Makes the directory and writes `config.json`; to be called before anything is saved.
 
         Raises:
-            UserError: Another process is training this run.
+            UserError: Another process is training this run, or has trained it since it was opened; or the directory
+                cannot be written.
         """
         if jax.process_index() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            for name in ("latest", "best"):
-                (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
-            atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
+            with _writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._acquire_lock()
+                for name in _KEPT:
+                    (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+                atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
         parallel.wait_for_all_processes()
-        self._managers = {name: _manager(self.path, name) for name in ("latest", "best")}
+        self._managers = {name: _manager(self.path, name) for name in _KEPT}
         for step in self._managers["best"].all_steps():
             if step > self.step:  # of a run killed before its latest checkpoint was written: it comes there again
                 self._managers["best"].delete(step)
 
-    def _lock(self) -> None:
-        folder = os.open(self.path, os.O_RDONLY)
-        self._unlock = weakref.finalize(self, os.close, folder)  # the lock goes with the file descriptor
+    def _acquire_lock(self) -> None:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
             raise UserError(
                 f"{self.path} is being trained by another process: wait for it or choose another --run_dir"
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except NotImplementedError:  # a file system without locks
+            pass
+        if latest_step(self.path) != self.step:
+            raise UserError(f"{self.path} has been trained by another process just now: start again to resume it")
 
-    def save(self, step: int, model: dict[str, np.ndarray] | None, train: Any, best: bool) -> None:
-        """Writes a checkpoint in the background; the previous one is deleted once the new one is complete.
+    def save(
+        self, step: int, model: dict[str, np.ndarray] | None, train: Any, record: Mapping[str, Any], best: bool
+    ) -> None:
+        """Writes a checkpoint in the background; older ones are deleted once the new one is complete.
 
         Args:
             step: The step.
             model: Weights ready for use, `flat_weights`; None: there are none yet, the run is pretraining.
             train: A pytree of everything else that resuming needs.
+            record: JSON values that resuming needs.
             best: Whether this is the best checkpoint, too.
-        """
-        weights = {} if model is None else {"model": ocp.args.StandardSave(model)}
-        if best:  # on disk before the latest one, which records the loss to beat, begins
-            self._managers["best"].save(step, args=ocp.args.Composite(**weights), force=True)
-            self._managers["best"].wait_until_finished()
-        everything = ocp.args.Composite(**weights, train=ocp.args.StandardSave(_named_leaves(train)))
-        self._managers["latest"].save(step, args=everything, force=True)
-        self.step = step
-
-    def restore(self, train: Tree) -> Tree:
-        """Returns what `save` was given as `train` at the latest checkpoint.
-
-        Args:
-            train: A pytree of the same structure, shapes and dtypes.
 
         Raises:
-            UserError: The checkpoint holds other arrays.
+            UserError: This checkpoint, or the previous one in the background, cannot be written.
         """
-        target = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in _named_leaves(train).items()}
+        with _writing(self.path):
+            weights = {} if model is None else {"model": model}
+            if best:  # on disk before the latest one, which records the loss to beat, begins
+                self._managers["best"].save(step, args=_arguments(weights, {}), force=True)
+                self._managers["best"].wait_until_finished()
+            arguments = _arguments(weights | {"train": _named_leaves(train)}, record)
+            self._managers["latest"].save(step, args=arguments, force=True)
+        self.step = step
+
+    def restore(self, structure: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]]:
+        """Returns what `save` was given as `train` and `record` at the latest checkpoint that is intact.
+
+        A damaged checkpoint is set aside with a warning, and the one before it taken.
+
+        Args:
+            structure: The step -> a pytree of the structure, shapes and dtypes of `train` at that step.
+
+        Raises:
+            UserError: No checkpoint is intact, or it holds other arrays.
+        """
         manager = self._managers["latest"]
-        saved = manager.item_metadata(self.step)["train"]
-        if "leaves" in saved:
-            raise UserError(
-                f"{self.path} was trained by version 0.1, whose training state cannot be resumed: its model can still "
-                "be evaluated; to train on, choose another --run_dir"
-            )
-        shapes = ({name: tuple(a.shape) for name, a in arrays.items()} for arrays in (target, saved))
-        if problem := _difference(*shapes):
-            raise UserError(f"the latest checkpoint of {self.path} does not fit its config.json: {problem}")
-        restored = manager.restore(self.step, args=ocp.args.Composite(train=ocp.args.StandardRestore(target)))["train"]
-        return jax.tree.unflatten(jax.tree.structure(train), [np.asarray(restored[name]) for name in target])
+        while self.step:
+            try:
+                if "leaves" in _saved_arrays(manager, self.step, "train"):
+                    raise UserError(
+                        f"{self.path} was trained by version 0.1, whose training state cannot be resumed: its model "
+                        "can still be evaluated; to train on, choose another --run_dir"
+                    )
+                train = structure(self.step)
+                arrays = _restore(manager, self.step, "train", _named_leaves(train))
+                record = _record(manager, self.step).get("record", {})
+                return jax.tree.unflatten(jax.tree.structure(train), list(arrays.values())), record
+            except UserError:
+                raise
+            except _DoesNotFitError as error:
+                raise UserError(f"the latest checkpoint of {self.path} does not fit its config.json: {error}") from None
+            except Exception as error:  # whatever Orbax raises for missing and cut files
+                damaged = self.path / "checkpoints" / "latest" / str(self.step)
+                if jax.process_count() > 1:
+                    raise UserError(f"the checkpoint {damaged} is damaged ({_reason(error)}): delete it") from error
+                shutil.move(damaged, damaged.parent.parent / f"damaged-{self.step}")
+                manager.reload()
+                self.step = latest_step(self.path)
+                older = f"resuming from step {self.step}" if self.step else "there is no older one"
+                logging.warning("the checkpoint %s is damaged (%s): %s", damaged, _reason(error), older)
+        raise UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir, or delete it to start anew")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl`."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with _writing(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drops rows that a killed process wrote after its last checkpoint: they will be written again."""
+        """Drops rows after `step`, which will be written again, and lines that are no rows."""
         path = self.path / "metrics.jsonl"
         if path.exists() and jax.process_index() == 0:
-            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            atomic.write_text(path, "".join(row + "\n" for row in rows))
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            atomic.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     @contextlib.contextmanager
     def finished_saving(self) -> Iterator[None]:
-        """On leaving, however, waits until everything saved is on disk; then other processes may go on with the run."""
+        """When the block ends, waits until everything is on disk, then lets other processes resume the run."""
         try:
             yield
         finally:
-            for manager in self._managers.values():
-                manager.wait_until_finished()
-            if jax.process_index() == 0:
-                self._unlock()
+            with _writing(self.path):
+                for manager in self._managers.values():
+                    manager.wait_until_finished()
+            self._lock.release()
 
 
 def open_run(
@@ -149,7 +184,8 @@ def open_run(
     model: str,
     config: Mapping[str, Any],
     input_shape: tuple[int, ...],
-    standardisation: Standardisation | None = None,
+    columns: Columns | None = None,
+    fingerprint: str | None = None,
 ) -> Run:
     """Opens a run directory, new or holding this run already; nothing is written before `Run.create`.
 
@@ -158,10 +194,12 @@ def open_run(
         model: Key of `models.MODELS`.
         config: The resolved config, with `dataset`.
         input_shape: Shape of one example.
-        standardisation: Of the user's own data.
+        columns: Of a table of the user's own.
+        fingerprint: Of the same.
 
     Raises:
-        UserError: The directory holds a run of another model or config, or something that is no run.
+        UserError: The directory holds a run of another model or config, a run without its checkpoints, or something
+            that is no run.
     """
     config = json.loads(json.dumps(config))  # as it will be read back: lists for tuples
     if run_dir is None:
@@ -172,24 +210,32 @@ def open_run(
         "model": model,
         "config": config,
         "input_shape": list(input_shape),
-        "standardisation": standardisation and standardisation.to_json(),
+        "columns": columns and columns.to_json(),
+        "fingerprint": fingerprint,
         "num_devices": jax.device_count(),
         "versions": versions(),
     }
-    if (path / "config.json").exists():
-        _check_same_run(path, read_description(path), description)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{run_dir} exists and is not a run directory: choose another --run_dir")
+    with _writing(path):
+        if (path / "config.json").exists():
+            _check_same_run(path, read_description(path), description)
+            unfinished = any((path / "checkpoints" / "latest").glob("*"))  # of a run stopped while it wrote the first
+            if latest_step(path, "best") and not latest_step(path) and not unfinished:
+                raise UserError(
+                    f"{run_dir} has been trained, but its latest checkpoint is gone: put checkpoints/latest back, or "
+                    "choose another --run_dir"
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{run_dir} exists and is not a run directory: choose another --run_dir")
     return Run(path, description)
 
 
-def latest_step(run_dir: str | os.PathLike, checkpoint: str = "latest") -> int:
+def latest_step(run_dir: str | os.PathLike[str], checkpoint: str = "latest") -> int:
     """Returns the step of a run's checkpoint, "latest" or "best"; 0 if there is none, or no such directory."""
     saved = (pathlib.Path(run_dir) / "checkpoints" / checkpoint).glob("*")
     return max((int(path.name) for path in saved if path.name.isdigit()), default=0)
 
 
-def read_description(run_dir: str | os.PathLike, model: str | None = None) -> dict[str, Any]:
+def read_description(run_dir: str | os.PathLike[str], model: str | None = None) -> dict[str, Any]:
     """Returns `config.json` of a run.
 
     Args:
@@ -203,24 +249,40 @@ def read_description(run_dir: str | os.PathLike, model: str | None = None) -> di
     if not path.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
     try:
-        description = json.loads((path / "config.json").read_text())
-        found, config = description["model"], description["config"]
-        whole = {"dataset", "model", "evaluate_checkpoint"} <= config.keys() and {"input_shape"} <= description.keys()
+        description = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found, config, shape = description["model"], description["config"], description["input_shape"]
+        damaged = (
+            not {"dataset", "model", "evaluate_checkpoint"} <= config.keys()
+            or not isinstance(found, str)
+            or not all(isinstance(size, int) and 0 < size < 1_000_000 for size in shape)
+            or config["evaluate_checkpoint"] not in ("best", "latest")
+        )
     except FileNotFoundError:
         raise UserError(f"{run_dir} is not a run directory: it has no config.json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        damaged = True
+    if damaged:
         raise UserError(f"{path / 'config.json'} is damaged: it does not describe a run")
     if model is not None and found != model:
         raise UserError(f"{run_dir} is a run of {found}, not of {model}: pass the directory of a {model} run")
     if found not in models.MODELS:
-        raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(str(found), models.MODELS)}")
+        raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(found, models.MODELS)}")
     return description
 
 
-def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint: str | None = None) -> nnx.Module:
-    """Returns the trained model of a run, ready to call.
+def saved_columns(description: Mapping[str, Any]) -> Columns | None:
+    """Returns the columns of the table that a run was trained on, from its `config.json`; None for other data."""
+    saved = description.get("columns") or description.get("standardisation")  # the latter in runs of version 0.1
+    return Columns.from_json(saved) if saved else None
+
+
+def saved_table_options(description: Mapping[str, Any]) -> TableOptions:
+    """Returns how a run read its table, `config.table`, from its `config.json`."""
+    return call(TableOptions, plain(description["config"].get("table") or {}), "config.table")
+
+
+def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkpoint: str | None = None) -> Any:
+    """Returns the trained model of a run, ready to call. The run may still be training.
 
     Args:
         run_dir: The run directory.
@@ -228,41 +290,53 @@ def load_model(run_dir: str | os.PathLike, model: str | None = None, checkpoint:
         checkpoint: "best" (lowest validation loss) or "latest"; None: what the run's `config.evaluate_checkpoint` says.
 
     Raises:
-        UserError: As `read_description`; or there is no such checkpoint, or it does not fit the run's config.
+        UserError: As `read_description`; or there is no such checkpoint, it is damaged, or it does not fit the run's
+            config.
     """
     description = read_description(run_dir, model)
     name = checkpoint or description["config"]["evaluate_checkpoint"]
-    if name not in ("best", "latest"):
+    if name not in _KEPT:
         raise UserError(f"unknown checkpoint '{name}': 'best' or 'latest'")
-    step = latest_step(run_dir, name)
-    if not step:
-        raise UserError(f"{run_dir} holds no {name} checkpoint yet: train it longer (config.validation_every)")
-
-    manager = _manager(pathlib.Path(run_dir).absolute(), name)
-    if not (manager.directory / str(step) / "model").exists():
-        raise UserError(f"{run_dir} is still pretraining, at step {step}: train it longer")
 
     def build() -> nnx.Module:
         shape = tuple(description["input_shape"])
         return models.build(description["model"], plain(description["config"]["model"]), shape, nnx.Rngs(0))
 
-    with naming("config"):
-        abstract = nnx.eval_shape(build)
-    graphdef, state = nnx.split(abstract)
-    target = flat_weights(state)
-    shapes = {key: tuple(value.shape) for key, value in target.items()}
     try:
-        saved = {key: tuple(value.shape) for key, value in manager.item_metadata(step)["model"].items()}
-        if not (problem := _difference(shapes, saved)):
-            arguments = ocp.args.Composite(model=ocp.args.StandardRestore(target))
-            restored = manager.restore(step, args=arguments)["model"]
-    except Exception as error:  # whatever Orbax raises for missing and cut files
-        raise UserError(
-            f"the {name} checkpoint of {run_dir} is damaged ({type(error).__name__}): try the other one"
-        ) from error
-    if problem:
-        raise UserError(f"the {name} checkpoint of {run_dir} does not fit its config.json: {problem}")
-    return nnx.merge(graphdef, unflatten_weights(state, {k: np.asarray(v) for k, v in restored.items()}))
+        with naming("config"):
+            graphdef, state = nnx.split(nnx.eval_shape(build))
+    except OptionError as error:
+        raise UserError(f"{pathlib.Path(run_dir) / 'config.json'} is damaged: {error}") from None
+    try:
+        weights = _read_weights(pathlib.Path(run_dir).absolute(), name, flat_weights(state))
+    except _DoesNotFitError as error:
+        raise UserError(f"the {name} checkpoint of {run_dir} does not fit its config.json: {error}") from None
+    return nnx.merge(graphdef, unflatten_weights(state, weights))
+
+
+def _read_weights(path: pathlib.Path, name: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Reads a checkpoint's model; tries again if a run in progress replaces the checkpoint meanwhile."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        step = latest_step(path, name)
+        if not step:
+            raise UserError(f"{path} holds no {name} checkpoint yet: train it longer (config.validation_every)")
+        manager = _manager(path, name)
+        try:
+            if not (manager.directory / str(step) / "model").exists() and latest_step(path, name) == step:
+                raise UserError(f"{path} is still pretraining, at step {step}: train it longer")
+            return _restore(manager, step, "model", target)
+        except (UserError, _DoesNotFitError):
+            raise
+        except Exception as error:  # whatever Orbax raises for missing and cut files
+            if latest_step(path, name) == step or time.monotonic() > deadline:
+                other = "latest" if name == "best" else "best"
+                raise UserError(
+                    f"the {name} checkpoint of {path}, step {step}, is damaged ({_reason(error)}): try the {other} "
+                    "one, or train on, which resumes from the one before"
+                ) from error
+        finally:
+            manager.close()
 
 
 def flat_weights(state: nnx.State) -> dict[str, Any]:
@@ -279,28 +353,122 @@ def unflatten_weights(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State
     return nnx.from_flat_state(flat)
 
 
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpyro", "numpy")}
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+class _DoesNotFitError(Exception):
+    """A checkpoint holds other arrays than asked for."""
+
+
+def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
+    _silence_orbax()
+    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT[name], create=False)
+    handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "train")}
+    handlers |= {"record": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(path / "checkpoints" / name, options=options, item_handlers=handlers)
+
+
+def _arguments(items: dict[str, dict[str, np.ndarray]], record: Mapping[str, Any]) -> ocp.args.Composite:
+    checksums = {item: {name: _checksum(a) for name, a in arrays.items()} for item, arrays in items.items()}
+    return ocp.args.Composite(
+        **{item: ocp.args.StandardSave(arrays) for item, arrays in items.items()},
+        record=ocp.args.JsonSave({"checksums": checksums, "record": dict(record)}),
+    )
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, item: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the arrays of an item, in the order of `target`, after comparing their shapes and checksums."""
+    shapes = {name: tuple(array.shape) for name, array in target.items()}
+    saved = {name: tuple(array.shape) for name, array in _saved_arrays(manager, step, item).items()}
+    if problem := _difference(shapes, saved):
+        raise _DoesNotFitError(problem)
+    abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in target.items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))[item]
+    arrays = {name: np.asarray(restored[name]) for name in target}
+    checksums = _record(manager, step).get("checksums", {}).get(item)
+    for name, array in arrays.items():
+        if checksums is not None and checksums.get(name) != _checksum(array):
+            raise ValueError(f"wrong checksum of {name}")
+    return arrays
+
+
+def _saved_arrays(manager: ocp.CheckpointManager, step: int, item: str) -> Mapping[str, Any]:
+    return manager.item_metadata(step)[item] or {}
+
+
+def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """Returns the record of a checkpoint, empty for one of version 0.1."""
+    if not (manager.directory / str(step) / "record").exists():
+        return {}
+    return manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+
+
 def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
     """Flattens a pytree of arrays to arrays by path: `{"trainable.vae.encoder.linear_in.kernel": [d, h], ...}`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
 
 
-def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
-    return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpyro", "numpy")}
+def _reason(error: Exception) -> str:
+    """What is wrong with a damaged checkpoint, in a few words."""
+    return str(error).partition("\n")[0][:80] if isinstance(error, ValueError) else type(error).__name__
 
 
-def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=False)
-    handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "train")}
-    return ocp.CheckpointManager(path / "checkpoints" / name, options=options, item_handlers=handlers)
+@functools.cache
+def _silence_orbax() -> None:
+    """Leaves out what Orbax's threads report, with stack traces, of an error that it also raises."""
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):  # a read or write under way when another failed
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns what the file system refuses into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # Orbax wraps what its threads raise
+            cause = cause.__cause__ or cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else _known_reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write the run directory {path}: {reason}") from error
+
+
+def _known_reason(error: Exception) -> str | None:
+    """What a library's C++ code says of a file system's refusal; None if it says nothing of that."""
+    for reason in ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded"):
+        if reason in str(error):
+            return reason
+    return None
+
+
+# Descriptions --------------------------------------------------------------------------------------------------------
 
 
 def _check_same_run(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if saved["model"] != now["model"]:
         raise UserError(f"{path} is a run of {saved['model']}, not of {now['model']}: choose another --run_dir")
     before, after = (
-        flatten({"config": run["config"]}) | {key: run[key] for key in ("input_shape", "num_devices")}
+        flatten({"config": run["config"]}) | {key: run.get(key) for key in ("input_shape", "num_devices")}
         for run in (saved, now)
     )
     free = {f"config.{key}" for key in _FREE_ON_RESUME}
@@ -308,7 +476,7 @@ def _check_same_run(path: pathlib.Path, saved: dict[str, Any], now: dict[str, An
         raise UserError(f"{path} holds a run that differs ({problem}): use its values, or choose another --run_dir")
 
 
-def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Names what differs between two flat dicts, in one line; empty if nothing does."""
     missing = object()
     parts = []
@@ -316,11 +484,11 @@ def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
         old, new = expected.get(key, missing), found.get(key, missing)
         if old != new:
             parts.append(f"{key}: {'absent' if old is missing else old} -> {'absent' if new is missing else new}")
-    return "; ".join(parts)
+    return "; ".join(parts[:5] + ([f"and {len(parts) - 5} more"] if len(parts) > 5 else []))
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a kill
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill, or damaged
         return float("inf")

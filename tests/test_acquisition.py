@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
-from ml_collections import ConfigDict
 from nbclient import NotebookClient
 from test_lookahead import EXACT, KEY, lookahead_on, masks_and_data, mutual_information
 from test_vae import Exact
 
-from posterior_matching import acquisition, data, runs
+from posterior_matching import acquisition, data, models, runs
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
-from posterior_matching.evaluation.examples import ExampleMap, load_npz
-from posterior_matching.models.lookahead import LookaheadPosterior
+from posterior_matching.evaluation.examples import ExampleMap
+from posterior_matching.evaluation.results import load_npz
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["sampling", "lookahead", "random"]
@@ -83,7 +82,7 @@ def untrained(shape):
     """A lookahead posterior of random weights that compiles fast."""
     parts = {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "IdentityGaussian"}}
     config = {"pm_vae": {"latent_dim": 3, "encoder": NETWORK, "decoder": NETWORK} | parts}
-    return LookaheadPosterior.from_config(config, shape, nnx.Rngs(1)), config
+    return models.build("lookahead", config, shape, nnx.Rngs(1)), config
 
 
 @pytest.fixture(scope="module", params=["image", "table"])
@@ -172,7 +171,7 @@ def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("acquisition")
     model, config = untrained((8, 8, 1))
     settings = {"dataset": "digits", "evaluate_checkpoint": "latest", "model": config}
-    run = runs.open_run(str(folder / "run"), "lookahead", ConfigDict(settings), (8, 8, 1))
+    run = runs.open_run(str(folder / "run"), "lookahead", settings, (8, 8, 1))
     run.create()
     with run.finished_saving():
         run.save(1, runs.flat_weights(nnx.state(model)), {"step": np.int32(1)}, best=False)
@@ -183,8 +182,10 @@ def run_dir(tmp_path_factory):
     shown = load_npz(trajectories / "random.npz")
     parts = trajectories / "lookahead.parts"
     parts.mkdir()
-    np.savez(parts / "00000.npz", **{k: v[:3] for k, v in shown.items() if k != "x"})
-    (parts / "00001.npz.tmp").write_text("cut")
+    settings = json.loads((trajectories / "settings.json").read_text()) | {"part": "lookahead.parts/00000"}
+    mark = {k: v[:3] for k, v in shown.items() if k not in ("x", "settings")}
+    np.savez(parts / "00000.npz", settings=json.dumps(settings, sort_keys=True), **mark)
+    (parts / "00001.npz").write_text("cut")
     result = evaluate(run.path, *FLAGS)
     assert result.returncode == 0, result.stderr
     return run.path

@@ -178,7 +178,7 @@ def test_a_config_file_with_an_error(script, text, named):
         ("--config.optimizer.learning_rate=fast", ["config.optimizer.learning_rate", "fast", "float"]),
         ("--config.skip_nonfinite_updates=perhaps", ["config.skip_nonfinite_updates", "perhaps", "bool"]),
         ("--config.steps=0", ["config.steps must be at least 1, not 0"]),
-        ("--config.batch_size=-4", ["config.batch_size must be at least 1, not -4"]),
+        ("--config.batch_size=-4", ["config.batch_size must be greater, not -4"]),
         ("--config.validation_every=0", ["config.validation_every must be at least 1, not 0"]),
         ("--config.evaluate_checkpoint=newest", ["config.evaluate_checkpoint", "'best' or 'latest'", "newest"]),
         ("--config.beta.name=constnat", ["config.beta.name", "constnat", "did you mean 'constant'?"]),
@@ -338,7 +338,9 @@ def evaluate(script, *arguments):
 
 
 def test_evaluating_no_run(script):
-    assert evaluate(script) == "error: missing flag --run_dir: run directory of train_pm_vae.py"
+    assert evaluate(script) == (
+        "error: missing flag --run_dir: Evaluate the run in this directory, made by train_pm_vae.py (required)."
+    )
     assert "run directory run does not exist" in evaluate(script, "--run_dir=run")
     (script.folder / "empty").mkdir()
     assert "empty is not a run directory: it has no config.json" in evaluate(script, "--run_dir=empty")
@@ -352,18 +354,27 @@ def test_evaluating_no_run(script):
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--mask_generator=Bernoulli"], ["--mask_generator", "did you mean 'BernoulliMaskGenerator'?"]),
+        (["--mask_generator=Bernoulli"], ["unknown mask_generator", "did you mean 'BernoulliMaskGenerator'?"]),
         (["--mask_generator=MNISTMaskGenerator"], ["MNISTMaskGenerator", "use BernoulliMaskGenerator"]),
+        (
+            ["--mask_generator=UniformMaskGenerator:bounds=0.5"],
+            ["bounds must be a valid tuple, not 0.5"],
+        ),
+        (
+            ["--mask_generator=UniformMaskGenerator:bound=0.5,1.0"],
+            ["unknown key 'mask_generator.bound'", "takes bounds"],
+        ),
         (["--split=tset"], ["no split 'tset'", "train, val, test"]),
-        (["--num_instances=3000"], ["--num_instances=3000", "2000 examples"]),
-        (["--num_instances=0"], ["--num_instances=0"]),
+        (["--num_instances=3000"], ["num_instances=3000", "2000 examples"]),
+        (["--num_instances=0"], ["num_instances must be greater"]),
         (["--dataset=digits"], ["digits", "(8, 8, 1)", "(8,)"]),
         (["--dataset=own.csv", "--split=all"], ["own.csv", "(3,)", "(8,)"]),
         (["--checkpoint=newest"], ["checkpoint", "newest", "best"]),
-        (["--num_samples=0"], ["num_samples"]),
-        (["--num_trials=0"], ["num_trials"]),
-        (["--batch_size=0"], ["batch_size"]),
-        (["--seed=-1"], ["seed"]),
+        (["--num_samples=0"], ["num_samples must be greater than or equal to 1, not 0"]),
+        (["--num_samples=many"], ["num_samples", "many"]),
+        (["--num_trials=0"], ["num_trials must be greater"]),
+        (["--batch_size=0"], ["batch_size must be greater"]),
+        (["--seed=-1"], ["seed must be greater"]),
         (["--num_sample=3"], ["--num_sample", "did you mean 'num_samples'?"]),
         (["everything"], ["'everything'"]),
     ],
@@ -398,11 +409,12 @@ def test_building_on_no_pm_vae_run(script):
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--policies=samplng"], ["unknown policy 'samplng' in --policies", "did you mean 'sampling'?"]),
-        (["--num_steps=1"], ["num_steps"]),
-        (["--num_instances=3000"], ["--num_instances=3000", "2000 examples"]),
+        (["--policies=samplng"], ["unknown policy 'samplng'", "did you mean 'sampling'?"]),
+        (["--num_steps=1"], ["num_steps must be greater than or equal to 2"]),
+        (["--memory_budget_gb=nan"], ["memory_budget_gb must be a finite number"]),
+        (["--num_instances=3000"], ["num_instances=3000", "2000 examples"]),
         (["--dataset=digits"], ["digits", "(8, 8, 1)", "(8,)"]),
-        ([], ["--num_steps=31", "8 features to acquire"]),
+        ([], ["num_steps must be at most 8", "not 31"]),
         (["--num_steps=8"], ["run holds no latest checkpoint"]),
     ],
 )
@@ -427,10 +439,27 @@ def test_a_damaged_run(script):
 @pytest.mark.parametrize("of_user, expected", [(None, "highest"), ("bfloat16", "bfloat16")])
 def test_evaluations_multiply_in_float32_unless_told_otherwise(of_user, expected):
     program = "import jax; from posterior_matching import cli; "
-    program += "cli.run(lambda: print('precision', jax.config.jax_default_matmul_precision), exact=True)"
+    program += "cli.evaluation_main(lambda seed=0: print('precision', jax.config.jax_default_matmul_precision))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_DEFAULT_MATMUL_PRECISION": of_user} if of_user else {}
     out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["precision", expected]
-    scripts = list(ROOT.glob("eval_*.py"))
-    assert len(scripts) == 5 and all("exact=True)" in script.read_text() for script in scripts)
+
+
+SHARED = {"run_dir", "dataset", "split", "checkpoint", "num_instances", "batch_size", "num_samples", "seed"}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(ROOT.glob("eval_*.py"))])
+def test_help_is_a_page_of_sentences_with_defaults_and_an_example(script, name):
+    out = script(name, "--help").out
+    assert re.search(rf"^    python {name}\.py --run_dir ", out, re.MULTILINE)
+    found = {}
+    for flag, text in re.findall(r"^  --(?:\[no\])?(\w+): (.*(?:\n    .*)*)", out, re.MULTILINE):
+        sentence, _, default = re.sub(r"\s+", " ", text).partition(" (default:")
+        sentence = sentence.removesuffix(" (an integer)")
+        found[flag] = sentence
+        assert re.fullmatch(r"[A-Z].*\.", sentence), text
+        assert default or "by default" in sentence or "(required)" in sentence, text
+    assert found.keys() >= SHARED
+    masks, trials = "mask_generator" in found, "num_trials" in found
+    assert masks == trials == (name != "eval_greedy_acquisition")

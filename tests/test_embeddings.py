@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import embeddings
+from posterior_matching.evaluation import embeddings, inception
+from posterior_matching.evaluation.torch_weights import read_torch_weights
 
 
 class TorchInception:
@@ -110,7 +111,7 @@ def test_inception_equals_pytorch():
     x = np.random.default_rng(0).uniform(size=(2, 28, 28, 1)).astype(np.float32)
     reference = TorchInception(torch)
     expected = reference(torch.tensor(np.broadcast_to(x, (2, 28, 28, 3)).transpose(0, 3, 1, 2).copy())).numpy()
-    network = embeddings.Inception().load({name: value.numpy() for name, value in reference.weights.items()})
+    network = inception.Inception().load({name: value.numpy() for name, value in reference.weights.items()})
     found = np.asarray(nnx.jit(lambda network, x: network(x))(network, x))
     assert found.shape == (2, 2048) and expected.std() > 0.01
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
@@ -123,7 +124,7 @@ def test_what_pytorch_has_saved_is_read_without_it(new_format):
     weights = {"whole": whole, "part": whole[1, :, 1:3], "turned": whole.permute(2, 0, 1), "count": torch.tensor(7)}
     saved = io.BytesIO()
     torch.save(collections.OrderedDict(weights), saved, _use_new_zipfile_serialization=new_format)
-    found = embeddings.read_torch_weights(saved.getvalue())
+    found = read_torch_weights(saved.getvalue())
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         np.testing.assert_array_equal(found[name], value.numpy())
@@ -139,7 +140,7 @@ def zipped(description):
 def test_weights_that_want_to_run_code_are_refused():
     attack = pickle.dumps(collections.OrderedDict(a=print))
     with pytest.raises(UserError, match=r"tensors only, it holds builtins\.print"):
-        embeddings.read_torch_weights(zipped(attack))
+        read_torch_weights(zipped(attack))
 
 
 def test_weights_that_reach_beyond_what_is_stored_are_refused():
@@ -152,17 +153,17 @@ def test_weights_that_reach_beyond_what_is_stored_are_refused():
             content = archive.read(name)
             shorter.writestr(name, content[:-4] if "/data/" in name else content)
     with pytest.raises(UserError, match="beyond what is stored"):
-        embeddings.read_torch_weights(cut.getvalue())
+        read_torch_weights(cut.getvalue())
 
 
 def test_inception_pooling_leaves_padding_out():
     x = jnp.ones((1, 4, 5, 2))
-    np.testing.assert_array_equal(embeddings._POOLS["mean"](x), x)
-    assert embeddings._POOLS["max/2"](x).shape == (1, 1, 2, 2)
+    np.testing.assert_array_equal(inception._POOLS["mean"](x), x)
+    assert inception._POOLS["max/2"](x).shape == (1, 1, 2, 2)
 
 
 def test_inception_has_the_published_number_of_parameters():
-    network = nnx.eval_shape(embeddings.Inception)
+    network = nnx.eval_shape(inception.Inception)
     kernels = [leaf for path, leaf in nnx.to_flat_state(nnx.state(network)) if path[-1] == "kernel"]
     assert len(kernels) == 94
     # torchvision's inception_v3 without auxiliary and last layer: 21,785,568 with scales and offsets.
@@ -185,7 +186,7 @@ def test_without_network_and_weights_one_line_says_what_to_do(empty_cache, monke
         raise OSError("no route to host")
 
     monkeypatch.setattr(embeddings.urllib.request, "urlopen", refuse)
-    with pytest.raises(UserError, match=r"no route to host.*put https://.*6726825d\.pth into .*--embedding=pixels"):
+    with pytest.raises(UserError, match=r"no route to host.*put https://.*6726825d\.pth into .*embedding=pixels"):
         embeddings.load_inception()
     assert not list(empty_cache.iterdir())
 
@@ -196,16 +197,29 @@ def test_damaged_weights_are_refused(empty_cache):
         embeddings.load_inception()
 
 
-def test_weights_are_converted_once(empty_cache, monkeypatch):
-    torch = pytest.importorskip("torch")
-    reference = TorchInception(torch)
-    reference(torch.zeros(1, 3, 28, 28))
-    saved = io.BytesIO()
-    torch.save(collections.OrderedDict(reference.weights), saved)
+def test_weights_are_converted_once_and_again_when_damaged(empty_cache, monkeypatch):
+    network = inception.Inception()
+    layers = dict(network.stem.convs.items())
+    layers |= {f"{b}.{k}": c for b, block in network.blocks.items() for k, c in block.convs.items()}
+    rng = np.random.default_rng(0)
+    weights = {}
+    for name, layer in layers.items():
+        *size, features_in, features = layer.kernel[...].shape
+        weights[f"{name}.conv.weight"] = np.zeros((features, features_in, *size), np.float32)
+        for statistic in ("weight", "bias", "running_mean", "running_var"):
+            weights[f"{name}.bn.{statistic}"] = rng.normal(size=features).astype(np.float32)
+    calls = []
+    monkeypatch.setattr(embeddings, "read_torch_weights", lambda content: calls.append(content) or weights)
+    monkeypatch.setattr(embeddings, "_SHA256", embeddings.hashlib.sha256(b"published").hexdigest())
     original = empty_cache / "pt_inception-2015-12-05-6726825d.pth"
-    original.write_bytes(saved.getvalue())
-    monkeypatch.setattr(embeddings, "_SHA256", embeddings.hashlib.sha256(saved.getvalue()).hexdigest())
+    original.write_bytes(b"published")
     first = nnx.state(embeddings.load_inception())
-    original.unlink()
-    again = nnx.state(embeddings.load_inception())
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert len(calls) == 1 and float(first["stem"]["convs"]["Conv2d_1a_3x3"]["mean"][...][3]) == pytest.approx(
+        weights["Conv2d_1a_3x3.bn.running_mean"][3]
+    )
+    (converted,) = empty_cache.glob("*.npz")
+    content = converted.read_bytes()
+    for damage, reads in ((content, 1), (content[:-1000], 2), (b"", 3)):
+        converted.write_bytes(damage)
+        jax.tree.map(np.testing.assert_array_equal, first, nnx.state(embeddings.load_inception()))
+        assert len(calls) == reads

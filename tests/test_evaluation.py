@@ -1,6 +1,8 @@
-"""Evaluation: every example once, with a key of its own, whatever the batch size; results on disk."""
+"""Evaluation: every example once, with its own key, whatever the batch size; results on disk, whole or not there."""
 
+import errno
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -8,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from posterior_matching import data
+from posterior_matching import data, masking, models, progress, runs
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation.examples import ExampleMap, Results, load_dataset, load_npz, open_parts, save_npz
-from posterior_matching.models.vae import PosteriorMatchingVAE
+from posterior_matching.evaluation import pictures, uci
+from posterior_matching.evaluation.examples import ExampleMap, load_dataset, open_run
+from posterior_matching.evaluation.results import Parts, Results, load_npz
 
 NUM_ROWS, DIM = 1797, 5
 
@@ -28,12 +32,27 @@ def table(tmp_path_factory):
     return SimpleNamespace(path=path, rows=rows, dataset=data.load(str(path), "all"))
 
 
+NETWORK = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8}
+CONFIG = {"latent_dim": 2, "encoder": NETWORK, "decoder": NETWORK}
+CONFIG |= {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "IdentityGaussian"}}
+
+
 @pytest.fixture(scope="module")
 def model():
-    network = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8}
-    config = {"latent_dim": 2, "encoder": network, "decoder": network}
-    config |= {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "IdentityGaussian"}}
-    return PosteriorMatchingVAE.from_config(config, (DIM,), nnx.Rngs(0))
+    return models.build("pm_vae", CONFIG, (DIM,), nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run on digits whose weights are random."""
+    settings = {"dataset": "digits", "evaluate_checkpoint": "latest", "model": CONFIG, "train_split": "train"}
+    settings["mask_generator"] = {"name": "BernoulliMaskGenerator", "p": 0.0}
+    run = runs.open_run(str(tmp_path_factory.mktemp("run") / "run"), "pm_vae", settings, (8, 8, 1))
+    run.create()
+    untrained = models.build("pm_vae", CONFIG, (8, 8, 1), nnx.Rngs(0))
+    with run.finished_saving():
+        run.save(1, runs.flat_weights(nnx.state(untrained)), {"step": np.int32(1)}, best=False)
+    return run.path
 
 
 # Every example once --------------------------------------------------------------------------------------------------
@@ -74,28 +93,95 @@ def test_results_do_not_depend_on_the_batch_size(table, model):
     assert np.isfinite(small["ac_ll"]).all() and small["ac_ll"].std() > 0.1
 
 
-def test_batches_that_an_interrupted_call_left_are_read_and_not_computed_again(table, model, tmp_path):
-    whole = ExampleMap(look, model, table.dataset, 150)(jax.random.key(3), keep_in=tmp_path)
+# Parts of an interrupted evaluation ----------------------------------------------------------------------------------
+
+SETTINGS = {"num_samples": 10, "dataset": "digits"}
+
+
+def test_batches_that_an_interrupted_call_left_are_not_computed_again(table, model, tmp_path):
+    parts = Parts(tmp_path, SETTINGS)
+
+    def evaluate():
+        return ExampleMap(look, model, table.dataset, 150)(jax.random.key(3), parts=parts)
+
+    whole = evaluate()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00000.npz", "00001.npz", "00002.npz"]
-    left = load_npz(tmp_path / "00001.npz")
-    save_npz(tmp_path / "00001.npz", left | {"scalar": left["scalar"] + 100})
+    marked = load_npz(tmp_path / "00001.npz")
+    np.savez(tmp_path / "00001.npz", **(marked | {"scalar": marked["scalar"] + 100}))
     (tmp_path / "00002.npz").unlink()
-    found = ExampleMap(look, model, table.dataset, 150)(jax.random.key(3), keep_in=tmp_path)
+    found = evaluate()
     np.testing.assert_array_equal(found["draw"], whole["draw"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert found.keys() == whole.keys() and sorted(path.name for path in tmp_path.iterdir()) == names
     expected = whole["scalar"] + np.where((np.arange(NUM_ROWS) >= 600) & (np.arange(NUM_ROWS) < 1200), 100, 0)
     np.testing.assert_allclose(found["scalar"], expected, rtol=1e-5)
 
 
+def counted(calls):
+    def compute():
+        calls.append(1)
+        return {"a": np.arange(1000.0)}
+
+    return compute
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "one bit", "foreign"])
+def test_a_damaged_or_foreign_part_is_computed_again(damage, tmp_path):
+    parts, calls, path = Parts.open(tmp_path, SETTINGS), [], tmp_path / "one.npz"
+    parts.get("one", counted(calls))
+    content = path.read_bytes()
+    if damage == "foreign":
+        np.savez(path, a=np.zeros(3))
+    else:
+        flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
+        cut = content[: len(content) // 2]
+        path.write_bytes({"empty": b"", "cut": cut, "garbage": b"garbage" * 100, "one bit": flipped}[damage])
+    for _ in range(2):
+        np.testing.assert_array_equal(parts.get("one", counted(calls))["a"], np.arange(1000.0))
+    assert len(calls) == 2
+
+
+def test_a_part_of_other_settings_or_of_another_place_is_computed_again(tmp_path):
+    calls = []
+    Parts(tmp_path, SETTINGS).within("trial_1").get("one", counted(calls))
+    Parts(tmp_path, SETTINGS | {"num_samples": 20}).within("trial_1").get("one", counted(calls))
+    (tmp_path / "trial_2").mkdir()
+    (tmp_path / "trial_1" / "one.npz").rename(tmp_path / "trial_2" / "one.npz")
+    Parts(tmp_path, SETTINGS | {"num_samples": 20}).within("trial_2").get("one", counted(calls))
+    assert len(calls) == 3
+
+
 def test_parts_of_another_evaluation_are_refused(tmp_path):
-    settings = {"num_samples": 10, "dataset": "digits"}
-    open_parts(tmp_path / "a" / "parts", settings)
-    (tmp_path / "a" / "parts" / "x.npz").touch()
-    open_parts(tmp_path / "a" / "parts", settings)
+    Parts.open(tmp_path / "a" / "parts", SETTINGS)
+    Parts.open(tmp_path / "a" / "parts", SETTINGS)
     with pytest.raises(UserError, match=r"holds an evaluation that differs \(num_samples: 10 -> 20\)"):
-        open_parts(tmp_path / "a" / "parts", settings | {"num_samples": 20})
-    assert (tmp_path / "a" / "parts" / "x.npz").exists()
+        Parts.open(tmp_path / "a" / "parts", SETTINGS | {"num_samples": 20})
+    assert json.loads((tmp_path / "a" / "parts" / "settings.json").read_text()) == SETTINGS
+
+
+@pytest.mark.parametrize("content", [b"", b'{"num_samples": 1', b"[1]", b"\xff\x00"])
+def test_damaged_settings_are_written_again_and_what_was_computed_with_others_is_not_used(content, tmp_path):
+    calls = []
+    Parts.open(tmp_path, SETTINGS).get("one", counted(calls))
+    for settings in (SETTINGS, SETTINGS | {"num_samples": 20}):
+        (tmp_path / "settings.json").write_bytes(content)
+        Parts.open(tmp_path, settings).get("one", counted(calls))
+        assert json.loads((tmp_path / "settings.json").read_text()) == settings
+    assert len(calls) == 2
+
+
+def test_the_end_of_one_evaluation_does_not_disturb_another_of_the_same(tmp_path):
+    first, second = (Parts.open(tmp_path / "parts", SETTINGS) for _ in range(2))
+
+    def compute():
+        second.remove()
+        return {"a": np.ones(3)}
+
+    np.testing.assert_array_equal(first.get("one", compute)["a"], np.ones(3))
+    second.remove()
+    first.within("deep").get("two", compute)
+    first.remove()
+    assert not list(tmp_path.iterdir())
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -111,8 +197,10 @@ def test_num_instances_takes_the_first_examples(table, model):
     assert len(whole) == 2000 and len(few) == 30
     np.testing.assert_array_equal(few.x, whole.x[:30])
     assert len(load_dataset(description(), None, "test", 2000)) == 2000
+    assert len(load_dataset(description(), None, "test", None, at_most=7)) == 7
+    assert len(load_dataset(description(), None, "test", None, at_most=7000)) == 2000
     for number in (0, -1, 2001):
-        with pytest.raises(UserError, match=f"--num_instances={number}.*2000 examples"):
+        with pytest.raises(UserError, match=f"num_instances={number}.*2000 examples"):
             load_dataset(description(), None, "test", number)
     digits = load_dataset(description(input_shape=[8, 8, 1]), "digits", "test", 7)
     assert digits.label.shape == (7,) and digits.x.shape == (7, 8, 8, 1)
@@ -144,20 +232,144 @@ def test_data_of_another_shape_are_refused(table):
 
 
 def test_results_are_written(tmp_path, capsys):
-    results = Results(tmp_path / "deep" / "results", num_examples=12, seed=5)
+    results = Results(tmp_path / "deep" / "results", 12, {"seed": 5, "run_dir": tmp_path})
     for trial in (1.0, 2.0, 6.0):
         results.add(nrmse=np.float32(trial), ac_ll_nats=-trial)
+        results.add_mean(psnr_db=[trial, np.inf, np.nan])
     np.testing.assert_array_equal(results.trials("nrmse"), [1, 2, 6])
     results.write(nrmse=results.trials("nrmse"), grid=np.zeros((2, 3)))
+    assert {path.name for path in results.folder.iterdir()} == {"results.json", "nrmse.npy", "grid.npy"}
     written = json.loads((tmp_path / "deep" / "results" / "results.json").read_text())
     assert set(written) == {"metrics", "num_examples", "seed", "flags", "versions", "seconds"}
     assert written["num_examples"] == 12 and written["seed"] == 5 and written["seconds"] >= 0
-    assert written["metrics"]["nrmse"] == {
-        "mean": 3.0,
-        "std": pytest.approx(np.sqrt(14 / 3)),
-        "trials": [1.0, 2.0, 6.0],
-    }
+    assert written["flags"] == {"seed": 5, "run_dir": str(tmp_path)} and written["metrics"] == results.metrics
+    nrmse = {"mean": 3.0, "std": pytest.approx(np.sqrt(14 / 3)), "trials": [1.0, 2.0, 6.0]}
+    assert written["metrics"]["nrmse"] == written["metrics"]["psnr_db"] == nrmse
     assert written["metrics"]["ac_ll_nats"]["mean"] == -3.0
     assert np.load(tmp_path / "deep" / "results" / "grid.npy", allow_pickle=False).shape == (2, 3)
     out = capsys.readouterr().out
     assert "nrmse" in out and "3.0000 ± 2.1602  (3 trials)" in out and "12 examples" in out
+    assert "warning: 6 infinite or NaN values were left out of the mean of psnr_db" in out
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def write(value, **arrays):
+        results = Results(tmp_path, 12, {"seed": value})
+        results.add(nrmse=value)
+        results.write(nrmse=results.trials("nrmse"), **arrays)
+
+    def save_small(file, array, **options):
+        full_disk() if array.size > 1 else save(file, array, **options)
+
+    write(1.0, grid=np.ones(3))
+    save = np.save
+    monkeypatch.setattr(np, "save", save_small)
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+        write(2.0, grid=np.zeros(3))
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "nrmse.npy", "grid.npy"}
+    assert json.loads((tmp_path / "results.json").read_text())["seed"] == 1.0
+    np.testing.assert_array_equal(np.load(tmp_path / "nrmse.npy"), [1.0])
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/results: Not a directory"):
+        Results(tmp_path / "file" / "results", 1, {"seed": 0})
+
+
+# From Python ---------------------------------------------------------------------------------------------------------
+
+FEW = {"num_instances": 3, "num_samples": 2, "num_trials": 2, "batch_size": 2}
+
+
+def columns(path):
+    """The first two columns of the picture, originals and observed parts, without the white gaps."""
+    picture = np.asarray(Image.open(path), float) / 255
+    scale = picture.shape[1] // 80  # eight images of 8 pixels and gaps of 2
+    small = picture[::scale, ::scale]
+    return [np.stack([small[10 * n : 10 * n + 8, 10 * m : 10 * m + 8] for n in range(3)]) for m in range(2)]
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_an_evaluation_is_a_function_and_its_picture_has_its_masks(p, run_dir, capsys):
+    results = uci.evaluate(run_dir, mask_generator=f"BernoulliMaskGenerator:p={p}", **FEW)
+    written = json.loads((run_dir / "uci_results" / "results.json").read_text())
+    np.testing.assert_equal(written["metrics"], results.metrics)
+    assert written["flags"]["mask_generator"].endswith(f"p={p}")
+    assert written["flags"] | FEW == written["flags"] and written["flags"]["baselines"] is False
+    assert len(results.trials("nrmse")) == 2 and results.num_examples == 3
+    assert np.isnan(results.trials("nrmse")).all() == (p == 1)  # nothing is left to impute
+    original, observed = columns(run_dir / "uci_results" / "imputations.png")
+    np.testing.assert_allclose(original, data.load("digits", "test").x[:3, ..., 0] / 16, atol=0.01)
+    np.testing.assert_allclose(observed, original if p else 0.5, atol=0.01)
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in err] == ["trial 1 of 2", "trial 2 of 2"]
+
+
+def test_the_masks_may_be_those_of_the_run_or_an_object(run_dir):
+    for masks in ("config", masking.BernoulliMaskGenerator(0.0)):
+        uci.evaluate(run_dir, mask_generator=masks, **FEW)
+        observed = columns(run_dir / "uci_results" / "imputations.png")[1]
+        np.testing.assert_allclose(observed, 0.5, atol=0.01)
+
+
+def test_the_numbers_stay_when_the_picture_fails(run_dir, monkeypatch):
+    monkeypatch.setattr(pictures, "replacing", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*imputations.png: No space left on device"):
+        uci.evaluate(run_dir, seed=11, **FEW)
+    assert json.loads((run_dir / "uci_results" / "results.json").read_text())["seed"] == 11
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be greater than or equal to 1, not 0"),
+        ({"seed": -1}, "seed must be greater than or equal to 0, not -1"),
+        ({"num_samples": "many"}, "num_samples must be a valid integer, not 'many'"),
+        ({"split": "tset"}, "no split 'tset'"),
+        ({"checkpoint": "newest"}, "checkpoint must be 'best' or 'latest', not 'newest'"),
+        ({"checkpoint": "best"}, "holds no best checkpoint"),
+        ({"mask_generator": "SquareMaskGenerator:size=9"}, r"size must lie in 1\.\.8"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line_before_anything_is_written(change, message, run_dir):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    with pytest.raises(UserError, match=message) as caught:
+        uci.evaluate(run_dir, **FEW | change)
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_run_opens_with_its_model_and_data(run_dir):
+    run = open_run(run_dir, "pm_vae", num_instances=4)
+    assert run.x.shape == (4, 8, 8, 1) and run.x.max() == 1 and run.mask_shape == (8, 8, 1)
+    assert run.model.impute(run.x, np.zeros_like(run.x), 2, key=jax.random.key(0)).shape == (2, 4, 8, 8, 1)
+    assert run.training_rows().shape == (len(data.load("digits", "train")), 64)
+    with pytest.raises(UserError, match="is a run of pm_vae, not of vade"):
+        open_run(run_dir, "vade")
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+def progressed():
+    with progress.progress_bar(range(3), "bar") as bar:
+        list(bar)
+    assert list(progress.with_log(["a", "b"], "policy")) == ["a", "b"]
+
+
+def test_a_log_has_a_line_for_each_step_and_no_bars(capsys):
+    progressed()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(":")[0] for line in lines] == ["policy 1 of 2", "policy 2 of 2"]
+
+
+def test_a_terminal_has_bars_and_no_lines(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progressed()
+    err = capsys.readouterr().err
+    assert "bar: 100%" in err and "policy" not in err

@@ -539,3 +539,49 @@ def test_build():
 def test_build_errors(config, message):
     with pytest.raises(UserError, match=message):
         build_mask_generator(config)
+
+
+# Specifications ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("BernoulliMaskGenerator", masking.BernoulliMaskGenerator()),
+        ("BernoulliMaskGenerator:p=0.2", masking.BernoulliMaskGenerator(0.2)),
+        ("UniformMaskGenerator:bounds=0.0,0.2", masking.UniformMaskGenerator((0.0, 0.2))),
+        ("UniformMaskGenerator:bounds=(0.0, 0.2)", masking.UniformMaskGenerator((0.0, 0.2))),
+        ("FixedRectangleMaskGenerator:y1=0,x1=1, y2=4,x2=5", masking.FixedRectangleMaskGenerator(0, 1, 4, 5)),
+        (
+            "MixtureMaskGenerator:generators=[{'name': 'SquareMaskGenerator', 'size': 4}],weights=[2]",
+            masking.MixtureMaskGenerator((masking.SquareMaskGenerator(4),), (2,)),
+        ),
+    ],
+)
+def test_a_specification_names_a_generator_and_its_options(spec, expected):
+    assert masking.mask_generator_from_spec(spec) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "SquareMaskGenerato:size=4",
+            "unknown mask_generator 'SquareMaskGenerato': did you mean 'SquareMaskGenerator'",
+        ),
+        ("SquareMaskGenerator", r"missing key 'mask_generator.size' \(SquareMaskGenerator takes size\)"),
+        (
+            "SquareMaskGenerator:sze=4",
+            r"'mask_generator.sze': did you mean 'size'\? \(SquareMaskGenerator takes size\)",
+        ),
+        ("SquareMaskGenerator:size", r"mask_generator.size must be a number or a tuple, not ''.*takes size"),
+        ("SquareMaskGenerator:size=four", r"mask_generator.size must be a number or a tuple, not 'four'"),
+        ("SquareMaskGenerator:size=__import__('os').getpid()", "must be a number or a tuple"),
+        ("SquareMaskGenerator:size=4.5", r"mask_generator.size must be a valid integer, not 4\.5"),
+        ("GCFMaskGenerator:dim=64", "'mask_generator.dim'.*GCFMaskGenerator takes no options"),
+    ],
+)
+def test_a_wrong_specification_is_refused_in_one_line(spec, message):
+    with pytest.raises(UserError, match=message) as caught:
+        masking.mask_generator_from_spec(spec)
+    assert "\n" not in str(caught.value)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from posterior_matching.evaluation import baselines, metrics
-from posterior_matching.evaluation.metrics import clustering_scores, finite_mean, nrmse
+from posterior_matching.evaluation.clustering import clustering_scores
+from posterior_matching.evaluation.metrics import finite_mean, nrmse
 from posterior_matching.evaluation.pictures import image_square, imputation_grid, save_png
 from posterior_matching.training import schedules
 from posterior_matching.training.corruption import distort
@@ -48,6 +49,11 @@ def test_nrmse_leaves_out_constant_features_and_features_that_are_never_scored()
     x = np.array([[0.1, 1.0, 5.0], [0.1, 3.0, 7.0], [0.1, 5.0, 9.0]], np.float32)
     imputation, scored = np.zeros_like(x), np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0]])
     assert nrmse(x, imputation, scored) == pytest.approx(1.0 / np.std([1.0, 3.0, 5.0]))
+
+
+def test_nrmse_of_nothing_is_not_a_number(recwarn):
+    x = np.arange(6.0).reshape(3, 2)
+    assert np.isnan(nrmse(x, x, np.zeros_like(x))) and not recwarn.list
 
 
 def test_nrmse_ignores_what_is_imputed_where_nothing_is_scored_or_known():

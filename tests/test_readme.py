@@ -1,6 +1,7 @@
-"""Every command and the Python example of the README, in its order: as written, but with small configs and few samples.
+"""The documents: every command and the Python example of the README run, links resolve, versions agree.
 
-Only what lies outside is replaced: the data that would be downloaded, the hosts. `make` is asked what it would do.
+Commands run in the order of the README, as written but with small configs and few samples. Only the outside world is
+replaced: downloaded data and hosts. `make` only prints what it would do.
 """
 
 import os
@@ -10,15 +11,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 LINKED = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.toml"), ROOT / "Makefile"]
 LINKED += [ROOT / "benchmarks", ROOT / "posterior_matching"]
 
@@ -155,6 +159,53 @@ def test_every_command_stands_in_a_block_and_every_script_in_a_command():
     assert configs <= SMALL.keys()
 
 
+def prose(document):
+    return re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+
+
+def anchors(document):
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_resolve(document):
+    for link in re.findall(r"\]\(([^)]+)\)", prose(document)):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            path = document.parent / file if file else document
+            assert path.exists() and (not anchor or anchor in anchors(path)), link
+
+
+def test_the_readme_links_every_document():
+    for document in DOCUMENTS:
+        assert f"]({document.relative_to(ROOT)}" in README or document.name == "README.md"
+
+
+def test_the_readme_names_what_is_there():
+    table = README.split("## Where to find it")[1].split("\n## ")[0]
+    rows = re.findall(r"`(\S+\.py)`\]\(\S+\) \| `(\S+)` \|", table)
+    assert len(rows) == 4
+    for file, name in rows:
+        assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (ROOT / file).read_text()), name
+
+
+def test_pinned_versions_lie_in_the_declared_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for file, declared in (
+        ("requirements.txt", project["dependencies"]),
+        ("requirements-dev.txt", project["optional-dependencies"]["dev"]),
+    ):
+        ranges = [Requirement(line) for line in declared]
+        lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+        for pin in map(Requirement, lines):
+            if pin.marker is None or pin.marker.evaluate():
+                matching = [r for r in ranges if r.name == pin.name and (r.marker is None or r.marker.evaluate())]
+                (version,) = (specifier.version for specifier in pin.specifier)
+                assert len(matching) == 1 and version in matching[0].specifier, pin
+
+
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_the_commands_of_a_section_run(heading, checkout):
     side_by_side, port = [], free_port()
@@ -203,7 +254,7 @@ def test_figures_say_what_is_wrong_in_one_line(script, run_dir, output, message,
 
 
 def test_the_notebook_of_partial_posteriors_executes(checkout):
-    """On the run that the section before has left."""
+    """On the run left by the section on training."""
     path = ROOT / "notebooks" / "mnist_plots.ipynb"
     notebook = nbformat.read(path, as_version=4)
     variables = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"]}

@@ -384,13 +384,13 @@ def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopp
     copies = [shutil.copytree(run, tmp_path / name) for name in ("whole", "stopped")]
     whole, stopped = (start("eval_pm_vdvae_likelihood", copy, *options) for copy in copies)
     parts = copies[1] / "likelihood_results" / "parts" / "trial_1"
-    while stopped.poll() is None and not list(parts.glob("*.npz")):
+    while stopped.poll() is None and not list(parts.glob("0*.npz")):
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
     message = stopped.communicate(timeout=300)[1].strip().splitlines()[-1]
-    assert stopped.returncode == 1 and "the same command goes on" in message
+    assert stopped.returncode == 1 and "run the same command again to resume" in message
     assert not (copies[1] / "likelihood_results" / "results.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("0*.npz")}
     assert kept
     for process in (whole, start("eval_pm_vdvae_likelihood", copies[1], *options)):
         err = process.communicate(timeout=300)[1]

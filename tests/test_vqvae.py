@@ -282,11 +282,16 @@ def test_the_evaluation_writes_what_it_says(chain):
     assert finished.returncode == 0, finished.stderr
     results = folder / "pm" / "imputation_results"
     found = json.loads((results / "results.json").read_text())
-    assert found["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall"}
+    assert found["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall", "f_1_8", "f_8"}
     assert found["num_examples"] == 30 and found["flags"]["embedding"] == "pixels"
     shapes = {path.stem: np.load(path).shape for path in results.glob("*.npy")}
     assert shapes == {"psnrs": (2,), "prd_data": (2, 2, 1001), "f_scores": (2, 2)}
     np.testing.assert_array_equal(np.load(results / "psnrs.npy"), found["metrics"]["psnr_db"]["trials"])
+    for column, names in enumerate((("precision", "f_1_8"), ("recall", "f_8"))):
+        for name in names:
+            np.testing.assert_array_equal(
+                np.load(results / "f_scores.npy")[:, column], found["metrics"][name]["trials"]
+            )
     assert 5 < found["metrics"]["psnr_mean_db"]["mean"] < found["metrics"]["psnr_knn_db"]["mean"] < 40
     assert (results / "imputations.png").exists()
 
@@ -296,7 +301,7 @@ def test_without_network_the_default_embedding_fails_in_one_line_before_any_work
     finished = evaluate(chain[0], "--num_instances=30")
     assert finished.returncode == 1
     (line,) = finished.stderr.strip().splitlines()
-    assert line.startswith("error: cannot download the Inception weights") and line.endswith("--embedding=pixels")
+    assert line.startswith("error: cannot download the Inception weights") and line.endswith("embedding=pixels")
 
 
 # Real data -----------------------------------------------------------------------------------------------------------

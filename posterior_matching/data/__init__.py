@@ -9,55 +9,42 @@
 | `mnist16`, `mnist16_flat` | [16, 16, 1] images, [256] features in [0, 1] | `mnist`, resized |
 | `celeb_a` | [64, 64, 3] images | TFDS, cropped and resized |
 | any other TFDS name | its `image` (uint8, fixed shape) or `features` | TFDS |
-| a path to `.npy`, `.npz` or `.csv` | features, NaN = missing, standardised | your own table |
+| a path to `.csv`, `.tsv`, `.parquet`, `.npy` ..., a DataFrame | columns, NaN = missing | your own table, `tables` |
 """
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from posterior_matching.data import builtin, files, tfds_reader
+from posterior_matching.config import call
+from posterior_matching.data import builtin, tables, tfds_reader
 from posterior_matching.data.builtin import mixture_log_prob
+from posterior_matching.data.columns import Columns
 from posterior_matching.data.splits import resolve_split, unknown_split
+from posterior_matching.data.tables import Table, TableOption, TableOptions, read_table
 from posterior_matching.errors import UserError
 
 if TYPE_CHECKING:
     import jax
+    import pandas as pd
 
-__all__ = ["Dataset", "Standardisation", "decode", "load", "load_for_training", "mixture_log_prob"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Standardisation:
-    """The affine map that gives every feature mean 0 and standard deviation 1 on the training part.
-
-    Attributes:
-        mean: [d] float64, in the units of the file.
-        std: [d] float64, positive, in the units of the file.
-    """
-
-    mean: np.ndarray
-    std: np.ndarray
-
-    def apply(self, x: np.ndarray) -> np.ndarray:
-        """Maps rows [..., d] in the units of the file to standard units, float32. NaN stays NaN."""
-        return ((x - self.mean) / self.std).astype(np.float32)
-
-    def invert(self, x: np.ndarray) -> np.ndarray:
-        """Maps rows [..., d] in standard units back to the units of the file, float64."""
-        return np.asarray(x, np.float64) * self.std + self.mean
-
-    def to_json(self) -> dict[str, list[float]]:
-        """Returns plain lists, which survive `json` exactly; `from_json` reads them back."""
-        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, list[float]]) -> "Standardisation":
-        """Reads what `to_json` wrote."""
-        return cls(np.asarray(values["mean"], np.float64), np.asarray(values["std"], np.float64))
+__all__ = [
+    "Columns",
+    "Dataset",
+    "Table",
+    "TableOption",
+    "TableOptions",
+    "decode",
+    "fingerprint",
+    "load",
+    "load_for_training",
+    "mixture_log_prob",
+    "read_table",
+    "split_table",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,8 +58,8 @@ class Dataset:
         label: [N] int32 class labels, or None.
         max_value: The pixel value that means 1: 255 for uint8 images, 16 for `digits`; 1 for images already in [0, 1]
             and for features.
-        standardisation: How `x` was made from the user's own file; None for every other dataset.
-        feature_names: The d column names, where the file has them.
+        columns: What the d features of the user's own table are; None for every other dataset.
+        fingerprint: SHA-256 of the user's own file or frame; None for every other dataset.
     """
 
     name: str
@@ -80,8 +67,8 @@ class Dataset:
     x: np.ndarray
     label: np.ndarray | None = None
     max_value: float = 1.0
-    standardisation: Standardisation | None = None
-    feature_names: tuple[str, ...] | None = None
+    columns: Columns | None = None
+    fingerprint: str | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -92,25 +79,35 @@ class Dataset:
         return len(self.x)
 
 
-def load(name: str, split: str, *, standardisation: Standardisation | None = None) -> Dataset:
+def load(
+    name: "str | pd.DataFrame",
+    split: str,
+    *,
+    columns: Columns | None = None,
+    table: TableOptions = TableOptions(),  # noqa: B008
+    unknown_categories: Literal["error", "missing"] = "error",
+) -> Dataset:
     """Loads one split of a dataset, downloading and preparing TFDS data on first use.
 
     Args:
-        name: A name of the table above, or the path of a `.npy`, `.npz` or `.csv` file (see `files.read`).
+        name: A name of the table above, or the path of a file (see `tables.read_table`), or a DataFrame.
         split: `train`, `validation` or `test`, whatever the dataset calls them: `validation` is its `val` or
             `validation`, or else its `test`. Other strings go to TFDS (`train[:90%]`). `all` is every row of an own
-            file, in the order of the file.
-        standardisation: For an own file, that of the run to evaluate; by default that of the file's training part.
+            table, in its order.
+        columns: For an own table, those of the run to evaluate; by default the table's own.
+        table: How to read an own table.
+        unknown_categories: What becomes of categories that the run does not know.
 
     Raises:
         UserError: The name, split or file is unknown or malformed, or the data cannot be downloaded.
     """
-    if Path(name).suffix.lower() in files.READERS:
-        return _load_own(name, split, standardisation)
-    if standardisation is not None:
-        raise UserError(
-            f"dataset '{name}' has its own units, but this run was trained on a standardised file: pass a file"
-        )
+    if tables.is_table(name):
+        return split_table(_read(name, table, columns), (split,), columns, unknown_categories)[0]
+    name = str(name)
+    if Path(name).is_file():
+        raise UserError(f"'{name}' is a file of no format that is read: save the table as .csv, .parquet or .npy")
+    if columns is not None:
+        raise UserError(f"dataset '{name}' has its own units, but this run was trained on a table: pass a file")
     if name not in builtin.DATASETS:
         split, x, label = tfds_reader.read(name, split)
         return Dataset(name, split, x, label, max_value=255.0 if x.dtype == np.uint8 else 1.0)
@@ -121,38 +118,74 @@ def load(name: str, split: str, *, standardisation: Standardisation | None = Non
     return Dataset(name, split, *parts[split], max_value=max_value)
 
 
-def load_for_training(
-    config: Mapping[str, Any], standardisation: Standardisation | None = None
-) -> tuple[Dataset, Dataset]:
-    """Loads the training and the validation part that an experiment's config names.
+def fingerprint(name: str | None) -> str | None:
+    """Returns the SHA-256 of a user's own file; None for other datasets, and for a file that is not there."""
+    path = Path(name or "")
+    return tables.file_fingerprint(path) if name and tables.is_table(name) and path.is_file() else None
+
+
+def load_for_training(config: Mapping[str, Any], columns: Columns | None = None) -> tuple[Dataset, Dataset]:
+    """Loads the training and the validation part that an experiment's config names; reads a file once.
 
     Args:
-        config: With `dataset`, `train_split` and `validation_split`.
-        standardisation: Of an own file, that of the run to build on; by default that of the file's training part.
+        config: With `dataset`, `train_split`, `validation_split` and perhaps `table` (see `TableOptions`).
+        columns: Of an own table, those of the run to build on; by default they are decided now.
 
     Raises:
         UserError: `config.dataset` is not set, or see `load`.
     """
-    name = config["dataset"]
+    name, splits = config["dataset"], (config["train_split"], config["validation_split"])
     if name is None:
-        raise UserError("missing key 'config.dataset': a name (README, \"Data\") or a path to .npy, .npz or .csv")
-    train = load(name, config["train_split"], standardisation=standardisation)
-    return train, load(name, config["validation_split"], standardisation=train.standardisation)
+        raise UserError("missing key 'config.dataset': a name (README, \"Data\") or the path of a table")
+    if not tables.is_table(name):
+        train, validation = (load(name, split, columns=columns) for split in splits)
+        return train, validation
+    table = _read(name, call(TableOptions, config.get("table") or {}, "config.table"), columns)
+    train, validation = split_table(table, splits, columns)
+    return train, validation
 
 
-def _load_own(path: str, split: str, standardisation: Standardisation | None) -> Dataset:
-    parts, feature_names = files.read(path)
-    split = resolve_split(split, parts)
-    if split not in parts:
-        raise unknown_split(path, split, parts)
-    if standardisation is None:
-        standardisation = Standardisation(*files.mean_and_std(path, parts["train"], feature_names))
-    x = parts[split]
-    if x.shape[1] != len(standardisation.mean):
-        raise UserError(f"'{path}' has {x.shape[1]} columns, but the run was trained on {len(standardisation.mean)}")
-    if len(x) == 0:
-        raise UserError(f"'{path}' has {len(parts['all'])} rows, too few for a '{split}' part: give at least 10")
-    return Dataset(path, split, standardisation.apply(x), standardisation=standardisation, feature_names=feature_names)
+def _read(source: "str | pd.DataFrame", options: TableOptions, columns: Columns | None) -> Table:
+    if columns is None:
+        return read_table(source, options)
+    return read_table(source, columns.reading(options), known_names=columns.names)
+
+
+def split_table(
+    table: Table,
+    splits: tuple[str, ...],
+    columns: Columns | None = None,
+    unknown_categories: Literal["error", "missing"] = "error",
+) -> tuple[Dataset, ...]:
+    """Turns a table into datasets, one for each split: 80/10/10 with a fixed seed, unless the file has its own parts.
+
+    Args:
+        table: The rows.
+        splits: Of `train`, `validation` (`val`), `test` and `all`.
+        columns: Those of a run; None: decided by the table, its training part standardised.
+        unknown_categories: See `Columns.encode`.
+
+    Raises:
+        UserError: A split is unknown or empty; or see `Columns`.
+    """
+    parts = dict(table.parts or _split(len(table))) | {"all": np.arange(len(table))}
+    for split in splits:
+        if resolve_split(split, parts) not in parts:
+            raise unknown_split(table.source, split, parts)
+        if len(parts[resolve_split(split, parts)]) == 0:
+            raise UserError(f"'{table.source}' has {len(table)} rows, too few for a '{split}' part: give at least 10")
+    columns = columns or Columns.fit(table, parts["train"])
+    x = columns.encode(table, unknown_categories)
+    names = (resolve_split(split, parts) for split in splits)
+    return tuple(
+        Dataset(table.source, name, x[parts[name]], columns=columns, fingerprint=table.fingerprint) for name in names
+    )
+
+
+def _split(size: int) -> dict[str, np.ndarray]:
+    order = np.random.default_rng(0).permutation(size)
+    test, val, train = np.split(order, [size // 10, 2 * (size // 10)])
+    return {"train": train, "val": val, "test": test}
 
 
 def decode(x: "jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:

@@ -1,6 +1,6 @@
-"""Imputation by scikit-learn, to see what a model is worth."""
+"""Imputation by scikit-learn, to compare a model with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,3 +31,16 @@ def fit(
         "iterative": (IterativeImputer(random_state=0, keep_empty_features=True), some),
     }
     return {name: imputer.fit(rows).transform for name, (imputer, rows) in imputers.items() if name in names}
+
+
+def impute(imputers: Mapping[str, Imputer], x: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the name of every imputer and its imputation of `x`, in the shape of `x`.
+
+    Args:
+        imputers: See `fit`.
+        x: `[N, d]` or `[N, H, W, C]`.
+        b: Masks, `[N, d]` or `[N, H, W, 1]`; 1 = observed.
+    """
+    rows = np.where(np.broadcast_to(b, x.shape) == 1, x, np.nan).reshape(len(x), -1)
+    for name, imputer in imputers.items():
+        yield name, imputer(rows).reshape(x.shape)

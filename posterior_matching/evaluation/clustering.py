@@ -1,4 +1,4 @@
-"""Scores of clusters against labels, as VaDE and PM-VaDE log them at validation."""
+"""How well clusters agree with labels: the scores, and their computation over a validation set during training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from posterior_matching import data
-from posterior_matching.evaluation.metrics import clustering_scores
 from posterior_matching.models.vade import VADE
 from posterior_matching.models.vade_initialisation import latents
 
@@ -14,6 +13,29 @@ if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
 SAMPLES = 50  # of z, for a prediction of the cluster
+
+
+def clustering_scores(label: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
+    """Returns how well clusters agree with labels, whatever the clusters are called; 1 is perfect.
+
+    `clustering_accuracy`: share of examples with the label of their cluster, under the best one-to-one assignment of
+    clusters to labels (Hungarian algorithm). `nmi`: normalised mutual information. `ari`: adjusted Rand index, about 0
+    for random clusters.
+
+    Args:
+        label: `[N]` integers.
+        cluster: `[N]` integers.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    counts = contingency_matrix(label, cluster)  # examples of each label in each cluster
+    return {
+        "clustering_accuracy": float(counts[linear_sum_assignment(-counts)].sum() / counts.sum()),
+        "nmi": float(normalized_mutual_info_score(label, cluster)),
+        "ari": float(adjusted_rand_score(label, cluster)),
+    }
 
 
 def contingency(label: jax.Array, cluster: jax.Array, num_clusters: int) -> jax.Array:

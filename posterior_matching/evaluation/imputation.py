@@ -4,107 +4,117 @@ How close the mean imputation is to the truth (PSNR), and how well several imput
 distribution of real images (precision and recall of distributions).
 """
 
-import functools
-import pathlib
-from collections.abc import Callable
+import os
+from typing import Literal
 
 import jax
 import numpy as np
-from absl import flags
 from flax import nnx
 
-from posterior_matching import data, masking, runs
+from posterior_matching.config import Count, Seed, check
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import baselines, embeddings, metrics
-from posterior_matching.evaluation.examples import ExampleMap, Results, load_dataset, rows, training_rows
-from posterior_matching.evaluation.pictures import imputation_grid, save_png
-from posterior_matching.progress import progress_bar
+from posterior_matching.evaluation import baselines as rivals
+from posterior_matching.evaluation.embeddings import EMBEDDINGS
+from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
+from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
+from posterior_matching.evaluation.results import Results
+from posterior_matching.masking import MaskGenerator
+from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
+from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
+from posterior_matching.progress import progress_bar, with_log
 
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of the training script", required=True)
-_DATASET = flags.DEFINE_string("dataset", None, "Dataset; default: the one the run was trained on.")
-_SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", None, ["best", "latest"], "Default: config.evaluate_checkpoint of the run."
-)
-_MASK = flags.DEFINE_string("mask_generator", "config", "Name of a mask generator, or 'config': the run's.")
-_INSTANCES = flags.DEFINE_integer("num_instances", None, "Evaluate only the first examples; default: all.")
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Examples at once per device; no effect on results.", lower_bound=1
-)
-_SAMPLES = flags.DEFINE_integer("num_samples", 10, "Imputations of every image.", lower_bound=1)
-_TRIALS = flags.DEFINE_integer("num_trials", 5, "Trials, each with fresh masks.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of masks, samples and clusterings.", lower_bound=0)
-_EMBEDDING = flags.DEFINE_enum(
-    "embedding", "inception", sorted(embeddings.EMBEDDINGS), "Of images, for precision and recall; pixels: no download."
-)
-_BASELINES = flags.DEFINE_bool("baselines", False, "Also the PSNR of mean and kNN imputation on the same masks.")
-
-# (model, x [B, H, W, C] in [0, 1], b [B, H, W, 1], number of samples, key) -> [S, B, H, W, C] in [0, 1]
-Impute = Callable[[nnx.Module, jax.Array, jax.Array, int, jax.Array], jax.Array]
+MODELS = ("pm_vdvae", "pm_vqvae")
 
 
-def _impute(model, x, b, num_samples, key):
-    return model.impute(x, b, num_samples, key=key)
+class UnitRange(nnx.Module):
+    """A PM-VDVAE that imputes images in [0, 1] instead of pixel levels."""
+
+    def __init__(self, vdvae: PosteriorMatchingVDVAE):
+        self.vdvae = vdvae
+
+    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Returns imputations `[S, B, H, W, C]` in [0, 1] of images `[B, H, W, C]` in [0, 1]."""
+        return self.vdvae.from_levels(self.vdvae.impute(self.vdvae.to_levels(x), b, num_samples, key=key))
 
 
-def evaluate(model_name: str, impute: Impute = _impute) -> None:
-    """Evaluates a run of `model_name` as the flags say, and writes `imputation_results/` in its run directory.
+def evaluate(
+    run_dir: str | os.PathLike[str],
+    *,
+    dataset: str | None = None,
+    split: str = "test",
+    checkpoint: Checkpoint | None = None,
+    mask_generator: str | MaskGenerator = "config",
+    num_instances: Count | None = None,
+    batch_size: Count = 32,
+    num_samples: Count = 10,
+    num_trials: Count = 5,
+    seed: Seed = 0,
+    embedding: Literal["inception", "pixels"] = "inception",
+    baselines: bool = False,
+) -> Results:
+    """Evaluates a PM-VQVAE or PM-VDVAE and writes `imputation_results/` in its run directory.
 
     Written are `psnrs.npy` [trials], `prd_data.npy` [trials, 2 (precision, recall), 1001], `f_scores.npy` [trials, 2
-    (F_1/8, F_8)], `results.json` and `imputations.png`.
-    """
-    description = runs.read_description(_RUN_DIR.value, model_name)
-    trained_on = masking.build_mask_generator(description["config"]["mask_generator"])
-    named = {"name": _MASK.value}
-    generator = trained_on if _MASK.value == "config" else masking.build_mask_generator(named, "--mask_generator")
-    dataset = load_dataset(description, _DATASET.value, _SPLIT.value, _INSTANCES.value)
-    mask_shape = masking.mask_shape(dataset.input_shape)
-    generator.check(mask_shape)
-    if len(dataset) < metrics.NUM_CLUSTERS:
-        raise UserError(f"precision and recall need at least {metrics.NUM_CLUSTERS} images, not {len(dataset)}")
-    embed = embeddings.EMBEDDINGS[_EMBEDDING.value]()
-    model = runs.load_model(_RUN_DIR.value, model_name, _CHECKPOINT.value)
+    (F_1/8, F_8)], `results.json` and `imputations.png`. The metrics `precision` and `recall` are the greatest F_1/8 and
+    F_8 along the curve, as in the paper; `f_1_8` and `f_8` are the same numbers under their exact names.
 
-    def impute_example(models, key, x, available):
+    Args:
+        run_dir: The run directory.
+        dataset: The dataset; None: the one the run was trained on.
+        split: Its split.
+        checkpoint: "best" or "latest"; None: what the run's config names.
+        mask_generator: What is observed, see `Evaluation.masks`.
+        num_instances: Evaluate only the first images; None: all.
+        batch_size: Images at once on each device.
+        num_samples: Imputations of every image.
+        num_trials: Trials, each with its own masks.
+        seed: Of masks, samples and clusterings.
+        embedding: What precision and recall compare, a key of `EMBEDDINGS`.
+        baselines: Also compute the PSNR of mean and kNN imputation on the same masks.
+
+    Raises:
+        UserError: An argument is wrong, or does not fit the run.
+    """
+    arguments = check(evaluate, dict(locals()))
+    run = open_run(run_dir, dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)
+    if (name := run.description["model"]) not in MODELS:
+        raise UserError(f"{run_dir} is a run of {name}, not of {' or '.join(MODELS)}")
+    if len(run.dataset) < NUM_CLUSTERS:
+        raise UserError(f"precision and recall need at least {NUM_CLUSTERS} images, not {len(run.dataset)}")
+    generator = run.masks(mask_generator)
+    embed = EMBEDDINGS[embedding]()
+    trained: PosteriorMatchingVQVAE | PosteriorMatchingVDVAE = run.model
+    model = UnitRange(trained) if isinstance(trained, PosteriorMatchingVDVAE) else trained
+
+    def impute_example(models: nnx.Dict, key: jax.Array, x: jax.Array, available: jax.Array):
         key_mask, key_impute = jax.random.split(key)
-        b = generator(key_mask, (1, *mask_shape)) * available[None]
-        imputations = impute(models["model"], x[None], b, _SAMPLES.value, key_impute)[:, 0]
+        b = generator(key_mask, (1, *run.mask_shape)) * available[None]
+        imputations = models["model"].impute(x[None], b, num_samples, key=key_impute)[:, 0]
         return {"b": b[0], "imputation": imputations.mean(0), "embeddings": models["embed"](imputations)}
 
-    def embed_example(embed, _key, x, _available):
+    def embed_example(embed: nnx.Module, _key: jax.Array, x: jax.Array, _available: jax.Array):
         return {"embedding": embed(x[None])[0]}
 
-    key = jax.random.key(_SEED.value)
-    real = ExampleMap(embed_example, embed, dataset, _BATCH_SIZE.value)(key, "embeddings")["embedding"]
-    impute_all = ExampleMap(impute_example, nnx.Dict(model=model, embed=embed), dataset, _BATCH_SIZE.value)
-    x = np.asarray(data.decode(dataset.x, dataset.max_value)[0])
-    results = Results(pathlib.Path(_RUN_DIR.value) / "imputation_results", len(dataset), _SEED.value)
-    rivals = baselines.fit(training_rows(description), ("mean", "knn")) if _BASELINES.value else {}
+    key = jax.random.key(seed)
+    real = ExampleMap(embed_example, embed, run.dataset, batch_size)(key, "embeddings")["embedding"]
+    impute_all = ExampleMap(impute_example, nnx.Dict(model=model, embed=embed), run.dataset, batch_size)
+    imputers = rivals.fit(run.training_rows(), ("mean", "knn")) if baselines else {}
+    results = Results(run.path / "imputation_results", len(run.dataset), arguments)
     curves = []
 
-    for trial in range(_TRIALS.value):
+    for trial in with_log(range(num_trials), "trial"):
         found = impute_all(jax.random.fold_in(key, trial), f"trial {trial + 1}: imputations")
-        psnr_db, exact = metrics.finite_mean(metrics.psnr(x, found["imputation"]))
-        results.add(psnr_db=psnr_db)
-        if exact:
-            print(f"warning: {exact} images imputed exactly, with infinite PSNR, were left out of the mean of psnr_db")
-        for name, imputer in rivals.items():
-            filled = imputer(np.where(rows(np.broadcast_to(found["b"], x.shape)) == 1, rows(x), np.nan))
-            results.add(**{f"psnr_{name}_db": metrics.finite_mean(metrics.psnr(x, filled.reshape(x.shape)))[0]})
-        sets = progress_bar(np.moveaxis(found["embeddings"], 1, 0), f"trial {trial + 1}: precision and recall")
-        curve = [metrics.precision_recall(real, generated, _SEED.value) for generated in sets]
-        precision, recall = np.mean(curve, axis=0)  # over imputation sets
+        results.add_mean(psnr_db=psnr(run.x, found["imputation"]))  # infinite for images imputed exactly
+        for name, imputation in rivals.impute(imputers, run.x, found["b"]):
+            results.add_mean(**{f"psnr_{name}_db": psnr(run.x, imputation)})
+        sets = np.moveaxis(found["embeddings"], 1, 0)
+        with progress_bar(sets, f"trial {trial + 1}: precision and recall", leave=False) as bar:
+            precision, recall = np.mean([precision_recall(real, generated, seed) for generated in bar], axis=0)
         curves.append((precision, recall))
-        results.add(
-            precision=metrics.max_f_score(precision, recall, 1 / 8), recall=metrics.max_f_score(precision, recall, 8)
-        )
+        f_1_8, f_8 = max_f_score(precision, recall, 1 / 8), max_f_score(precision, recall, 8)
+        results.add(precision=f_1_8, recall=f_8, f_1_8=f_1_8, f_8=f_8)
 
-    f_scores = np.stack([results.trials("precision"), results.trials("recall")], axis=1)
+    f_scores = np.stack([results.trials("f_1_8"), results.trials("f_8")], axis=1)
     results.write(psnrs=results.trials("psnr_db"), prd_data=np.array(curves), f_scores=f_scores)
-    path = results.folder / "imputations.png"
-    shown = x[:10]
-    key_mask, key_impute = jax.random.split(key)
-    b = generator(key_mask, (len(shown), *mask_shape))
-    draws = nnx.jit(functools.partial(impute, num_samples=6, key=key_impute))(model, shown, b)
-    save_png(path, imputation_grid(shown, b, draws))
-    print(f"original, observed part, six imputations: {path}")
+    results.draw_imputations(model, run.x, generator)
+    return results

@@ -1,8 +1,10 @@
 """Pictures of images and their imputations, as arrays (no plotting library)."""
 
-import os
+import pathlib
 
 import numpy as np
+
+from posterior_matching.atomic import replacing
 
 _GREY = 0.5  # what is not observed
 _GAP = 2  # pixels between images
@@ -37,10 +39,11 @@ def image_square(x: np.ndarray) -> np.ndarray:
     return image_columns(*x.reshape(-1, width, *x.shape[1:]).swapaxes(0, 1))
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, min_width: int = 800) -> None:
+def save_png(path: pathlib.Path, image: np.ndarray, min_width: int = 800) -> None:
     """Writes an image `[H, W, C]` in [0, 1], enlarged by a whole factor to at least `min_width` pixels."""
     from PIL import Image
 
     factor = -(-min_width // image.shape[1])
     pixels = np.round(image * 255).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    with replacing(path) as temporary:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")

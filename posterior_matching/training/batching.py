@@ -130,3 +130,26 @@ def evaluation_chunks(arrays: Arrays, batch_size: int, chunk_gb: float = 0.25) -
     for start in range(0, indices.shape[1], step):
         chunk = indices[:, start : start + step]
         yield {k: a[chunk] for k, a in arrays.items()}, weights[:, start : start + step]
+
+
+class ValidationChunks:
+    """The validation data in padded chunks, kept on the devices when they fit there.
+
+    Yields arrays `[local devices, batches, batch_size, ...]`, weights (0 for padding) and the indices of the batches.
+    """
+
+    def __init__(self, arrays: Arrays, batch_size: int, memory_budget_gb: float):
+        self._arrays, self._batch_size = arrays, batch_size
+        size_gb = sum(a.nbytes for a in arrays.values()) / jax.device_count() / 1e9
+        self._kept = list(parallel.shard(list(self._read()))) if size_gb <= memory_budget_gb else None
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        return iter(self._kept) if self._kept is not None else self._read()
+
+    def _read(self):
+        first = 0
+        for arrays, weights in evaluation_chunks(self._arrays, self._batch_size):
+            num_batches = weights.shape[1]
+            index = np.broadcast_to(np.arange(first, first + num_batches), (len(weights), num_batches))
+            first += num_batches
+            yield arrays, weights, index

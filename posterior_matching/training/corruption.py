@@ -8,7 +8,7 @@ from flax import nnx
 
 from posterior_matching.config import NonNegative
 from posterior_matching.errors import OptionError
-from posterior_matching.training.loop import Batch
+from posterior_matching.training.experiment import Batch
 
 
 def add_noise(x: jax.Array, available: jax.Array, key: jax.Array, std: float) -> jax.Array:

@@ -15,14 +15,15 @@ from flax import nnx
 
 from posterior_matching import config as configs
 from posterior_matching import data, models, runs
-from posterior_matching.errors import OptionError
+from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape
 from posterior_matching.training.corruption import CorruptionOptions
-from posterior_matching.training.loop import Batch, Experiment, Phase, Terms, TrainingOptions, fit
+from posterior_matching.training.experiment import Batch, Experiment, Phase, Terms, TrainingOptions
+from posterior_matching.training.loop import fit
 from posterior_matching.training.pretrained import Base, Pretrained, load_pretrained
 
 FamilyLoss = Callable[[Any, Batch, nnx.Rngs, Any], Terms]
-Pictures = Callable[[Any, jax.Array, jax.Array | None], dict[str, np.ndarray]]
+Pictures = Callable[[Any, jax.Array, Any], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class DataOptions:
     dataset: str | None  # a name (README, "Data") or a path to a file; None: the base's
     train_split: str
     validation_split: str
+    table: data.TableOption = dataclasses.field(default_factory=data.TableOptions)  # how to read a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Family:
 
     name: str
     options: type
-    loss: FamilyLoss | None = None
+    loss: FamilyLoss
     base: Base | None = None
     pictures: Pictures | None = None
     check: Callable[[Any, Any, data.Dataset], None] | None = None
@@ -99,13 +101,19 @@ class Family:
             UserError: The config, the data, the base or the run directory does not fit.
         """
         parsed = self.parse(config)
-        pretrained = self.base and load_pretrained(self.base, parsed.base_dir, self.name, run_dir)
+        pretrained = load_pretrained(self.base, parsed.base_dir, self.name, run_dir) if self.base else None
         if pretrained and parsed.config["dataset"] is None:
             parsed = parsed._replace(config=parsed.config | {"dataset": pretrained.dataset})
-        train_set, validation_set = data.load_for_training(parsed.config, pretrained and pretrained.standardisation)
+        columns = saved_columns(run_dir, parsed.config) or (pretrained.columns if pretrained else None)
+        train_set, validation_set = data.load_for_training(parsed.config, columns)
         experiment = self.experiment(parsed, train_set, validation_set, pretrained)
         run = runs.open_run(
-            run_dir, self.name, experiment.config, train_set.input_shape, standardisation=train_set.standardisation
+            run_dir,
+            self.name,
+            experiment.config,
+            train_set.input_shape,
+            columns=train_set.columns,
+            fingerprint=train_set.fingerprint,
         )
         fit(experiment, run)
         return str(run.path)
@@ -118,9 +126,11 @@ class Family:
         """
         plain = configs.plain(config)
         groups = [self.options, TrainingOptions, DataOptions, ModelOptions]
-        groups += [self.base.options()] if self.base else []
-        options, training, _, _, *base = configs.parse(plain, *groups)
-        return Parsed(plain, options, training, getattr(base[0], self.base.dir_key) if base else None)
+        if self.base is None:
+            options, training, _, _ = configs.parse(plain, *groups)
+            return Parsed(plain, options, training, base_dir=None)
+        options, training, _, _, base = configs.parse(plain, *groups, self.base.options())
+        return Parsed(plain, options, training, getattr(base, self.base.dir_key))
 
     def experiment(
         self,
@@ -155,7 +165,7 @@ class Family:
             if isinstance(options, CorruptionOptions):
                 options.check(shape)
             phases = self.phases(setup) if self.phases else [self._only_phase(setup, trainable)]
-            if (others := sum(phase.steps for phase in phases[:-1])) >= parsed.training.steps:
+            if (others := sum(phase.steps or 0 for phase in phases[:-1])) >= parsed.training.steps:
                 raise OptionError("steps", f"must exceed the {others} steps of the phases before the last")
             if self.check:
                 self.check(options, phases[-1].model, train_set)
@@ -165,7 +175,7 @@ class Family:
             phases=phases,
             train_set=train_set,
             validation_set=validation_set,
-            pictures=self._pictures(generator, validation_set) if self.pictures and len(shape) == 3 else None,
+            pictures=_first_pictures(self.pictures, generator, validation_set) if len(shape) == 3 else None,
             summarise=self.summarise,
         )
 
@@ -173,17 +183,39 @@ class Family:
         loss = bind(self.loss, setup.options)
         return Phase(setup.build(), loss, None, setup.training.optimizer, trainable)
 
-    def _pictures(self, generator: Any, dataset: data.Dataset) -> Callable[[Any], dict[str, np.ndarray]]:
-        """Binds `pictures` to the first validation images, with the same masks every time."""
-
-        def pictures(model: Any) -> dict[str, np.ndarray]:
-            x, available = data.decode(dataset.x[:8], dataset.max_value)
-            b = generator(jax.random.key(0), available.shape) if generator else None
-            return self.pictures(model, x, b)
-
-        return pictures
-
 
 def bind(loss: FamilyLoss, options: Any) -> Callable[[Any, Batch, nnx.Rngs], Terms]:
     """Returns the loss with its options filled in."""
     return lambda model, batch, rngs: loss(model, batch, rngs, options)
+
+
+def _first_pictures(
+    pictures: Pictures | None, generator: Any, dataset: data.Dataset
+) -> Callable[[Any], dict[str, np.ndarray]] | None:
+    """Binds `pictures` to the first validation images, with the same masks every time."""
+    if pictures is None:
+        return None
+
+    def draw(model: Any) -> dict[str, np.ndarray]:
+        x, available = data.decode(dataset.x[:8], dataset.max_value)
+        return pictures(model, x, generator(jax.random.key(0), available.shape) if generator else None)
+
+    return draw
+
+
+def saved_columns(run_dir: str | None, config: dict[str, Any]) -> data.Columns | None:
+    """Returns the columns of the run that is being resumed, which are never decided again; None for a new run.
+
+    Raises:
+        UserError: The table has changed since the run began.
+    """
+    if run_dir is None or not runs.latest_step(run_dir):
+        return None
+    description = runs.read_description(run_dir)
+    before, now = description.get("fingerprint"), data.fingerprint(config["dataset"])
+    if before and now and before != now:
+        raise UserError(
+            f"'{config['dataset']}' has changed since {run_dir} began to train on it: put the old file back, or choose "
+            "another --run_dir"
+        )
+    return runs.saved_columns(description)

@@ -3,17 +3,19 @@
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from posterior_matching import parallel, runs
+from posterior_matching import atomic, parallel, runs
 from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
 
 _MAX_CONSECUTIVE_SKIPS = 100
+_COUNTS = ("skipped_updates", "skipped_in_a_row")  # metrics that are whole numbers
 
 
 class TrainingLog:
@@ -26,6 +28,7 @@ class TrainingLog:
         steps: Where training will end.
         batch_size: Per device.
         skip_nonfinite: Whether non-finite updates were skipped (and are counted), or are an error.
+        unwritten: Metrics of the steps before this that are to be logged with those to come, see `unwritten`.
     """
 
     def __init__(
@@ -37,8 +40,13 @@ class TrainingLog:
         steps: int,
         batch_size: int,
         skip_nonfinite: bool,
+        unwritten: Mapping[str, Sequence[float]],
     ):
         self._run, self._skip_nonfinite = run, skip_nonfinite
+        self._unwritten = {
+            name: np.array(values, np.int32 if name in _COUNTS else np.float32) for name, values in unwritten.items()
+        }
+        self._step = run.step  # up to which metrics were collected
         self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []
         self._training: dict[str, float] = {}
         self._writes = jax.process_index() == 0
@@ -49,7 +57,7 @@ class TrainingLog:
         total, ours = (
             sum(math.prod(a.shape) for a in jax.tree.leaves(s)) for s in (nnx.state(model, nnx.Param), trainable)
         )
-        (run.path / "parameters.txt").write_text(parameter_overview(model))
+        atomic.write_text(run.path / "parameters.txt", parameter_overview(model))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
         print(f"run directory: {run.path}")
         print(
@@ -87,18 +95,30 @@ class TrainingLog:
         if self._writes:
             self._progress.update(num_steps)
 
-    def write_training(self) -> None:
-        """Writes the means since the last write; raises UserError if a step was not finite."""
+    def collect(self) -> None:
+        """Waits for the metrics of all steps so far; raises UserError if one was not finite."""
         if not self._pending:
             return
-        values: dict[str, list[np.ndarray]] = {}
-        for _, _, metrics in self._pending:
-            for name, value in parallel.unreplicate(metrics).items():
-                values.setdefault(name, []).append(value)
+        dispatches = [parallel.unreplicate(metrics) for _, _, metrics in self._pending]
         step = self._pending[-1][0]
         self._pending = []
-        series = {name: np.concatenate(parts) for name, parts in values.items()}
+        series = {name: np.concatenate([metrics[name] for metrics in dispatches]) for name in dispatches[0]}
         self._refuse_nonfinite(step, series)
+        for name, values in series.items():
+            earlier = self._unwritten.get(name)
+            self._unwritten[name] = values if earlier is None else np.concatenate([earlier, values])
+        self._step = step
+
+    def unwritten(self) -> dict[str, list[float]]:
+        """What was collected since the last write, as JSON values; to be saved with a checkpoint."""
+        return {name: values.tolist() for name, values in self._unwritten.items()}
+
+    def write_training(self) -> None:
+        """Writes the means since the last write; raises UserError if a step was not finite."""
+        self.collect()
+        series, self._unwritten = self._unwritten, {}
+        if not series:
+            return
         kept = series["skipped_in_a_row"] == 0
         skipped = float(series.pop("skipped_updates")[-1])
         series.pop("skipped_in_a_row")
@@ -111,7 +131,7 @@ class TrainingLog:
         means["steps_per_second"] = self._steps_timed / (now - self._clock)
         self.restart_clock()
         self._training = means
-        self._write("train", step, means)
+        self._write("train", self._step, means)
         if self._writes:
             self._progress.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from posterior_matching import runs
 from posterior_matching.config import plain
-from posterior_matching.data import Standardisation
+from posterior_matching.data import Columns
 from posterior_matching.errors import UserError
 
 
@@ -56,7 +56,7 @@ class Pretrained(NamedTuple):
     config: dict[str, Any]  # what it adds to config.model
     dataset: str  # it was trained on
     input_shape: tuple[int, ...]
-    standardisation: Standardisation | None = None
+    columns: Columns | None = None  # of the table it was trained on
 
     def check_shape(self, input_shape: tuple[int, ...]) -> None:
         """Raises UserError if the part was trained on data of another shape."""
@@ -94,19 +94,18 @@ def load_pretrained(
     else:
         description = runs.read_description(base_dir, base.model)
         model, holder = runs.load_model(base_dir, base.model), base.model
-    config = plain(description["config"]["model"])  # JSON has made lists of tuples
+    config = plain(description["config"]["model"])
     if base.config_keys:
         part, config = getattr(model, base.part), {key: config[key] for key in base.config_keys}
     elif holder == family:
         part, config = getattr(model, base.part), {base.part: config[base.part]}
     else:
         part, config = model, {base.part: config}
-    saved = description["standardisation"]
     return Pretrained(
         base=base,
         part=part,
         config=config,
         dataset=description["config"]["dataset"],
         input_shape=tuple(description["input_shape"]),
-        standardisation=Standardisation.from_json(saved) if saved else None,
+        columns=runs.saved_columns(description),
     )

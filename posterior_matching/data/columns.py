@@ -1,0 +1,419 @@
+"""The columns of a table as a model knows them: names, kinds, units and categories, fixed when it is trained.
+
+In the model's rows `x: [N, d]` there is one entry per column: a quantity with mean 0 and standard deviation 1 on the
+training rows, a category as its index, NaN where missing. A run keeps its columns in `config.json`, and every later
+table is matched to them by name.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+from absl import logging
+
+from posterior_matching.data import kinds
+from posterior_matching.data.cells import Cells, Kind, Table, TableOptions, number_text
+from posterior_matching.errors import UserError, nearest
+
+Value = str | bool | int | float
+_NUM_KNOTS = 101
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the model.
+
+    Attributes:
+        name: As in the table.
+        kind: `real`, `integer` (real, and back as a whole number between `low` and `high`) or `categorical`.
+        dtype: Of the cells it came from, for `Columns.decode`.
+        mean: Of the transformed training values.
+        std: The same; positive.
+        transform: `none`; `log`; or `quantile`, the piecewise linear map from `knots` to `scores`.
+        knots: Increasing values in the table's units.
+        scores: What the knots are mapped to: normal scores of their ranks.
+        low: Smallest training value, of integer columns.
+        high: Largest.
+        values: The categories, by index.
+    """
+
+    name: str
+    kind: Literal["real", "integer", "categorical"]
+    dtype: str = "float64"
+    mean: float = 0.0
+    std: float = 1.0
+    transform: Literal["none", "log", "quantile"] = "none"
+    knots: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    values: tuple[Value, ...] = ()
+
+    def transformed(self, values: np.ndarray) -> np.ndarray:
+        """Maps values [N] in the table's units to the scale that is standardised."""
+        if self.transform == "log":
+            return np.log(values)
+        return np.interp(values, self.knots, self.scores) if self.transform == "quantile" else values
+
+    def inverse(self, z: np.ndarray) -> np.ndarray:
+        """Maps standardised values [N] back to the table's units, float64."""
+        values = z.astype(np.float64) * self.std + self.mean
+        if self.transform == "log":
+            values = np.exp(values)
+        elif self.transform == "quantile":
+            values = np.interp(values, self.scores, self.knots)
+        return values if self.kind == "real" else np.clip(np.rint(values), self.low, self.high)
+
+    def log_slope(self, z: np.ndarray) -> np.ndarray:
+        """Returns log |d standardised / d table units| at standardised values [N]; 0 where they are NaN."""
+        scale, slope = z.astype(np.float64) * self.std + self.mean, np.zeros(len(z))
+        if self.transform == "log":
+            slope = -scale
+        elif self.transform == "quantile":
+            segment = np.clip(np.searchsorted(self.scores, scale, "right") - 1, 0, len(self.scores) - 2)
+            slope = np.log(np.diff(self.scores) / np.diff(self.knots))[segment]
+        return np.where(np.isnan(z), 0.0, slope - np.log(self.std))
+
+    @functools.cached_property
+    def index(self) -> dict[str, int]:
+        """Index of every category by its `_key`."""
+        return {_key(value): index for index, value in enumerate(self.values)}
+
+    @property
+    def cells_kind(self) -> Kind:
+        """How to understand the column's cells."""
+        if self.kind != "categorical":
+            return "number"
+        return "code" if all(_is_number(_key(value)) for value in self.values) else "word"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """All columns of a table.
+
+    Attributes:
+        columns: Those of the model, d of them.
+        names: Those of the training file, in order; empty in runs that kept no names: columns are then taken in order.
+        set_aside: Constant and empty ones, with their value, or None. Their holes are filled with it.
+        ignored: Dropped ones and unnamed row numbers, carried through.
+        missing_values: `config.table.missing_values` of the training.
+        usual_missing: The same.
+    """
+
+    columns: tuple[Column, ...]
+    names: tuple[str, ...] = ()
+    set_aside: Mapping[str, Value | None] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    missing_values: tuple[str | float, ...] = ()
+    usual_missing: bool = True
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @property
+    def cardinalities(self) -> tuple[int, ...]:
+        """The number of categories of each column, 0 for real ones."""
+        return tuple(len(column.values) for column in self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values that survive `json` exactly; `from_json` reads them."""
+        plain = {field.name: field.default for field in dataclasses.fields(Column)}
+        columns = [{k: v for k, v in dataclasses.asdict(c).items() if v != plain[k]} for c in self.columns]
+        columns = [{k: list(v) if isinstance(v, tuple) else v for k, v in column.items()} for column in columns]
+        return {
+            "columns": columns,
+            "names": list(self.names),
+            "set_aside": dict(self.set_aside),
+            "ignored": list(self.ignored),
+            "missing_values": list(self.missing_values),
+            "usual_missing": self.usual_missing,
+        }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` wrote, or the `{"mean": [d], "std": [d]}` of runs that kept no names."""
+        if "columns" not in saved:
+            return cls.from_standardisation(saved["mean"], saved["std"])
+        columns = tuple(Column(**_tuples(column)) for column in saved["columns"])
+        return cls(**_tuples(saved) | {"columns": columns})
+
+    @classmethod
+    def from_standardisation(cls, mean: Sequence[float], std: Sequence[float]) -> Self:
+        """Returns real columns without names."""
+        pairs = enumerate(zip(mean, std, strict=True), 1)
+        return cls(tuple(Column(f"column_{i}", "real", mean=float(m), std=float(s)) for i, (m, s) in pairs))
+
+    @classmethod
+    def fit(cls, table: Table, rows: np.ndarray | None = None) -> Self:
+        """Decides the columns of a table, as `table.options` say or by itself.
+
+        Args:
+            table: The training file.
+            rows: Indices of the rows whose values are standardised; None: all. Kinds and categories are those of all.
+
+        Raises:
+            UserError: See `kinds.infer`; or no column varies, or values cannot be transformed or scaled.
+        """
+        options = table.options
+        rows = np.arange(len(table)) if rows is None else rows
+        columns, set_aside, ignored = [], {}, list(options.drop)
+        for name, kind in kinds.infer(table).items():
+            if kind == "index":
+                logging.warning("%s has no name and numbers the rows: left out", table.where(name))
+                ignored.append(name)
+            elif kind == "empty":
+                set_aside[name] = None
+            elif kind == "categorical":
+                column = _categorical(table, name)
+                if len(column.values) > 1:
+                    columns.append(column)
+                else:
+                    set_aside[name] = column.values[0]
+            else:
+                values = _numbers(table, name)[rows]
+                values = values[~np.isnan(values)]
+                if len(values) == 0 or values.min() == values.max():
+                    set_aside[name] = _constant(table, name, values)
+                else:
+                    columns.append(_real(table, name, kind, values))
+        if set_aside:
+            listed = ", ".join(f"'{name}' ({'empty' if v is None else f'always {v}'})" for name, v in set_aside.items())
+            logging.warning("set aside, not modelled, of '%s': %s", table.source, listed)
+        if not columns:
+            raise UserError(f"no column of '{table.source}' varies: there is nothing to learn")
+        return cls(
+            _standardised(table, columns, rows),
+            names=table.names,
+            set_aside=set_aside,
+            ignored=tuple(name for name in table.names if name in ignored),
+            missing_values=options.missing_values,
+            usual_missing=options.usual_missing,
+        )
+
+    def reading(self, options: TableOptions) -> TableOptions:
+        """Returns `options` with what means missing in this run."""
+        return dataclasses.replace(options, missing_values=self.missing_values, usual_missing=self.usual_missing)
+
+    def encode(self, table: Table, unknown_categories: Literal["error", "missing"] = "error") -> np.ndarray:
+        """Turns a table into rows of the model.
+
+        Args:
+            table: With these columns, in any order; one row is enough, and columns may be empty.
+            unknown_categories: What becomes of a category that the training file did not have.
+
+        Returns:
+            [N, d] float32; NaN where missing.
+
+        Raises:
+            UserError: A column is missing, unknown or of another kind, or a category is unknown.
+        """
+        table = self._adopt(table)
+        x = np.empty((len(table), len(self)), np.float32)
+        for j, (column, name) in enumerate(self._match(table).items()):
+            cells = table.cells(name, column.cells_kind)
+            if column.kind == "categorical":
+                x[:, j] = _encode_categories(column, table, name, cells, unknown_categories)
+            else:
+                values = _quantities(column, table, name, cells)
+                with np.errstate(over="ignore"):
+                    x[:, j] = (column.transformed(values) - column.mean) / column.std
+                _check(table, name, np.isinf(x[:, j]), "is out of all proportion to the training values")
+        return x
+
+    def decode(self, x: np.ndarray) -> pd.DataFrame:
+        """Turns rows [N, d] of the model, NaN nowhere, into a frame in the table's units, categories and types."""
+        x = np.asarray(x)
+        frame = {}
+        for j, column in enumerate(self.columns):
+            if column.kind == "categorical":
+                values = pd.Series(np.array(column.values, object)[x[:, j].astype(np.int64)])
+                frame[column.name] = values.astype(_dtype(column.dtype))
+            else:
+                frame[column.name] = pd.Series(column.inverse(x[:, j])).astype(_dtype(column.dtype))
+        return pd.DataFrame(frame)
+
+    def log_det_jacobian(self, x: np.ndarray) -> np.ndarray:
+        """Returns [N, d] float64: what to add to log-densities per column to have them in the table's units.
+
+        0 for categorical columns, whose log-probabilities have no units, and where x is NaN.
+        """
+        x = np.asarray(x)
+        zero = np.zeros(len(x))
+        return np.stack([zero if c.values else c.log_slope(x[:, j]) for j, c in enumerate(self.columns)], axis=1)
+
+    def fill(self, table: Table, x: np.ndarray) -> Table:
+        """Returns the table with its holes filled from rows [N, d] of the model, or with what set-aside columns hold.
+
+        All other cells stay as they are, and so do the types of the columns.
+        """
+        table, decoded, filled = self._adopt(table), self.decode(x), {}
+        for column, name in self._match(table).items():
+            missing = table.cells(name, column.cells_kind).missing
+            if missing.any():
+                values = decoded[column.name][missing]
+                integer = column.dtype.lower().startswith(("int", "uint"))
+                filled[name] = _put(table, name, missing, values, integer)
+        for name, value in self.set_aside.items():
+            if value is not None and name in table.names and (missing := table.cells(name).missing).any():
+                filled[name] = _put(table, name, missing, pd.Series([value] * int(missing.sum())), integer=False)
+        return table.replace(filled)
+
+    def _adopt(self, table: Table) -> Table:
+        options = self.reading(table.options)
+        return table if options == table.options else dataclasses.replace(table, options=options)
+
+    def _match(self, table: Table) -> dict[Column, str]:
+        """Returns the name in `table` of every column: its own, or by position where training had no names."""
+        known = self.names or tuple(column.name for column in self.columns)
+        if all(re.fullmatch(r"column_\d+", name) for name in known):
+            if len(table.names) != len(known):
+                raise UserError(
+                    f"'{table.source}' has {len(table.names)} columns, but the run was trained on {len(known)}"
+                )
+            return {column: table.names[known.index(column.name)] for column in self.columns}
+        for column in self.columns:
+            if column.name not in table.names:
+                raise UserError(
+                    f"'{table.source}' has no column '{column.name}', which the run was trained on: add it, empty if "
+                    f"its values are not known ({nearest(column.name, table.names)})"
+                )
+        if unknown := set(table.names) - set(known) - set(table.options.drop):
+            listed = ", ".join(f"'{name}'" for name in table.names if name in unknown)
+            raise UserError(f"'{table.source}' has columns that the run was not trained on: {listed}: remove them")
+        return {column: column.name for column in self.columns}
+
+
+# One column ----------------------------------------------------------------------------------------------------------
+
+
+def _tuples(saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+
+
+def _key(value: Value) -> str:
+    """Returns what is the same for all spellings of a category: `1`, `1.0`; `true`, `TRUE`."""
+    text = str(value)
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    if _is_number(text) and not re.match(r"[+-]?0\d", text):
+        return f"{float(text):.17g}"
+    return text
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text))
+
+
+def _numbers(table: Table, name: str) -> np.ndarray:
+    numbers = table.cells(name, "number").numbers
+    assert numbers is not None, name
+    return numbers
+
+
+def _constant(table: Table, name: str, values: np.ndarray) -> Value | None:
+    return pc.drop_null(table.cells(name, "number").array)[0].as_py() if len(values) else None
+
+
+def _categorical(table: Table, name: str) -> Column:
+    counts = pc.value_counts(pc.drop_null(table.cells(name).array)).to_pylist()
+    values: dict[str, Value] = {}
+    for entry in sorted(counts, key=lambda entry: -entry["counts"]):  # the usual spelling of a category comes first
+        values.setdefault(_key(entry["values"]), entry["values"])
+    keys = sorted(values, key=float if all(map(_is_number, values)) else str)
+    dtype = "str" if table.dialect else str(table.frame[name].dtype)
+    return Column(name, "categorical", dtype, values=tuple(values[key] for key in keys))
+
+
+def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.ndarray) -> Column:
+    dtype = str(table.frame[name].dtype)
+    if table.dialect is not None:
+        text = table.cells(name, "number").array
+        dtype = "float64" if pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() else "int64"
+    bounds = {} if kind == "real" else {"low": float(values.min()), "high": float(values.max())}
+    column = Column(name, kind, dtype, **bounds)
+    if name in table.options.log:
+        _check(table, name, _numbers(table, name) <= 0, "has no logarithm: use config.table.quantile instead of log")
+        return dataclasses.replace(column, transform="log")
+    if name in table.options.quantile:
+        ranks = np.linspace(0, 1, _NUM_KNOTS)
+        knots, where = np.unique(np.quantile(values, ranks, method="inverted_cdf"), return_inverse=True)
+        ranks = np.bincount(where, ranks) / np.bincount(where)  # equal values: the middle of their ranks
+        scores = [NormalDist().inv_cdf(rank) for rank in np.clip(ranks, 0.5 / len(values), 1 - 0.5 / len(values))]
+        return dataclasses.replace(column, transform="quantile", knots=tuple(knots.tolist()), scores=tuple(scores))
+    return column
+
+
+def _standardised(table: Table, columns: list[Column], rows: np.ndarray) -> tuple[Column, ...]:
+    real = [column for column in columns if not column.values]
+    if not real:
+        return tuple(columns)
+    with np.errstate(over="ignore", invalid="ignore"):
+        part = np.stack([column.transformed(_numbers(table, column.name)) for column in real], axis=1)[rows]
+        mean, std = np.nanmean(part, axis=0), np.nanstd(part, axis=0)
+    scaled = {}
+    for column, m, s in zip(real, mean.tolist(), std.tolist(), strict=True):
+        if not 1e-100 < s < 1e100:
+            raise UserError(
+                f"the values of {table.where(column.name)} are too large or too close to be scaled: give them in other "
+                f"units, or leave them out with config.table.drop=('{column.name}',)"
+            )
+        scaled[column.name] = dataclasses.replace(column, mean=m, std=s)
+    return tuple(scaled.get(column.name, column) for column in columns)
+
+
+def _quantities(column: Column, table: Table, name: str, cells: Cells) -> np.ndarray:
+    if cells.numbers is None:
+        word = kinds.first_word(table, cells)
+        raise UserError(
+            f"{table.where(name)} holds {word}, but the run was trained on numbers: mend it or set config.table.decimal"
+        )
+    if column.transform == "log":
+        _check(table, name, cells.numbers <= 0, "has no logarithm, and the run was trained on those of this column")
+    return cells.numbers
+
+
+def _encode_categories(
+    column: Column, table: Table, name: str, cells: Cells, unknown: Literal["error", "missing"]
+) -> np.ndarray:
+    coded = cells.array.dictionary_encode()
+    values = coded.dictionary.to_pylist()
+    index = np.array([column.index.get(_key(value), np.nan) for value in values] + [np.nan], np.float32)
+    codes = np.asarray(coded.indices.fill_null(len(values)))
+    x = index[codes]
+    if unknown == "error":
+        known = ", ".join(map(str, column.values[:10])) + (", ..." if len(column.values) > 10 else "")
+        problem = f"is not one of the run's categories ({known}): mend it, or pass --unknown_categories=missing"
+        _check(table, name, np.isnan(x) & (codes < len(values)), problem)
+    return x
+
+
+def _check(table: Table, name: str, bad: np.ndarray, problem: str) -> None:
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise UserError(
+            f"'{str(table.frame[name].iloc[row]).strip()}' in {table.where(name)} ({table.row(row)}) {problem}"
+        )
+
+
+def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, integer: bool) -> pd.Series:
+    """Returns the column with its missing cells replaced, in the type and the spelling of the others."""
+    series = table.frame[name].copy()
+    if pd.api.types.is_string_dtype(series.dtype):
+        decimal = table.options.decimal or "."
+        series[missing] = [v if isinstance(v, str) else number_text(v, integer, decimal) for v in values.tolist()]
+    else:
+        series[missing] = values.to_numpy()
+    return series
+
+
+def _dtype(name: str) -> Any:
+    try:
+        return pd.api.types.pandas_dtype(name)
+    except TypeError:  # pandas can write some types of Arrow, but not read their names
+        return np.dtype(object)

@@ -1,0 +1,177 @@
+"""What kind of column it is: real, integer or categorical; or one line that says why it is none of them."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pyarrow.compute as pc
+from absl import logging
+
+from posterior_matching.data.cells import UNCERTAIN, Cells, Table
+from posterior_matching.errors import UserError, nearest
+
+ColumnKind = Literal["real", "integer", "categorical", "empty", "index"]
+
+MAX_CATEGORIES = 1000  # of a column declared as categorical: the model has an input and an output for each
+_MAX_UNDECLARED = 100  # more are hardly categories
+_IDENTIFIER = re.compile(
+    r"(?i:id|no|nr|number|index|idx|key|uuid|guid|row_?(id|number|names?))|.*([_\W](?i:id)|[a-z]I[dD])"
+)
+_TIME = r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?( ?[AaPp][Mm])?"
+_DATE = re.compile(rf"\d{{1,4}}[-/.]\d{{1,2}}[-/.]\d{{1,4}}([T ]{_TIME}.*)?|{_TIME}")
+
+
+def infer(table: Table) -> dict[str, ColumnKind]:
+    """Returns the kind of every column that is not dropped.
+
+    `empty` has no value at all, `index` numbers the rows and has no name.
+
+    Raises:
+        UserError: Options name unknown columns, or columns are of no kind: dates, identifiers, free text, or numbers
+            mixed with text. All of them are named in one line.
+    """
+    options = table.options
+    for key in ("drop", "categorical", "real", "log", "quantile"):
+        for name in getattr(options, key):
+            if name not in table.names:
+                hint = nearest(name, table.names)
+                raise UserError(f"config.table.{key}: '{table.source}' has no column '{name}': {hint}")
+    for one, other in itertools.combinations(("drop", "categorical", "log", "quantile"), 2):
+        if both := set(getattr(options, one)) & set(getattr(options, other)):
+            raise UserError(f"config.table.{one} and config.table.{other} both name column '{min(both)}'")
+    kinds: dict[str, ColumnKind] = {}
+    useless: dict[str, str] = {}
+    for name in table.names:
+        if name not in options.drop:
+            try:
+                kinds[name] = _kind(table, name)
+            except _UselessError as reason:
+                useless[name] = str(reason)
+    if useless:
+        listed = "; ".join(f"'{name}' {reason}" for name, reason in useless.items())
+        raise UserError(
+            f"'{table.source}' has columns that are neither quantities nor categories: {listed}. Leave them out with "
+            f"config.table.drop={_tuple(useless)}, or declare them in config.table.categorical or config.table.real"
+        )
+    _warn_about_sentinels(table, [name for name, kind in kinds.items() if kind in ("real", "integer")])
+    _warn_about_words(table, [name for name, kind in kinds.items() if kind == "categorical"])
+    return kinds
+
+
+class _UselessError(Exception):
+    """Says what a column holds that is neither a quantity nor a category."""
+
+
+def _kind(table: Table, name: str) -> ColumnKind:
+    options = table.options
+    quantity = name in (*options.real, *options.log, *options.quantile)
+    cells = table.cells(name, "number" if quantity else None)
+    present = len(table) - int(cells.missing.sum())
+    if present == 0:
+        return "empty"
+    if name in options.categorical or cells.is_category:
+        distinct = len(pc.unique(pc.drop_null(cells.array)))
+        if distinct > MAX_CATEGORIES:
+            raise _UselessError(f"has {distinct:,} categories, more than {MAX_CATEGORIES:,}")
+        return "categorical"
+    if cells.numbers is None:
+        if quantity:
+            raise UserError(f"{table.where(name)} is declared a quantity, but holds {first_word(table, cells)}")
+        return _kind_of_words(table, name, cells, present)
+    values = cells.numbers[~cells.missing]
+    whole = bool((values == np.rint(values)).all())
+    if whole and not quantity:
+        in_order = len(values) == len(table) and values[0] in (0, 1) and bool((np.diff(values) == 1).all())
+        if in_order and _is_unnamed(table, name):
+            return "index"
+        if not re.fullmatch(r"column_\d+", name) and len(values) >= 10:
+            if in_order:
+                raise _UselessError(f"numbers the rows from {values[0]:.0f}")
+            if _IDENTIFIER.fullmatch(name) and len(np.unique(values)) > len(values) / 2:
+                raise _UselessError("is an identifier by its name and its many values")
+    return "integer" if whole else "real"
+
+
+def _is_unnamed(table: Table, name: str) -> bool:
+    if name == "__index_level_0__":  # pandas' name for an unnamed index in .parquet
+        return True
+    header = table.dialect and table.dialect.header
+    return bool(header) and not header[table.names.index(name)]
+
+
+def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnKind:
+    if cells.is_date:
+        raise _UselessError("holds dates or times")
+    words = [str(word) for word in pc.unique(pc.drop_null(cells.array)).to_pylist()]
+    if all(map(_DATE.fullmatch, words)):
+        raise _UselessError(f"holds dates or times ('{words[0]}')")
+    number = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
+    if any(map(number.fullmatch, words)) and not all(word.lstrip("+-").isdigit() for word in words):
+        raise UserError(
+            f"{table.where(name)} holds both numbers and {first_word(table, cells)}: mend it, or say with "
+            f"config.table.missing_values that this means missing, with config.table.decimal or config.table.thousands "
+            f"how numbers are written, or with config.table.categorical=('{name}',) that all are categories"
+        )
+    if len(words) > _MAX_UNDECLARED or len(words) > max(10, present / 2) or len(words) == present > 2:
+        raise _UselessError(f"holds {len(words):,} texts in {present:,} cells ('{_short(words[0])}', ...)")
+    return "categorical"
+
+
+def first_word(table: Table, cells: Cells) -> str:
+    """Shows the first cell of a column that is no number, and where it is."""
+    text = cells.array.cast("large_string")
+    is_word = pc.fill_null(pc.invert(pc.match_substring_regex(text, f"^({table.number})$")), False)
+    index = pc.index(is_word, True).as_py()
+    index = pc.index(pc.is_valid(text), True).as_py() if index < 0 else index  # codes such as 0123
+    return f"'{_short(text[index].as_py())}' ({table.row(index)})"
+
+
+def _warn_about_sentinels(table: Table, names: Sequence[str]) -> None:
+    """Warns where one value far outside the others repeats: it may be a code for missing."""
+    found: dict[float, list[str]] = {}
+    for name in names:
+        numbers = table.cells(name, "number").numbers
+        if numbers is None or np.isnan(numbers).all():
+            continue
+        for value in (np.nanmin(numbers), np.nanmax(numbers)):
+            if np.count_nonzero(numbers == value) < 3 or not _is_round(value):
+                continue
+            others = np.sort(numbers[(numbers != value) & ~np.isnan(numbers)])
+            if np.count_nonzero(np.diff(others)) < 9:  # fewer than 10 different values are levels
+                continue
+            with np.errstate(over="ignore"):
+                spread, gap = others.std(), np.abs(others[[0, -1]] - value).min()
+            if gap > 2 * spread and abs(value - others.mean()) > 4 * spread:
+                found.setdefault(float(value), []).append(name)
+    for value, columns in found.items():
+        logging.warning(
+            "%g repeats in %s of '%s', far outside the other values: if it means missing, set "
+            "config.table.missing_values=(%g,)",
+            value, ", ".join(f"'{name}'" for name in columns), table.source, value,
+        )  # fmt: skip
+
+
+def _is_round(value: float) -> bool:
+    return value == round(value) or set(f"{abs(value):g}") == {"9", "."}  # 999.9
+
+
+def _warn_about_words(table: Table, names: Sequence[str]) -> None:
+    for name in names:
+        array = table.cells(name).array
+        if array.type in ("string", "large_string"):
+            words = sorted(set(UNCERTAIN) & set(pc.unique(pc.drop_null(array)).to_pylist()))
+            if words:
+                logging.warning(
+                    "'%s' is a category in %s: if it means missing, set config.table.missing_values=%s",
+                    "', '".join(words), table.where(name), _tuple(words),
+                )  # fmt: skip
+
+
+def _tuple(names: Sequence[str] | dict[str, str]) -> str:
+    return "(" + ",".join(f"'{name}'" for name in names) + ",)"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."

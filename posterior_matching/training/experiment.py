@@ -1,0 +1,103 @@
+"""What a run trains: its options, its data, and its phases, each with a model, a loss and an optimiser.
+
+Losses are functions
+
+    loss(model, batch, rngs) -> {"loss": [B], "<term>_<unit>": [B] or scalar, ...}
+
+of per-example values, used alike for training (averaged over the batch) and for validation (averaged exactly over all
+examples, with EMA weights if there are any, and the same random keys every time).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from posterior_matching import data
+from posterior_matching.config import Count, Decay, NonNegative, Steps
+from posterior_matching.training.optimizer import OptimizerOption, OptimizerOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """The keys of a config that the training loop reads."""
+
+    seed: Steps
+    steps: Count
+    batch_size: Count  # per device
+    validation_every: Count
+    log_every: Count
+    checkpoint_every: Count | None  # in addition to every validation
+    patience: Count | None  # stop after so many validations in a row without a lower loss; None: never before `steps`
+    evaluate_checkpoint: Literal["best", "latest"]  # what evaluations load; "best": lowest validation loss
+    ema_decay: Decay | None  # of the weights that validation and evaluation use; None: the weights themselves
+    skip_nonfinite_updates: bool  # True: skip and count them; False: stop
+    data_memory_budget_gb: NonNegative  # data beyond this many gigabytes per device stream from the host
+    optimizer: OptimizerOption
+
+
+class Batch(NamedTuple):
+    """The data that a loss sees."""
+
+    x: jax.Array  # [B, *input_shape] float32: images in [0, 1], features with 0 where missing
+    available: jax.Array  # [B, d] or [B, H, W, 1]: 1 where the data have a value
+    label: jax.Array | None  # [B, classes], one-hot; None: the data have none
+    step: jax.Array | None  # int32, steps since the phase began; None: validation
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a training step."""
+        return self.step is not None
+
+
+Terms = dict[str, jax.Array]
+Loss = Callable[[Any, Batch, nnx.Rngs], Terms]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run.
+
+    Attributes:
+        model: The model with its initial weights; of a later phase only its structure matters.
+        loss: See above.
+        steps: Number of steps; None, in the last phase: those that are left of `config.steps`.
+        optimizer: Its options.
+        trainable: NNX filter; other parameters are frozen and have no optimiser state.
+        begin: Of a later phase: the model that the phase before leaves -> the model that this one begins with, and
+            numbers to log; None: the same model. It runs on the host, and again if the run is killed in it or soon
+            after, so it must be deterministic.
+    """
+
+    model: nnx.Module
+    loss: Loss
+    steps: int | None
+    optimizer: OptimizerOptions
+    trainable: Any = nnx.Param
+    begin: Callable[[Any], tuple[nnx.Module, dict[str, float]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that a run trains; `family.Family` builds it from a config.
+
+    Attributes:
+        config: The resolved config, which the run saves.
+        options: See `TrainingOptions`.
+        phases: At least one.
+        train_set: The training data.
+        validation_set: The validation data.
+        pictures: The model, with its evaluation weights -> images `[H, W, C]` in [0, 1] by name.
+        summarise: Means over the validation data and their number -> what is logged.
+    """
+
+    config: dict[str, Any]
+    options: TrainingOptions
+    phases: Sequence[Phase]
+    train_set: data.Dataset
+    validation_set: data.Dataset
+    pictures: Callable[[Any], dict[str, np.ndarray]] | None = None
+    summarise: Callable[[dict[str, np.ndarray], int], dict[str, Any]] | None = None

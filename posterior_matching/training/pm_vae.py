@@ -1,0 +1,62 @@
+"""The PM-VAE family: here and not in its script, since `estimator.py` trains it from an installed package too."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from posterior_matching.config import NonNegative
+from posterior_matching.masking import MaskOption
+from posterior_matching.models.vae import PosteriorMatchingVAE
+from posterior_matching.training.corruption import add_noise
+from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.optimizer import ScheduleOption
+from posterior_matching.training.pretrained import Base
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keys of a PM-VAE config in addition to those of every family; `configs/common.py` says what they mean."""
+
+    noise_std: NonNegative
+    mask_generator: MaskOption
+    matching_coef: NonNegative
+    matching_ll_stop_gradients: bool
+    beta: ScheduleOption
+
+
+def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+    """Negative ELBO plus the Posterior Matching loss."""
+    x = add_noise(batch.x, batch.available, rngs.noise(), options.noise_std) if batch.training else batch.x
+    b = options.mask_generator(rngs.mask(), batch.available.shape) * batch.available
+    terms = model.terms(
+        x,
+        b,
+        rngs.sample(),
+        available=batch.available,
+        stop_gradients=options.matching_ll_stop_gradients,
+        rngs=rngs if batch.training else None,
+    )
+    beta = jnp.ones(()) if batch.step is None else options.beta(batch.step)
+    values = {
+        "loss": terms.loss(beta, options.matching_coef),
+        "elbo_nats": terms.elbo(),
+        "reconstruction_ll_nats": terms.reconstruction_ll,
+        "kl_nats": terms.kl,
+        "matching_ll_nats": terms.matching_ll,
+    }
+    return values | ({"beta": beta} if batch.training else {})
+
+
+FAMILY = Family(
+    name="pm_vae",
+    options=Options,
+    loss=loss,
+    base=Base(
+        "pm_vae",
+        dir_key="pretrained_dir",
+        part="vae",
+        config_keys=("latent_dim", "encoder", "posterior", "decoder", "likelihood"),
+        required=False,
+    ),
+)

@@ -1,0 +1,157 @@
+"""The training step and the validation pass, compiled."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+
+from posterior_matching import data, parallel
+from posterior_matching.training.batching import Arrays, ValidationChunks
+from posterior_matching.training.experiment import Batch, Experiment, Phase
+
+# Every use of randomness in a training step has a stream of its own. Append only: the order fixes the numbers.
+STREAMS = ("noise", "mask", "sample", "dropout")
+
+
+class TrainState(NamedTuple):
+    """What a step changes. The frozen part of the model is not in it."""
+
+    step: jax.Array | np.integer  # int32, of the run
+    trainable: nnx.State
+    mutable: nnx.State  # variables that are no parameters (codebook averages, ...)
+    opt_state: optax.OptState
+    ema: nnx.State | None
+    skipped: jax.Array | np.integer  # int32, non-finite updates so far
+    skipped_in_a_row: jax.Array | np.integer  # int32
+
+
+class CompiledPhase:
+    """The compiled training step and validation pass of a phase, from `first_step` to `last_step` of the run."""
+
+    def __init__(self, experiment: Experiment, phase: Phase, first_step: int, last_step: int):
+        self.first_step, self.last_step = first_step, last_step
+        self._loss, self._trainable, self._options = phase.loss, phase.trainable, experiment.options
+        self._summarise, self._max_value = experiment.summarise, experiment.train_set.max_value
+        self._num_classes = max(_num_classes(d) for d in (experiment.train_set, experiment.validation_set))
+        self._num_validated = len(experiment.validation_set)
+        self._schedule, self._direction = phase.optimizer.schedule(), phase.optimizer.direction()
+        self._model = phase.model
+        self.graphdef = nnx.graphdef(phase.model)
+        self.train = parallel.pmap(self._train_steps, donate_argnums=0)
+        self._validate = parallel.pmap(self._validation_sums)
+
+    def initial_state(self, model: nnx.Module | None = None) -> tuple[TrainState, nnx.State]:
+        """Returns the state before the first step, and the frozen parameters; neither replicated.
+
+        Args:
+            model: Whose weights to begin with; None: those of the phase's model.
+        """
+        trainable, frozen, mutable = nnx.state(self._model if model is None else model, self._trainable, nnx.Param, ...)
+        state = TrainState(
+            step=np.int32(self.first_step),
+            trainable=trainable,
+            mutable=mutable,
+            opt_state=self._direction.init(trainable),
+            ema=None if self._options.ema_decay is None else trainable,
+            skipped=np.int32(0),
+            skipped_in_a_row=np.int32(0),
+        )
+        return state, frozen
+
+    def _batch(self, rows: Arrays, step: jax.Array | None) -> Batch:
+        x, available = data.decode(rows["x"], self._max_value)
+        label = jax.nn.one_hot(rows["label"], self._num_classes) if "label" in rows else None
+        return Batch(x, available, label, step)
+
+    def _train_steps(self, state, frozen, arrays, indices):
+        """Runs `len(indices)` steps on one device; returns the new state and metrics `[steps]`."""
+        step = functools.partial(self._train_step, frozen, arrays)
+        if len(indices) == 1:  # no compiled loop around it: XLA's CPU compiler slows convolutions down in loops
+            state, metrics = step(state, indices[0])
+            return state, jax.tree.map(lambda a: a[None], metrics)
+        return jax.lax.scan(step, state, indices)
+
+    def _train_step(self, frozen, arrays, state: TrainState, rows):
+        options = self._options
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
+        step = state.step - self.first_step
+        batch = self._batch(jax.tree.map(lambda a: a[rows], arrays), step)
+
+        def mean_loss(trainable):
+            model = nnx.merge(self.graphdef, trainable, frozen, state.mutable, copy=True)
+            terms = self._loss(model, batch, _streams(key))
+            mutable = nnx.state(model, nnx.Not(nnx.Param))
+            terms = jax.tree.map(jnp.mean, terms)  # over the batch
+            return terms["loss"], (terms, mutable)
+
+        gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
+        gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
+        # Of one vector: leaf by leaf, it is a kernel for each on accelerators, and keeps the updates from being fused.
+        metrics["gradient_norm"] = jnp.linalg.norm(ravel_pytree(gradients)[0])
+        metrics["learning_rate"] = learning_rate = self._schedule(step)
+
+        updates, opt_state = self._direction.update(gradients, state.opt_state, state.trainable)
+        trainable = jax.tree.map(lambda p, u: p - learning_rate * u, state.trainable, updates)
+        ema = state.ema
+        if ema is not None and options.ema_decay is not None:
+            ema = optax.incremental_update(trainable, ema, 1.0 - options.ema_decay)
+        new = state._replace(trainable=trainable, mutable=mutable, opt_state=opt_state, ema=ema)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        if options.skip_nonfinite_updates:
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        skipped = jnp.int32(~finite)
+        new = new._replace(
+            step=state.step + 1,
+            skipped=state.skipped + skipped,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        )
+        metrics["skipped_updates"] = new.skipped
+        metrics["skipped_in_a_row"] = new.skipped_in_a_row
+        return new, metrics
+
+    def validate(self, weights, mutable, frozen, chunks: ValidationChunks) -> dict[str, float]:
+        """Returns the mean of every loss term over all validation examples."""
+        sums: dict[str, Any] = {}
+        parts = [self._validate(weights, mutable, frozen, *chunk) for chunk in chunks]
+        for part in parts:
+            for name, values in parallel.unreplicate(part).items():
+                sums[name] = sums.get(name, 0.0) + np.sum(values, axis=0, dtype=np.float64)  # over batches
+        count = sums.pop("count")
+        means = {name: value / count for name, value in sums.items()}
+        if self._summarise:
+            means = self._summarise(means, self._num_validated)
+        return {name: float(value) for name, value in means.items()}
+
+    def _validation_sums(self, weights, mutable, frozen, arrays, example_weights, batch_index):
+        """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
+        model = nnx.merge(self.graphdef, weights, frozen, mutable, copy=True)
+        key = jax.random.fold_in(jax.random.key(self._options.seed), np.uint32(2**32 - 1))  # no training step's key
+
+        def batch_sums(_, inputs):
+            rows, weight, index = inputs
+            batch_key = jax.random.fold_in(key, index)
+            rngs = _streams(jax.random.fold_in(batch_key, jax.lax.axis_index(parallel.AXIS)))
+            terms = self._loss(model, self._batch(rows, step=None), rngs)
+
+            def total(value):  # over the batch
+                value = jnp.broadcast_to(value, weight.shape) if jnp.ndim(value) == 0 else value
+                # `where`, so that what padding rows may produce cannot turn 0 * inf into NaN.
+                return jnp.where(weight.reshape(-1, *[1] * (value.ndim - 1)) > 0, value, 0.0).sum(0)
+
+            return None, jax.lax.psum(jax.tree.map(total, terms | {"count": 1.0}), parallel.AXIS)
+
+        return jax.lax.scan(batch_sums, None, (arrays, example_weights, batch_index))[1]
+
+
+def _streams(key: jax.Array) -> nnx.Rngs:
+    return nnx.Rngs(**{name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)})
+
+
+def _num_classes(dataset: data.Dataset) -> int:
+    return 0 if dataset.label is None else int(dataset.label.max()) + 1
