@@ -63,7 +63,10 @@ def features_that_fit(
     def gains(model, x, b):
         return jax.vmap(lambda x, b: sampling_policy(model, x, b, num_samples, jax.random.key(0)))(x, b)
 
-    one_feature_gb = nnx.jit(gains).lower(model, x, b).compile().memory_analysis().temp_size_in_bytes / 1e9
+    memory = nnx.jit(gains).lower(model, x, b).compile().memory_analysis()
+    if memory is None:  # a backend that cannot tell
+        return 1
+    one_feature_gb = memory.temp_size_in_bytes / 1e9
     return max(1, min(b[0].size, int(memory_budget_gb / one_feature_gb)))
 
 

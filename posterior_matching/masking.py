@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -338,16 +338,18 @@ class MixtureMaskGenerator(MaskGenerator):
 class SquareImageMixture(MaskGenerator):
     """Base of the mixtures for square images of side `dim`, which is an option or a constant."""
 
-    dim: int
+    @property
+    def _side(self) -> int:
+        return cast(Any, self).dim  # a field or a constant of the subclass
 
     def mixture(self) -> MixtureMaskGenerator:
         """Returns the mixture that this generator stands for."""
         raise NotImplementedError
 
     def rules(self, event_shape):
-        remedy = "set dim" if fields(self) else "resize them"
-        square = tuple(event_shape[:2]) == (self.dim, self.dim)
-        yield square, f"it is for images of {self.dim}x{self.dim} pixels; {remedy} or use another generator"
+        remedy = "set dim" if fields(cast(Any, self)) else "resize them"
+        square = tuple(event_shape[:2]) == (self._side, self._side)
+        yield square, f"it is for images of {self._side}x{self._side} pixels; {remedy} or use another generator"
         self.mixture().check(event_shape)
 
     def draw(self, key, shape):
@@ -477,5 +479,5 @@ def mask_generator_from_spec(spec: str) -> MaskGenerator:
                 raise OptionError(f"mask_generator.{option}", f"must be a number or a tuple, not '{value}'") from None
         return build_mask_generator(options, "mask_generator")
     except UserError as error:
-        taken = ", ".join(field.name for field in fields(MASK_GENERATORS[name])) or "no options"
+        taken = ", ".join(field.name for field in fields(cast(Any, MASK_GENERATORS[name]))) or "no options"
         raise UserError(f"{error} ({name} takes {taken})") from None

@@ -188,7 +188,7 @@ def _split(size: int) -> dict[str, np.ndarray]:
     return {"train": train, "val": val, "test": test}
 
 
-def decode(x: "jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:
+def decode(x: "np.ndarray | jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:
     """Turns stored rows into model input; jit-able.
 
     Args:
@@ -201,7 +201,7 @@ def decode(x: "jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:
     """
     import jax.numpy as jnp
 
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     if x.ndim == 4:
         return x / max_value, jnp.ones((*x.shape[:3], 1), jnp.float32)
     missing = jnp.isnan(x)

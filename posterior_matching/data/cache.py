@@ -44,7 +44,7 @@ def cached(key: str, sources: Iterable[Path], compute: Callable[[], dict[str, np
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             unfinished = Path(temporary) / path.name
-            np.savez(unfinished, **arrays)
+            np.savez(unfinished, **arrays)  # type: ignore[arg-type]
             os.replace(unfinished, path)  # atomic: a killed run leaves no half-written entry
     except OSError as error:
         logging.warning("not caching decoded data: %s", error)

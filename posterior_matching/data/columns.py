@@ -162,7 +162,9 @@ class Columns:
         """
         options = table.options
         rows = np.arange(len(table)) if rows is None else rows
-        columns, set_aside, ignored = [], {}, list(options.drop)
+        columns: list[Column] = []
+        set_aside: dict[str, Value | None] = {}
+        ignored = list(options.drop)
         for name, kind in kinds.infer(table).items():
             if kind == "index":
                 logging.warning("%s has no name and numbers the rows: left out", table.where(name))
@@ -335,8 +337,8 @@ def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.
     if table.dialect is not None:
         text = table.cells(name, "number").array
         dtype = "float64" if pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() else "int64"
-    bounds = {} if kind == "real" else {"low": float(values.min()), "high": float(values.max())}
-    column = Column(name, kind, dtype, **bounds)
+    low, high = (None, None) if kind == "real" else (float(values.min()), float(values.max()))
+    column = Column(name, kind, dtype, low=low, high=high)
     if name in table.options.log:
         _check(table, name, _numbers(table, name) <= 0, "has no logarithm: use config.table.quantile instead of log")
         return dataclasses.replace(column, transform="log")

@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 from absl import logging
 
@@ -56,7 +56,7 @@ class Dialect:
 
 
 def sniff(
-    stream: BinaryIO,
+    stream: IO[bytes],
     source: str,
     separator: str | None = None,
     header: bool | None = None,
@@ -129,7 +129,7 @@ def read_records(lines: Iterable[str], separator: str) -> Iterator[tuple[int, li
             yield reader.line_num, row
 
 
-def _encoding(sample: bytes, rest: BinaryIO, source: str) -> str:
+def _encoding(sample: bytes, rest: IO[bytes], source: str) -> str:
     if sample.startswith(codecs.BOM_UTF8):
         return "utf-8-sig"
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -261,14 +261,14 @@ def _show(cells: Sequence[str]) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> IO[bytes]:
     """Opens a file, decompressed if its name ends in `.gz` or `.zip`.
 
     Raises:
         UserError: The archive does not hold exactly one file.
     """
     if path.suffix.lower() == ".gz":
-        return gzip.open(path)
+        return cast(IO[bytes], gzip.open(path))
     if path.suffix.lower() == ".zip":
         archive = zipfile.ZipFile(path)
         members = zip_members(archive)

@@ -97,8 +97,9 @@ def _kind(table: Table, name: str) -> ColumnKind:
 def _is_unnamed(table: Table, name: str) -> bool:
     if name == "__index_level_0__":  # pandas' name for an unnamed index in .parquet
         return True
-    header = table.dialect and table.dialect.header
-    return bool(header) and not header[table.names.index(name)]
+    if table.dialect is None or not table.dialect.header:
+        return False
+    return not table.dialect.header[table.names.index(name)]
 
 
 def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnKind:

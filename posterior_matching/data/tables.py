@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -191,7 +191,7 @@ def _array_frame(source: str, array: np.ndarray, what: str = "the array", kinds:
 
 
 def _read_numpy(path: Path, options: TableOptions, rows: int | None) -> Iterator[Table]:
-    lazily = "r" if rows and path.suffix.lower() == ".npy" else None
+    lazily: Literal["r"] | None = "r" if rows and path.suffix.lower() == ".npy" else None
     loaded, parts = np.load(path, allow_pickle=False, mmap_mode=lazily), None
     kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
     if kind != path.suffix.lower():  # np.load looks at the content, not at the name
@@ -214,7 +214,7 @@ def _parts(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray] |
         return None
     if not {"train", "test"} <= arrays.keys():
         raise UserError(f"'{path}' must hold arrays train, test and val, or one array: it has {', '.join(arrays)}")
-    kept = {name: arrays[name] for name in ("train", "val", "test") if name in arrays}
+    kept: dict[str, np.ndarray] = {name: arrays[name] for name in ("train", "val", "test") if name in arrays}
     arrays.clear()
     arrays.update(kept)
     if len({array.shape[1:] for array in kept.values() if array.ndim == 2}) > 1:
@@ -371,7 +371,7 @@ def _create_bytes(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
             yield file
     elif ending == ".gz":
         with temporary.open("wb") as raw, gzip.GzipFile(path.stem, "wb", fileobj=raw, mtime=0) as file:
-            yield file
+            yield cast(IO[bytes], file)
     else:
         with temporary.open("wb") as file:
             yield file

@@ -87,7 +87,7 @@ def _tabular_builder_class(name: str) -> type:
     return getattr(module, name.capitalize())
 
 
-def _idx_builder_class(parent: type) -> type | None:
+def _idx_builder_class(parent: Any) -> Any:
     """Returns TFDS's MNIST builder, or one of its kind, without TensorFlow; None for other builders.
 
     TFDS opens the idx files and compresses the images through TensorFlow. Here NumPy and Pillow do; name, URLs and
@@ -225,8 +225,9 @@ def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
     key, decode = _decoder(builder)
     total = builder.info.splits[split].num_examples
     labelled = isinstance(dict(builder.info.features.items()).get("label"), tfds.features.ClassLabel)
-    label = np.empty(total, np.int32) if labelled else None
-    records, x = _records(builder, split), None
+    label = np.empty(total, np.int32)
+    x: np.ndarray | None = None
+    records = _records(builder, split)
     try:
         for start in tqdm(range(0, total, _CHUNK), desc=f"decoding {builder.name} {split}", delay=5):
             rows = slice(start, min(start + _CHUNK, total))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from pydantic import Field
 
-from posterior_matching.acquisition import POLICIES, acquire, features_that_fit
+from posterior_matching.acquisition import POLICIES, Policy, acquire, features_that_fit, sampling_policy
 from posterior_matching.config import Count, NonNegative, Seed, check
 from posterior_matching.data import decode
 from posterior_matching.errors import UserError, nearest
@@ -63,8 +63,15 @@ def evaluate(
     for name in policies:
         if name not in POLICIES:
             raise UserError(f"unknown policy '{name}': {nearest(name, POLICIES)}")
-    source = {"dataset": dataset, "split": split, "checkpoint": checkpoint}
-    run = open_run(run_dir, "lookahead", **source, num_instances=num_instances, at_most=MOST_INSTANCES)
+    run = open_run(
+        run_dir,
+        "lookahead",
+        dataset=dataset,
+        split=split,
+        checkpoint=checkpoint,
+        num_instances=num_instances,
+        at_most=MOST_INSTANCES,
+    )
     num_features = math.prod(run.mask_shape)
     if num_steps > num_features:
         raise UserError(f"num_steps must be at most {num_features}, the number of features, not {num_steps}")
@@ -75,11 +82,11 @@ def evaluate(
     results = Results(folder, len(run.dataset), arguments)
 
     def trajectories_of(name: str, batches: Parts) -> Arrays:
-        policy = POLICIES[name]
+        policy: Policy = POLICIES[name]
         if name == "sampling":
             rows = decode(np.resize(run.dataset.x, (batch_size, *run.dataset.input_shape)), run.dataset.max_value)
             at_once = features_that_fit(trained, *rows, num_samples, memory_budget_gb)
-            policy = functools.partial(policy, features_at_once=at_once)
+            policy = functools.partial(sampling_policy, features_at_once=at_once)
 
         def acquire_example(model: LookaheadPosterior, key: jax.Array, x: jax.Array, available: jax.Array):
             options = {"num_steps": num_steps, "num_samples": num_samples}

@@ -39,7 +39,8 @@ class InceptionBlock(nnx.Module):
     """
 
     def __init__(self, features_in: int, *branches: list[Any]):
-        self.convs, self.features, self.branches = nnx.Dict(), 0, branches
+        self.convs: nnx.Dict = nnx.Dict()
+        self.features, self.branches = 0, branches
 
         def build(step: Any, features: int) -> int:
             if isinstance(step, str):
@@ -48,7 +49,7 @@ class InceptionBlock(nnx.Module):
                 return sum(build(part, features) for part in step)
             name, features_out, size, *stride = step
             padding = (0, 0) if stride else tuple(n // 2 for n in size)
-            self.convs[name] = ConvNorm(features, features_out, size, *(stride or [1]), padding)
+            self.convs[name] = ConvNorm(features, features_out, size, stride[0] if stride else 1, padding)
             return features_out
 
         for branch in branches:

@@ -55,16 +55,29 @@ def evaluate(
     """
     arguments = check(evaluate, dict(locals()))
     at_most = INSTANCES_PER_DEVICE * jax.local_device_count()
-    source = {"dataset": dataset, "split": split, "checkpoint": checkpoint}
-    run = open_run(run_dir, "pm_vdvae", **source, num_instances=num_instances, at_most=at_most)
+    run = open_run(
+        run_dir,
+        "pm_vdvae",
+        dataset=dataset,
+        split=split,
+        checkpoint=checkpoint,
+        num_instances=num_instances,
+        at_most=at_most,
+    )
     generator = run.masks(mask_generator)
     trained: PosteriorMatchingVDVAE = run.model
 
     def evaluate_example(model: PosteriorMatchingVDVAE, key: jax.Array, x: jax.Array, available: jax.Array):
         key_mask, key_likelihood = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape)) * available[None]
-        options = {"available": available[None], "chunk_size": chunk_size}
-        likelihood = model.is_log_prob(model.to_levels(x[None]), b, num_samples, key=key_likelihood, **options)
+        likelihood = model.is_log_prob(
+            model.to_levels(x[None]),
+            b,
+            num_samples,
+            key=key_likelihood,
+            available=available[None],
+            chunk_size=chunk_size,
+        )
         return {name: value[0] for name, value in likelihood._asdict().items()}
 
     evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, batch_size)

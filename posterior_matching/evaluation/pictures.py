@@ -3,6 +3,7 @@
 import pathlib
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from posterior_matching.atomic import replacing
 
@@ -10,7 +11,7 @@ _GREY = 0.5  # what is not observed
 _GAP = 2  # pixels between images
 
 
-def imputation_grid(x: np.ndarray, b: np.ndarray, imputations: np.ndarray) -> np.ndarray:
+def imputation_grid(x: ArrayLike, b: ArrayLike, imputations: ArrayLike) -> np.ndarray:
     """Lays out one row per image: the original, its observed part (grey where nothing is observed), its imputations.
 
     Args:
@@ -24,14 +25,14 @@ def imputation_grid(x: np.ndarray, b: np.ndarray, imputations: np.ndarray) -> np
     return image_columns(x, np.where(np.asarray(b) == 1, x, _GREY), *np.asarray(imputations))
 
 
-def image_columns(*columns: np.ndarray) -> np.ndarray:
+def image_columns(*columns: ArrayLike) -> np.ndarray:
     """Lays out batches of images `[B, H, W, C]` in [0, 1] as columns: one row per image."""
     rows = np.stack([np.asarray(column) for column in columns], axis=1)
     padded = [np.pad(row, ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=1.0) for row in rows]
     return np.clip(np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0), 0.0, 1.0)
 
 
-def image_square(x: np.ndarray) -> np.ndarray:
+def image_square(x: ArrayLike) -> np.ndarray:
     """Lays out images `[B, H, W, C]` in [0, 1] as a square."""
     x = np.asarray(x)
     width = int(np.ceil(np.sqrt(len(x))))

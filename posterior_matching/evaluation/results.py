@@ -195,7 +195,7 @@ class Parts:
 def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays to a compressed `.npz`, which is there whole or not at all."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_npz(path: pathlib.Path) -> Arrays | None:

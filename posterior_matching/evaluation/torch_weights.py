@@ -67,7 +67,7 @@ def read_torch_weights(content: bytes) -> dict[str, np.ndarray]:
 
     def array(tensor: _Tensor) -> np.ndarray:
         key, dtype = tensor.storage
-        values = np.frombuffer(storages[key], dtype)[tensor.offset :]
+        values: np.ndarray = np.frombuffer(storages[key], dtype)[tensor.offset :]
         steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
         if tensor.offset < 0 or min(tensor.strides, default=0) < 0 or sum(steps) >= len(values):
             raise UserError("a file of weights is damaged: a tensor reaches beyond what is stored")

@@ -13,7 +13,7 @@ from absl import logging
 from posterior_matching.errors import UserError
 
 
-class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Float32 `features` in splits train, val and test, each from one text file of whitespace-separated numbers.
 
     The files are `<TFDS data dir>/downloads/manual/<name>/{train,val,test}.txt`. Those not there yet are downloaded
