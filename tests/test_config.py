@@ -204,8 +204,7 @@ def shallow(name):
 
 def read(name, config):
     """What a training run does with its config, without allocating or computing any weights."""
-    dataset = config.get("dataset") if isinstance(config.get("dataset"), str) else load(name).dataset
-    rows = synthetic.dataset(dataset, 16)
+    rows = synthetic.dataset(load(name).dataset, 16)
     return nnx.eval_shape(lambda: synthetic.experiment(name, config, rows).phases[-1].model)
 
 

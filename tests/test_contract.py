@@ -15,11 +15,11 @@ from benchmarks import synthetic
 from helpers.arrays import by_path, randomised
 from helpers.configs import FAMILIES, small, untrained
 from helpers.runs import assert_same_runs, refusal, rows, weights
-from posterior_matching import data, models, runs
+from posterior_matching import data, models, parallel, runs
 from posterior_matching.config import plain
 from posterior_matching.masking import mask_shape
+from posterior_matching.training.experiment import Batch
 from posterior_matching.training.log import TrainingLog
-from posterior_matching.training.loop import Batch
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 each_family = pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -131,10 +131,13 @@ def test_gradients_of_the_matching_term_and_of_the_others_reach_different_parame
     @jax.jit
     def gradients(params):
         def terms(params):
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            rngs = nnx.Rngs(noise=1, mask=2, sample=3, dropout=4)
-            values = jax.vmap(lambda x, a: phase.loss(model, Batch(x, a, None, jnp.int32(0)), rngs), axis_name="batch")
-            return {key: value.mean() for key, value in values(x[None], available[None]).items()}
+            def loss(x, available):
+                model = nnx.merge(graphdef, params, rest, copy=True)
+                rngs = nnx.Rngs(noise=1, mask=2, sample=3, dropout=4)
+                return phase.loss(model, Batch(x, available, None, jnp.int32(0)), rngs)
+
+            values = jax.vmap(loss, axis_name=parallel.AXIS)(x[None], available[None])  # as on one device
+            return {key: value.mean() for key, value in values.items()}
 
         return jax.jacrev(terms)(params)
 
@@ -259,10 +262,7 @@ BAD = {
     "a value for a group": ({"model": 3}, "config.model "),
     "out of range": ({"batch_size": 0}, "config.batch_size must be "),
     "out of range in a group": ({"optimizer__learning_rate": -1.0}, "config.optimizer.learning_rate must be "),
-    "too many examples": (
-        {"batch_size": 450},
-        "exceeds the 1797 training examples: set config.batch_size to at most 449",
-    ),
+    "too many examples": ({"batch_size": 91}, "the 360 training examples: set config.batch_size to at most 90"),
     "unknown dataset": ({"dataset": "digit"}, "unknown dataset 'digit'"),
     "unknown split": ({"train_split": "tset"}, "tset"),
     "wrong shape": ({"dataset": "mixture", "train_split": "test"}, "(8,)"),

@@ -223,10 +223,12 @@ def test_arrays_are_restored_by_name_not_by_position(tmp_path):
     run = runs.open_run(str(tmp_path / "run"), "pm_vae", make_config(), (8,))
     run.create()
     with run.finished_saving():
-        run.save(3, {"w": np.zeros(1)}, {"a": np.zeros(2), "b": np.ones(2)}, best=False)
+        run.save(3, {"w": np.zeros(1)}, {"a": np.zeros(2), "b": np.ones(2)}, {"n": 1}, best=False)
     reordered = {"b": np.empty(2), "a": np.empty(2)}
-    assert_same(run.restore(reordered), {"b": np.ones(2), "a": np.zeros(2)})
-    message = refusal(run.restore, {"a": np.empty(2), "c": np.empty(2)})
+    restored, record = run.restore(lambda _: reordered)
+    assert_same(restored, {"b": np.ones(2), "a": np.zeros(2)})
+    assert record == {"n": 1}
+    message = refusal(run.restore, lambda _: {"a": np.empty(2), "c": np.empty(2)})
     assert "does not fit its config.json: b: absent -> (2,); c: (2,) -> absent" in message
 
 
@@ -258,7 +260,7 @@ def test_best_and_latest(run_dir):
     before = weights(run_dir)
     run.create()
     with run.finished_saving():
-        run.save(100, {k: v + 1 for k, v in before.items()}, {"any": np.ones(1)}, best=False)
+        run.save(100, {k: v + 1 for k, v in before.items()}, {"any": np.ones(1)}, {}, best=False)
     for chosen, shift in ((None, 1), ("latest", 1), ("best", 0)):  # this config evaluates the latest
         loaded = weights(runs.load_model(run_dir, "pm_vae", chosen))
         assert_same(loaded, {k: v + shift for k, v in before.items()})

@@ -23,10 +23,12 @@ from helpers.runs import assert_same_runs, refusal, rows, saved_steps
 from posterior_matching import data, models, parallel, runs
 from posterior_matching.config import call
 from posterior_matching.errors import UserError
-from posterior_matching.training import log, loop
+from posterior_matching.training import batching, log, loop
 from posterior_matching.training.batching import EpochOrder, TrainingFeed
-from posterior_matching.training.loop import CompiledPhase, Experiment, Phase, TrainingOptions, fit
+from posterior_matching.training.experiment import Batch, Experiment, Phase, TrainingOptions
+from posterior_matching.training.loop import fit
 from posterior_matching.training.optimizer import OptimizerOptions
+from posterior_matching.training.step import CompiledPhase
 
 # Most of these tests run the same few programs; compiling is most of what they do.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -50,6 +52,7 @@ OPTIONS = {
     "validation_every": 4,
     "log_every": 2,
     "checkpoint_every": None,
+    "patience": None,
     "evaluate_checkpoint": "best",
     "ema_decay": None,
     "skip_nonfinite_updates": False,
@@ -239,7 +242,7 @@ def test_pm_vae_gradient_is_the_mean_over_devices_with_their_own_keys(pm_vae):
     def loss(parameters, rows, key):
         model = nnx.merge(graphdef, parameters, rest, copy=True)
         streams = {name: jax.random.fold_in(key, i) for i, name in enumerate(("noise", "mask", "sample", "dropout"))}
-        batch = loop.Batch(rows, jnp.ones_like(rows), None, jnp.int32(0))
+        batch = Batch(rows, jnp.ones_like(rows), None, jnp.int32(0))
         return jnp.mean(phase.loss(model, batch, nnx.Rngs(**streams))["loss"])
 
     differentiate = jax.jit(jax.value_and_grad(loss))
@@ -435,8 +438,8 @@ def test_validation_is_repeatable_and_independent_of_chunks(linear, tmp_path, mo
     loss = validate("run")
     assert loss != validate("other", seed=1)
     assert loss == validate("streamed", data_memory_budget_gb=0.0)
-    chunks = loop.evaluation_chunks
-    monkeypatch.setattr(loop, "evaluation_chunks", lambda *args: chunks(*args, chunk_gb=1e-12))  # one batch each
+    chunks = batching.evaluation_chunks
+    monkeypatch.setattr(batching, "evaluation_chunks", lambda *args: chunks(*args, chunk_gb=1e-12))  # one batch each
     np.testing.assert_allclose(validate("chunks"), loss, rtol=1e-6)
     np.testing.assert_allclose(validate("streamed_chunks", data_memory_budget_gb=0.0), loss, rtol=1e-6)
 

@@ -32,7 +32,13 @@ def randomised(module, seed=0, scale=1.0, bias=0.5):
         size = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else bias
         return jnp.asarray(scale * size * rng.normal(size=leaf.shape), jnp.float32)
 
-    nnx.update(module, jax.tree.map(draw, nnx.state(module, nnx.Param)))
+    state, rest = nnx.state(module, nnx.Param), nnx.state(module, nnx.Not(nnx.Param))
+    nnx.update(module, jax.tree.map(draw, state))
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(rest))
+    if abstract:  # codebooks, and what is counted
+        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+        fill = lambda leaf: draw(leaf) if floating(leaf) else jnp.zeros(leaf.shape, leaf.dtype)  # noqa: E731
+        nnx.update(module, jax.tree.map(fill, rest))
     return module
 
 
