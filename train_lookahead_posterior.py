@@ -4,7 +4,7 @@ python train_lookahead_posterior.py --config configs/lookahead_digits.py --confi
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flax import nnx
 
@@ -25,7 +25,8 @@ class Options:
     mask_generator: MaskOption
     model_samples: Count
     lookahead_subsample: Count
-    spread: Literal["remaining", "total"]
+    target: Literal["conditional", "marginal"]
+    RENAMED: ClassVar = {"spread": "'target': 'remaining' is called 'conditional', and 'total' 'marginal'"}
 
 
 def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
@@ -37,7 +38,7 @@ def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Optio
         num_samples=options.model_samples,
         num_features=options.lookahead_subsample,
         available=batch.available,
-        spread=options.spread,
+        target=options.target,
         rngs=rngs if batch.training else None,
     )
     return {"loss": -lookahead_ll, "lookahead_ll_nats": lookahead_ll}

@@ -43,6 +43,11 @@ def partial_input(x: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([x * b, b], axis=-1)
 
 
+def partial_input_shape(event_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of one example of `partial_input`: (H, W, C) -> (H, W, C + 1), and (d,) -> (2 d,)."""
+    return (*event_shape[:-1], event_shape[-1] + mask_shape(event_shape)[-1])
+
+
 class MaskGenerator:
     """Base of all generators. Subclasses are frozen dataclasses whose fields are their config options."""
 

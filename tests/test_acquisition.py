@@ -174,7 +174,7 @@ def run_dir(tmp_path_factory):
     run = runs.open_run(str(folder / "run"), "lookahead", settings, (8, 8, 1))
     run.create()
     with run.finished_saving():
-        run.save(1, runs.flat_weights(nnx.state(model)), {"step": np.int32(1)}, best=False)
+        run.save(1, runs.flat_weights(nnx.state(model)), {"step": np.int32(1)}, {}, best=False)
     result = evaluate(run.path, *FLAGS, "--policies=random")
     assert result.returncode == 0, result.stderr
     trajectories = run.path / "trajectories"

@@ -138,10 +138,19 @@ class Table:
 
     def row(self, index: int) -> str:
         """Names a row in a message: by its line in a text file, which takes another reading of the file."""
-        if self.dialect is None or not Path(self.source).is_file():
-            return f"row {self.first_row + index + 1}"
-        lines = (line for line, _ in records(Path(self.source), self.dialect))
-        return f"line {next(itertools.islice(lines, self.first_row + index, None), 0)}"
+        line = None
+        if self.dialect is not None and Path(self.source).is_file():
+            lines = (line for line, _ in records(Path(self.source), self.dialect))
+            line = next(itertools.islice(lines, self.first_row + index, None), None)
+        return f"row {self.first_row + index + 1}" if line is None else f"line {line}"
+
+    def first_word(self, cells: Cells) -> str:
+        """Shows the first cell of a column that is no number, and where it is."""
+        text = cells.array.cast(pa.large_string())
+        is_word = pc.fill_null(pc.invert(pc.match_substring_regex(text, f"^({self.number})$")), False)
+        index = pc.index(is_word, True).as_py()
+        index = pc.index(pc.is_valid(text), True).as_py() if index < 0 else index  # codes such as 0123
+        return f"'{shortened(text[index].as_py())}' ({self.row(index)})"
 
     def cells(self, name: str, kind: Kind | None = None) -> Cells:
         """Understands a column.
@@ -170,7 +179,8 @@ class Table:
             return Cells(array, None, is_date=True)
         if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
             return dataclasses.replace(self._understand_text(name, array, kind), is_category=is_category)
-        if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_null(array.type)):
+        is_type = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+        if not any(check(array.type) for check in is_type):
             raise UserError(f"{self.where(name)} holds neither numbers nor text, but {array.type}: leave it out")
         numbers = np.array(array.cast(pa.float64(), safe=False).fill_null(np.nan), np.float64)
         numbers[np.isin(numbers, self._missing_numbers())] = np.nan
@@ -294,6 +304,11 @@ def number_text(value: float, integer: bool, decimal: str) -> str:
         return f"{value:.0f}"
     whole = value == round(value) and abs(value) < 1e15
     return (f"{value:.1f}" if whole else repr(float(f"{value:.7g}"))).replace(".", decimal)
+
+
+def shortened(text: str) -> str:
+    """Shows a long cell by its beginning."""
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def is_usual_missing(text: pa.Array) -> pa.Array:

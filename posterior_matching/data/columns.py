@@ -336,7 +336,8 @@ def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.
     dtype = str(table.frame[name].dtype)
     if table.dialect is not None:
         text = table.cells(name, "number").array
-        dtype = "float64" if pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() else "int64"
+        is_int = not pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() and np.abs(values).max() < 2**63
+        dtype = "int64" if is_int else "float64"
     low, high = (None, None) if kind == "real" else (float(values.min()), float(values.max()))
     column = Column(name, kind, dtype, low=low, high=high)
     if name in table.options.log:
@@ -371,7 +372,7 @@ def _standardised(table: Table, columns: list[Column], rows: np.ndarray) -> tupl
 
 def _quantities(column: Column, table: Table, name: str, cells: Cells) -> np.ndarray:
     if cells.numbers is None:
-        word = kinds.first_word(table, cells)
+        word = table.first_word(cells)
         raise UserError(
             f"{table.where(name)} holds {word}, but the run was trained on numbers: mend it or set config.table.decimal"
         )
@@ -417,5 +418,5 @@ def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, intege
 def _dtype(name: str) -> Any:
     try:
         return pd.api.types.pandas_dtype(name)
-    except TypeError:  # pandas can write some types of Arrow, but not read their names
+    except (TypeError, NotImplementedError):  # pandas can write some types of Arrow, but not read their names
         return np.dtype(object)

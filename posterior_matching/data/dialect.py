@@ -87,10 +87,10 @@ def sniff(
     newline = "\r\n" if "\r\n" in text else "\n" if "\n" in text else "\r" if "\r" in text else "\n"
     separator = separator or _separator(text)
     all_lines = split_lines(text)
-    records = list(itertools.islice(read_records(all_lines, separator), _SAMPLE_ROWS))
-    if not records:
+    sampled = list(itertools.islice(read_records(all_lines, separator), _SAMPLE_ROWS))
+    if not sampled:
         raise UserError(f"'{source}' has no rows")
-    lines, rows = zip(*records, strict=True)
+    lines, rows = zip(*sampled, strict=True)
     width = Counter(len(row) for row in rows[1:] or rows).most_common(1)[0][0]
     first = _fit_header([cell.strip() for cell in rows[0]], rows[1:], width, separator)
     if header is None:

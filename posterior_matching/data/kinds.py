@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 from absl import logging
 
-from posterior_matching.data.cells import UNCERTAIN, Cells, Table
+from posterior_matching.data.cells import UNCERTAIN, Cells, Table, shortened
 from posterior_matching.errors import UserError, nearest
 
 ColumnKind = Literal["real", "integer", "categorical", "empty", "index"]
@@ -78,7 +78,7 @@ def _kind(table: Table, name: str) -> ColumnKind:
         return "categorical"
     if cells.numbers is None:
         if quantity:
-            raise UserError(f"{table.where(name)} is declared a quantity, but holds {first_word(table, cells)}")
+            raise UserError(f"{table.where(name)} is declared a quantity, but holds {table.first_word(cells)}")
         return _kind_of_words(table, name, cells, present)
     values = cells.numbers[~cells.missing]
     whole = bool((values == np.rint(values)).all())
@@ -111,22 +111,13 @@ def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> Colum
     number = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
     if any(map(number.fullmatch, words)) and not all(word.lstrip("+-").isdigit() for word in words):
         raise UserError(
-            f"{table.where(name)} holds both numbers and {first_word(table, cells)}: mend it, or say with "
+            f"{table.where(name)} holds both numbers and {table.first_word(cells)}: mend it, or say with "
             f"config.table.missing_values that this means missing, with config.table.decimal or config.table.thousands "
             f"how numbers are written, or with config.table.categorical=('{name}',) that all are categories"
         )
     if len(words) > _MAX_UNDECLARED or len(words) > max(10, present / 2) or len(words) == present > 2:
-        raise _UselessError(f"holds {len(words):,} texts in {present:,} cells ('{_short(words[0])}', ...)")
+        raise _UselessError(f"holds {len(words):,} texts in {present:,} cells ('{shortened(words[0])}', ...)")
     return "categorical"
-
-
-def first_word(table: Table, cells: Cells) -> str:
-    """Shows the first cell of a column that is no number, and where it is."""
-    text = cells.array.cast("large_string")
-    is_word = pc.fill_null(pc.invert(pc.match_substring_regex(text, f"^({table.number})$")), False)
-    index = pc.index(is_word, True).as_py()
-    index = pc.index(pc.is_valid(text), True).as_py() if index < 0 else index  # codes such as 0123
-    return f"'{_short(text[index].as_py())}' ({table.row(index)})"
 
 
 def _warn_about_sentinels(table: Table, names: Sequence[str]) -> None:
@@ -172,7 +163,3 @@ def _warn_about_words(table: Table, names: Sequence[str]) -> None:
 
 def _tuple(names: Sequence[str] | dict[str, str]) -> str:
     return "(" + ",".join(f"'{name}'" for name in names) + ",)"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -163,7 +163,7 @@ def _chunks(path: Path, options: TableOptions, known_names: Sequence[str], rows:
             yield from _read_numpy(path, options, rows)
         else:
             yield from _read_text(path, options, known_names, rows)
-    except (EOFError, ValueError, zlib.error, zipfile.BadZipFile, pa.ArrowException) as error:
+    except (EOFError, ValueError, csv.Error, zlib.error, zipfile.BadZipFile, pa.ArrowException) as error:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read '{path}': {problem}") from error
 

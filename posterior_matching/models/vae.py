@@ -1,17 +1,23 @@
 """The VAE, and Posterior Matching: a second encoder q(z | x_o) that gives it every conditional p(x_u | x_o)."""
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from posterior_matching.config import Config, Units, build
-from posterior_matching.masking import mask_shape, partial_input
-from posterior_matching.models import distributions, likelihood
-from posterior_matching.models.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
-from posterior_matching.models.likelihood import ConditionalLogProb
+from posterior_matching.masking import partial_input, partial_input_shape
+from posterior_matching.models import distributions
+from posterior_matching.models.distributions import (
+    LATENT_HEADS,
+    LIKELIHOOD_HEADS,
+    Distribution,
+    ExplicitDistribution,
+)
+from posterior_matching.models.likelihood import ConditionalLogProb, importance_log_prob, log_prob_of_observed
 from posterior_matching.models.networks import NETWORKS, Shape
 
 
@@ -59,15 +65,15 @@ class VAE(nnx.Module):
             rngs=rngs,
         )
 
-    def prior(self) -> Any:
+    def prior(self) -> Distribution:
         """p(z) = N(0, I) over `[e]`."""
         return distributions.standard_normal(self.latent_dim)
 
-    def posterior(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+    def posterior(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> Distribution:
         """q(z | x) for `x: [B, *input_shape]`, a distribution over `[B, e]`."""
         return self.posterior_head(self.encoder(x, rngs))
 
-    def decode(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+    def decode(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> ExplicitDistribution:
         """p(x | z) for `z: [B, e]`: independent features, batch shape `[B, *input_shape]`."""
         return self.likelihood_head(self.decoder(z, rngs))
 
@@ -76,7 +82,7 @@ class VAE(nnx.Module):
         s, n, _ = z.shape
         p = self.decode(z.reshape(s * n, -1))
         x, b = (jnp.broadcast_to(a, (s, *a.shape)).reshape(s * n, *a.shape[1:]) for a in (x, b))
-        return likelihood.log_prob_of_observed(p, x, b).reshape(s, n)
+        return log_prob_of_observed(p, x, b).reshape(s, n)
 
     def decode_mean(self, z: jax.Array, chunk_size: int = 128) -> jax.Array:
         """E[x | z], `[S, B, *input_shape]`, for `z: [S, B, e]`, decoding `chunk_size` samples at once."""
@@ -95,8 +101,9 @@ class PartialPosterior(nnx.Module):
     """
 
     def __init__(self, *, input_shape: Shape, latent_dim: int, encoder: Config, head: Config, rngs: nnx.Rngs):
-        observed_shape = (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1])
-        self.encoder = build(NETWORKS, encoder, "partial_encoder", input_shape=observed_shape, rngs=rngs)
+        self.encoder = build(
+            NETWORKS, encoder, "partial_encoder", input_shape=partial_input_shape(input_shape), rngs=rngs
+        )
         self.head = build(
             LATENT_HEADS,
             head,
@@ -106,41 +113,46 @@ class PartialPosterior(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+    def __call__(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> Distribution:
         """q(z | x_o) over `[B, e]` for `x: [B, *input_shape]` and mask `b` (1 = observed)."""
         return self.head(self.encoder(partial_input(x, b), rngs))
 
-    def with_feature(self, x: jax.Array, b: jax.Array, i: jax.Array) -> Callable[[jax.Array], Any]:
+    def with_feature(self, x: jax.Array, b: jax.Array, i: jax.Array) -> Callable[[jax.Array], Distribution]:
         """Returns the function from values of feature i, `[B, C]`, to q(z | x_o, x_i) over `[B, e]`.
 
-        The inputs of the encoder differ in one feature only, and its first layer is affine, so that of this layer only
-        the difference has to be computed for each value.
+        Only feature i of the encoder's input depends on the value, and the encoder's first layer is affine. So the
+        layer is applied to `[x * b, b]` once, and every value adds its multiple of what the layer makes of feature i.
 
         Args:
             x: `[B, *input_shape]`, or one example `[1, *input_shape]` for all values.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. Examples that have feature i observed keep their value.
             i: Index of a mask entry.
         """
-        channels, first = x.size // b.size, self.encoder.first
-        # What the encoder sees more: one input for each channel of the value, one for the mask; [C + 1, ...].
-        feature = jnp.zeros(b[0].size).at[i].set(1.0)
-        in_x = (jnp.eye(channels)[:, None] * feature[:, None]).reshape(channels, *x.shape[1:])
-        in_b = feature.reshape(1, *b.shape[1:])
-        more_x = jnp.concatenate([in_x, jnp.zeros((1, *x.shape[1:]))])
-        more_b = jnp.concatenate([jnp.zeros((channels, *b.shape[1:])), in_b])
-        inputs = jnp.concatenate([more_x, more_b], axis=-1)
-        change = first(inputs) - first(jnp.zeros_like(inputs))  # without the bias
-        now = first(partial_input(x, b))
+        base = self.encoder.first(partial_input(x, b))
+        added = self._added_by_feature(i, x.shape[1:], b.shape[1:])
         unobserved = 1.0 - b.reshape(len(b), -1)[:, i, None]  # [B, 1]
 
-        def posterior(value: jax.Array) -> Any:
-            more = jnp.concatenate([value, jnp.ones((len(value), 1))], axis=-1) * unobserved  # [B, C + 1]
-            return self.head(self.encoder.after_first(now + jnp.tensordot(more, change, 1)))
+        def posterior(value: jax.Array) -> Distribution:
+            revealed = jnp.concatenate([value, jnp.ones((len(value), 1))], axis=-1) * unobserved  # value and mask
+            return self.head(self.encoder.after_first(base + jnp.tensordot(revealed, added, 1)))
 
         return posterior
 
+    def _added_by_feature(self, i: jax.Array, input_shape: Shape, mask_shape: Shape) -> jax.Array:
+        """What a unit of each channel of feature i, and a unit of its mask, add to the first layer: `[C + 1, ...]`.
 
-class Terms(NamedTuple):
+        (`jax.linearize` would give the same, but `numerics.convolution` has reverse-mode derivatives only.)
+        """
+        mask = jnp.zeros(math.prod(mask_shape)).at[i].set(1.0).reshape(1, *mask_shape)
+        channels = math.prod(input_shape) // mask.size
+        value = mask * jnp.eye(channels).reshape(channels, *[1] * (len(input_shape) - 1), channels)
+        value_units = jnp.concatenate([value, jnp.zeros((1, *input_shape))])
+        mask_units = jnp.concatenate([jnp.zeros((channels, *mask_shape)), mask])
+        units = jnp.concatenate([value_units, mask_units], axis=-1)
+        return self.encoder.first(units) - self.encoder.first(jnp.zeros_like(units))  # the bias cancels
+
+
+class VAETerms(NamedTuple):
     """What training optimises, per example and in nats; all `[B]`."""
 
     reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
@@ -210,7 +222,7 @@ class PosteriorMatchingVAE(nnx.Module):
         available: jax.Array | None = None,
         stop_gradients: bool = False,
         rngs: nnx.Rngs | None = None,
-    ) -> Terms:
+    ) -> VAETerms:
         """The terms of the training objective.
 
         Args:
@@ -218,17 +230,15 @@ class PosteriorMatchingVAE(nnx.Module):
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
             available: Mask of the values that exist in the data; None: all.
-            stop_gradients: Stop the gradient into z in the matching term: the VAE then does not feel that term.
+            stop_gradients: Stop the matching term's gradient at z, so that it does not train the VAE.
             rngs: Dropout streams, while training.
         """
         q = self.vae.posterior(x, rngs)
         z = q.sample(key)  # reparameterised
         p = self.vae.decode(z, rngs)
         target = jax.lax.stop_gradient(z) if stop_gradients else z
-        return Terms(
-            reconstruction_ll=likelihood.log_prob_of_observed(
-                p, x, jnp.ones_like(b) if available is None else available
-            ),
+        return VAETerms(
+            reconstruction_ll=log_prob_of_observed(p, x, jnp.ones_like(b) if available is None else available),
             kl=distributions.kl_to_standard_normal(q),
             # Posterior Matching: q(z | x_o) by maximum likelihood on samples of q(z | x).
             matching_ll=self.partial_posterior(x, b, rngs).log_prob(target),
@@ -275,7 +285,7 @@ class PosteriorMatchingVAE(nnx.Module):
             def log_joint(z):
                 return self.vae.log_prob_given(z, x, mask) + self.vae.prior().log_prob(z)
 
-            return likelihood.importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
+            return importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
 
         b = b * available
         key_x, key_xo = jax.random.split(key)
