@@ -55,7 +55,7 @@ def test_config_json_says_everything(run_dir):
     assert description["model"] == "pm_vae" and description["input_shape"] == [8]
     assert description["config"] == json.loads(json.dumps(make_config()))
     assert description["config"]["seed"] == 7 and description["num_devices"] == 4
-    assert description["standardisation"] is None
+    assert description["columns"] is None and description["fingerprint"] is None  # not the user's own table
     assert description["versions"]["jax"] == jax.__version__ and {"flax", "optax", "numpy"} <= set(
         description["versions"]
     )
@@ -205,7 +205,7 @@ def test_a_damaged_config_json(run_dir, text):
 
 def checkpoint(run_dir, item):
     """The arrays by name of an item of the latest checkpoint."""
-    (path,) = (run_dir / "checkpoints" / "latest").glob(f"*/{item}")
+    path = run_dir / "checkpoints" / "latest" / str(STEPS) / item
     with ocp.StandardCheckpointer() as checkpointer:
         return {name: np.asarray(value) for name, value in checkpointer.restore(path).items()}
 
@@ -273,7 +273,8 @@ def test_missing_runs_and_checkpoints(run_dir, tmp_path):
     assert "nowhere does not exist" in refusal(runs.load_model, tmp_path / "nowhere")
     assert "is not a run directory" in refusal(runs.load_model, tmp_path)
     assert "unknown checkpoint 'last'" in refusal(runs.load_model, run_dir, checkpoint="last")
-    shutil.rmtree(run_dir / "checkpoints" / "latest" / str(STEPS))
+    for step in (run_dir / "checkpoints" / "latest").iterdir():
+        shutil.rmtree(step)
     assert "holds no latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
     shutil.rmtree(run_dir / "checkpoints")
     assert "holds no best checkpoint" in refusal(runs.load_model, run_dir, checkpoint="best")
@@ -301,15 +302,74 @@ def test_a_config_that_does_not_fit_the_checkpoint(run_dir):
     assert "config.model.laten_dim" in refusal(runs.load_model, run_dir)
 
 
-def test_a_damaged_checkpoint(run_dir):
-    files = [p for p in (run_dir / "checkpoints" / "latest").rglob("*") if p.is_file() and "model" in str(p)]
-    for path in files:
-        path.write_bytes(path.read_bytes()[:10])
-    assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+def files_of(run_dir, item):
+    """The files of an item of the latest checkpoint, the largest first."""
+    files = (run_dir / "checkpoints" / "latest" / str(STEPS) / item).rglob("*")
+    return sorted((path for path in files if path.is_file()), key=lambda path: -path.stat().st_size)
+
+
+def test_flipped_bytes_never_load_as_other_weights(run_dir):
+    before, refused = weights(run_dir), 0
+    for path in files_of(run_dir, "model"):
+        size = path.stat().st_size
+        for position in np.random.default_rng(0).integers(size, size=min(size, 8)):
+            flip(path, position)
+            try:
+                assert_same(weights(run_dir), before)
+            except UserError as error:
+                assert "\n" not in str(error) and "latest checkpoint" in str(error)
+                refused += 1
+            flip(path, position)
+    assert refused > 8
+    assert_same(weights(run_dir), before)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:10])
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: flip(path, path.stat().st_size // 2), lambda path: path.unlink()])
+@pytest.mark.parametrize("item", ["model", "train", "record"])
+def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_before(run_dir, item, damage, caplog):
+    assert [runs.latest_step(run_dir, name) for name in ("latest", "best")] == [6, 6]
+    assert sorted(int(p.name) for p in (run_dir / "checkpoints" / "latest").iterdir()) == [3, 6]
+    undisturbed = weights(run_dir)
+    for path in files_of(run_dir, item):
+        damage(path)
+    if item == "model":
+        assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
+        return  # resuming reads what trains
+    train_pm_vae.train(make_config(), str(run_dir))
+    assert_same(weights(run_dir), undisturbed)
+    assert [row["step"] for row in rows(run_dir)] == [3, 6]
+
+
+def test_damaged_metrics_do_not_stop_a_resume(run_dir):
+    with open(run_dir / "metrics.jsonl", "a", encoding="latin-1") as file:
+        file.write("\n".join(["", "{", "7", '{"val_loss": 1.0}', '{"step": "six"}', "\x00\xff", "[]", '{"step":']))
+    train_pm_vae.train(make_config(steps=9), str(run_dir))
+    assert [row["step"] for row in rows(run_dir)] == [3, 6, 9]
+
+
+def test_a_run_whose_latest_checkpoint_is_gone_is_refused_not_begun_again(run_dir):
+    shutil.rmtree(run_dir / "checkpoints" / "latest")
+    before = contents(run_dir)
+    message = refusal(train_pm_vae.train, make_config(), str(run_dir))
+    assert "its latest checkpoint is gone: put checkpoints/latest back, or choose another --run_dir" in message
+    assert contents(run_dir) == before
 
 
 def test_two_processes_do_not_train_the_same_run(tmp_path):
-    holder = "import fcntl, os, sys; folder = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(folder, fcntl.LOCK_EX); "
+    holder = "import filelock, sys; lock = filelock.FileLock(sys.argv[1] + '/.lock'); lock.acquire(); "
     holder += "print('holds', flush=True); sys.stdin.read()"
     run_dir = tmp_path / "run"
     train_pm_vae.train(make_config(steps=3), str(run_dir))

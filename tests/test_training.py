@@ -19,7 +19,7 @@ from flax import nnx
 
 from helpers.arrays import Compilations, assert_close, assert_same
 from helpers.configs import MLP, small, untrained
-from helpers.runs import assert_same_runs, refusal, rows, saved_steps
+from helpers.runs import assert_same_runs, refusal, rows
 from posterior_matching import data, models, parallel, runs
 from posterior_matching.config import call
 from posterior_matching.errors import UserError
@@ -468,12 +468,12 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(linear):
     best = min(losses, key=losses.get)
     later = [loss for step, loss in losses.items() if step >= best]
     assert best not in (2, 60) and any(after < before for before, after in itertools.pairwise(later))
-    assert saved_steps(linear.path, "best") == [best] and saved_steps(linear.path, "latest") == [60]
+    assert runs.latest_step(linear.path, "best") == best and runs.latest_step(linear.path, "latest") == 60
     model = runs.load_model(linear.path, checkpoint="best")
     np.testing.assert_allclose(errors(model, RISING["validation"]).mean(), losses[best], rtol=1e-5)
     # A resumed run remembers what the best loss was.
     linear(steps=70, **swinging)
-    assert saved_steps(linear.path, "best") == [best] and saved_steps(linear.path, "latest") == [70]
+    assert runs.latest_step(linear.path, "best") == best and runs.latest_step(linear.path, "latest") == 70
 
 
 def test_resuming_continues_as_if_never_stopped(linear, tmp_path):
@@ -491,7 +491,7 @@ def test_the_best_checkpoint_is_on_disk_before_the_latest_begins(linear, monkeyp
         if manager.directory.name == "best":
             best_saved.append(step)
         else:
-            assert saved_steps(linear.path, "best") == best_saved[-1:]
+            assert runs.latest_step(linear.path, "best") == (best_saved or [0])[-1]
         return original(manager, step, **kwargs)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", save)
@@ -502,7 +502,7 @@ def test_the_best_checkpoint_is_on_disk_before_the_latest_begins(linear, monkeyp
 def test_killed_between_the_best_and_the_latest_checkpoint(linear, tmp_path):
     for name in ("10", "15"):
         linear(name, steps=int(name), **RISING)
-    assert saved_steps(tmp_path / "15", "best") == [15]
+    assert runs.latest_step(tmp_path / "15", "best") == 15
     shutil.rmtree(tmp_path / "15" / "checkpoints" / "latest")
     shutil.copytree(tmp_path / "10" / "checkpoints" / "latest", tmp_path / "15" / "checkpoints" / "latest")
     linear("15", steps=60, **RISING)
@@ -523,7 +523,7 @@ def test_nothing_to_do(linear, capsys):
     before = (linear.path / "metrics.jsonl").read_text()
     linear(steps=4)
     assert "nothing to do: step 8 of 4" in capsys.readouterr().out
-    assert (linear.path / "metrics.jsonl").read_text() == before and saved_steps(linear.path, "latest") == [8]
+    assert (linear.path / "metrics.jsonl").read_text() == before and runs.latest_step(linear.path, "latest") == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -542,7 +542,7 @@ def test_a_signal_saves_before_leaving(linear, tmp_path, number):
         return squared_error(model, batch, rngs)
 
     message = refusal(linear, loss=loss, steps=5000, validation_every=5000, log_every=5000)
-    (step,) = saved_steps(linear.path, "latest")
+    step = runs.latest_step(linear.path)
     assert f"interrupted: saved at step {step};" in message and str(linear.path) in message and 6 <= step < 5000
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     for name in ("run", "whole"):
@@ -575,7 +575,7 @@ def test_a_nonfinite_step_stops_the_run(linear, kind, named):
     message = refusal(linear, loss=bad_at(6, kind=kind), steps=50)
     assert f"{named} not finite at step 7" in message.replace("loss, gradient_norm", "loss")
     assert f"the last good checkpoint is step 4 in {linear.path}" in message
-    assert saved_steps(linear.path, "latest") == [4] == saved_steps(linear.path, "best")
+    assert runs.latest_step(linear.path) == 4 == runs.latest_step(linear.path, "best")
     assert [row["step"] for row in rows(linear.path)] == [4]
     assert all(np.isfinite(w).all() for w in weights(runs.load_model(linear.path, checkpoint="latest")))
 
@@ -583,25 +583,25 @@ def test_a_nonfinite_step_stops_the_run(linear, kind, named):
 @pytest.mark.parametrize(
     "changes, message, saved",
     [
-        ({"loss": bad_at(0), "log_every": 1}, "not finite at step 1; no checkpoint was saved", []),
+        ({"loss": bad_at(0), "log_every": 1}, "not finite at step 1; no checkpoint was saved", 0),
         # Nothing is logged between step 4 and the checkpoint.
         (
             {"loss": bad_at(4), "log_every": 50, "checkpoint_every": 5},
             r"at step 5.*last good checkpoint is step 4",
             [4],
         ),
-        ({"optimizer": {"learning_rate": 1e30}}, r"not finite at step \d", []),
+        ({"optimizer": {"learning_rate": 1e30}}, r"not finite at step \d", 0),
         (
             {"validation": data.Dataset("inf", "test", np.full((13, DIM + 1), np.inf, np.float32))},
             "the validation loss is (inf|nan) at step 4; no checkpoint was saved",
-            [],
+            0,
         ),
     ],
 )
 def test_what_is_not_finite_is_not_saved(linear, changes, message, saved):
     with pytest.raises(UserError, match=message):
         linear(steps=50, **changes)
-    assert saved_steps(linear.path, "latest") == saved
+    assert runs.latest_step(linear.path) == saved
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -721,8 +721,8 @@ def test_where_a_phase_ends_the_model_of_the_next_is_validated(linear):
 def test_stopped_in_any_phase_it_goes_on_as_if_never_stopped(linear, tmp_path, count, stop):
     linear("whole", *phases(count), **PHASED)
     linear("parts", *phases(count), stop=stop, **PHASED)
-    assert saved_steps(tmp_path / "parts", "latest") == [stop]
-    assert bool(saved_steps(tmp_path / "parts", "best")) == (stop == 12)
+    assert runs.latest_step(tmp_path / "parts", "latest") == stop
+    assert bool(runs.latest_step(tmp_path / "parts", "best")) == (stop == 12)
     linear("parts", *phases(count), **PHASED)
     assert_same_runs(tmp_path / "parts", tmp_path / "whole")
 

@@ -18,11 +18,6 @@ def rows(run_dir):
     return [{key: value for key, value in row.items() if key != "steps_per_second"} for row in found]
 
 
-def saved_steps(run_dir, checkpoint):
-    """The steps of the checkpoints "latest" or "best"."""
-    return sorted(int(p.name) for p in (pathlib.Path(run_dir) / "checkpoints" / checkpoint).iterdir())
-
-
 def weights(model):
     """The arrays by path of a model, or of the model of a run."""
     model = model if isinstance(model, nnx.Module) else runs.load_model(model)
@@ -33,7 +28,7 @@ def assert_same_runs(found, expected):
     """Both checkpoints and all metrics of two runs are equal bit for bit."""
     assert rows(found) == rows(expected)
     for name in ("best", "latest"):
-        assert saved_steps(found, name) == saved_steps(expected, name)
+        assert runs.latest_step(found, name) == runs.latest_step(expected, name)
         ours, theirs = (weights(runs.load_model(run, checkpoint=name)) for run in (found, expected))
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
