@@ -17,7 +17,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
@@ -27,6 +26,7 @@ import train_vade
 from posterior_matching import cli, data, masking, runs
 from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.examples import ExampleMap
+from posterior_matching.models.vade import PosteriorMatchingVADE
 
 _DATASET = flags.DEFINE_string("dataset", "digits", "Dataset, which has labels and the two configs.")
 _SEEDS = flags.DEFINE_integer("num_seeds", 5, "Seeds 0, 1, ... of everything.", lower_bound=1)
@@ -66,6 +66,7 @@ def train(family: str, script, seed: int, **changes: str) -> str:
 def baselines(train_set: data.Dataset, test_set: data.Dataset, seed: int) -> dict[str, float]:
     """k-means on pixels, and the better known Gaussian mixtures on 10 principal components."""
     train, test = (d.x.reshape(len(d), -1) / d.max_value for d in (train_set, test_set))
+    assert train_set.label is not None  # digits have labels
     clusters = len(np.unique(train_set.label))
     kmeans = KMeans(clusters, n_init=10, random_state=seed).fit(train)
     found = {"k-means": kmeans.predict(test)}
@@ -81,7 +82,9 @@ def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
     model = runs.load_model(run_dir, "pm_vade")
     shape = masking.mask_shape(test_set.input_shape)
 
-    def predict(model: nnx.Module, key: jax.Array, x: jax.Array, available: jax.Array) -> dict[str, jax.Array]:
+    def predict(
+        model: PosteriorMatchingVADE, key: jax.Array, x: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
         found = {"VaDE": model.predict_cluster(x[None], 50, key=key)[0]}
         for share in SHARES:
             b = jax.random.bernoulli(key, share, (1, *shape)) * available
@@ -95,6 +98,7 @@ def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
 
 def accuracy(test_set: data.Dataset, cluster: np.ndarray) -> float:
     """Clustering accuracy on the test split."""
+    assert test_set.label is not None  # digits have labels
     return clustering_scores(test_set.label, cluster)["clustering_accuracy"]
 
 
