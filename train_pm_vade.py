@@ -30,9 +30,11 @@ class Options(CorruptionOptions):
 
 def loss(model: PosteriorMatchingVADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     """The Posterior Matching loss; the VaDE is frozen."""
-    x = options.corrupt(batch, rngs)  # the same for both posteriors
+    x = options.corrupt(batch, rngs, model.vade.cardinalities)  # the same for both posteriors
     b = options.mask_generator(rngs.mask(), batch.available.shape) * batch.available
-    matching_ll = model.matching_ll(x, b, rngs.sample(), rngs=rngs if batch.training else None)
+    matching_ll = model.matching_ll(
+        x, b, rngs.sample(), available=batch.available, rngs=rngs if batch.training else None
+    )
     values = {"loss": -matching_ll, "matching_ll_nats": matching_ll}
     if not batch.training and batch.label is not None:
         cluster = model.partial_predict_cluster(x, b, SAMPLES, key=rngs.sample())

@@ -46,7 +46,7 @@ def autoencoder_loss(restarts: Restarts, batch: Batch, rngs: nnx.Rngs, options: 
     """Negative log p(x | z) of all restarts, with z the posterior mean."""
     ll = restarts.autoencoder_ll(
         batch.x,
-        corrupted_x=options.corrupt(batch, rngs),
+        corrupted_x=options.corrupt(batch, rngs, restarts.models[0].cardinalities),
         available=batch.available,
         dropout_key=rngs.dropout() if batch.training else None,
     )
@@ -58,7 +58,7 @@ def loss(model: VADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     terms = model.terms(
         batch.x,
         rngs.sample(),
-        corrupted_x=options.corrupt(batch, rngs),
+        corrupted_x=options.corrupt(batch, rngs, model.cardinalities),
         available=batch.available,
         rngs=rngs if batch.training else None,
     )
@@ -69,7 +69,7 @@ def loss(model: VADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
         "kl_nats": terms.kl,
     }
     if not batch.training and batch.label is not None:
-        cluster = model.predict_cluster(batch.x, SAMPLES, key=rngs.sample())
+        cluster = model.predict_cluster(batch.x, SAMPLES, key=rngs.sample(), available=batch.available)
         values["contingency"] = contingency(batch.label, cluster, model.num_clusters)
     return values
 

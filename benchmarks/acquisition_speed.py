@@ -12,6 +12,8 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from typing import Any
+
 import jax
 import numpy as np
 from absl import flags
@@ -30,7 +32,7 @@ def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
     rows = synthetic.dataset(config.dataset, _BATCH_SIZE.value)
-    model = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, rows).model
+    model: Any = synthetic.experiment(cli.config_name(), config, rows).phases[-1].model
     x, available = data.decode(rows.x, rows.max_value)
     b = masking.build_mask_generator(config.mask_generator)(jax.random.key(0), available.shape)
     keys = jax.random.split(jax.random.key(1), len(x))

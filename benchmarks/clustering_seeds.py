@@ -18,7 +18,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
@@ -28,6 +27,7 @@ import train_vade
 from posterior_matching import cli, data, masking, runs
 from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.examples import ExampleMap
+from posterior_matching.models.vade import PosteriorMatchingVADE
 
 _DATASET = flags.DEFINE_string("dataset", "digits", "A labelled dataset that has both configs.")
 _SEEDS = flags.DEFINE_integer("num_seeds", 5, "Number of seeds: 0, 1, ...", lower_bound=1)
@@ -67,6 +67,7 @@ def train(family: str, script, seed: int, **changes: str) -> str:
 def baselines(train_set: data.Dataset, test_set: data.Dataset, seed: int) -> dict[str, float]:
     """Accuracy of k-means on pixels and of Gaussian mixtures on 10 principal components."""
     train, test = (d.x.reshape(len(d), -1) / d.max_value for d in (train_set, test_set))
+    assert train_set.label is not None  # digits have labels
     clusters = len(np.unique(train_set.label))
     kmeans = KMeans(clusters, n_init=10, random_state=seed).fit(train)
     found = {"k-means": kmeans.predict(test)}
@@ -82,7 +83,9 @@ def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
     model = runs.load_model(run_dir, "pm_vade")
     shape = masking.mask_shape(test_set.input_shape)
 
-    def predict(model: nnx.Module, key: jax.Array, x: jax.Array, available: jax.Array) -> dict[str, jax.Array]:
+    def predict(
+        model: PosteriorMatchingVADE, key: jax.Array, x: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
         found = {"VaDE": model.predict_cluster(x[None], 50, key=key)[0]}
         for share in SHARES:
             b = jax.random.bernoulli(key, share, (1, *shape)) * available
@@ -96,6 +99,7 @@ def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
 
 def accuracy(test_set: data.Dataset, cluster: np.ndarray) -> float:
     """Clustering accuracy on the test split."""
+    assert test_set.label is not None  # digits have labels
     return clustering_scores(test_set.label, cluster)["clustering_accuracy"]
 
 

@@ -11,6 +11,8 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from absl import flags
@@ -29,7 +31,7 @@ def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
     rows = synthetic.dataset(config.dataset, _BATCH_SIZE.value)
-    model = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, rows).model
+    model: Any = synthetic.experiment(cli.config_name(), config, rows).phases[-1].model
     x = data.decode(rows.x, rows.max_value)[0]
     b = jnp.ones((len(x), *masking.mask_shape(x.shape[1:]))).at[:, ::2].set(0.0)
 

@@ -13,6 +13,7 @@ import pathlib
 import resource
 import sys
 import time
+from typing import Any
 
 import psutil
 
@@ -37,7 +38,7 @@ def main() -> None:
     config = _CONFIG.value
     rows = 4 * config.batch_size * jax.device_count()
     dataset = synthetic.dataset(config.dataset, rows)
-    experiment = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, dataset)
+    experiment = synthetic.experiment(cli.config_name(), config, dataset)
     options = experiment.options
     phase = CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
     state, frozen = parallel.replicate(phase.initial_state())
@@ -51,14 +52,16 @@ def main() -> None:
     )
 
     start = time.perf_counter()
-    step = phase.train.lower(state, frozen, arrays, indices).compile()
+    train: Any = phase.train  # a pmapped function
+    step = train.lower(state, frozen, arrays, indices).compile()
     compile_seconds = time.perf_counter() - start
     state, metrics = jax.block_until_ready(step(state, frozen, arrays, indices))
     first_step_seconds = time.time() - psutil.Process().create_time()
     step_flops = step.cost_analysis()["flops"]  # XLA counts the body of a loop over steps once
 
     # The machine may be shared, so every measurement of the step lies between two of the matrix product.
-    rates, matrix_rates = [], [matrix_product_flops_per_second()]
+    rates: list[float] = []
+    matrix_rates = [matrix_product_flops_per_second()]
     end = time.perf_counter() + _SECONDS.value
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0

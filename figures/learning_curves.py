@@ -19,7 +19,7 @@ from absl import flags
 from posterior_matching import cli, runs
 from posterior_matching.errors import UserError
 
-_RUN_DIRS = flags.DEFINE_multi_string("run_dir", None, "a run directory; repeat the flag for each run", required=True)
+_RUN_DIRS = flags.DEFINE_multi_string("run_dir", None, "a run directory; give it once for each run", required=True)
 _OUTPUT = flags.DEFINE_string("output", "learning_curves.png", "The file to write.")
 
 _COLUMNS = 3

@@ -79,9 +79,25 @@ def draw(run_dir: str, example: int) -> plt.Figure:
     arrow((2.98, 0.8), (3.6, 1.15), _PARTIAL)
 
     latent = figure.add_axes((3.65 / 9, 0.55 / 3.3, 2.1 / 9, 2.1 / 3.3))
-    latent.scatter(*(codes @ plane).T, s=3, color="lightgrey", linewidths=0)
-    latent.scatter(*(partial @ plane).T, s=5, color=_PARTIAL, linewidths=0, alpha=0.6, label="$q(z \\mid x_o)$")
-    latent.scatter(*(posterior @ plane).T, s=5, color=_POSTERIOR, linewidths=0, alpha=0.6, label="$q(z \\mid x)$")
+    latent.scatter((codes @ plane)[:, 0], (codes @ plane)[:, 1], s=3, color="lightgrey", linewidths=0)
+    latent.scatter(
+        (partial @ plane)[:, 0],
+        (partial @ plane)[:, 1],
+        s=5,
+        color=_PARTIAL,
+        linewidths=0,
+        alpha=0.6,
+        label="$q(z \\mid x_o)$",
+    )
+    latent.scatter(
+        (posterior @ plane)[:, 0],
+        (posterior @ plane)[:, 1],
+        s=5,
+        color=_POSTERIOR,
+        linewidths=0,
+        alpha=0.6,
+        label="$q(z \\mid x)$",
+    )
     latent.set(xticks=[], yticks=[])
     latent.set_title("latent space", fontsize=9)
     latent.legend(fontsize=7, loc="lower left", markerscale=2, handletextpad=0.1)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from posterior_matching.models.columns import is_real
 from posterior_matching.models.lookahead import LookaheadPosterior
 
 # Gains closer than this to the greatest are ties, in nats: far above rounding errors, far below what matters.
@@ -76,8 +77,8 @@ class Trajectory(NamedTuple):
     action: jax.Array  # [T] int32, the feature chosen next (flat mask entry); -1: none left
     probabilities: jax.Array  # [T, num_features], softmax of the policy's gains
     mask: jax.Array  # [T, *mask_shape], 1 = observed
-    imputation: jax.Array  # [T, *input_shape], mean imputation, observed values copied
-    rmse: jax.Array  # [T], sqrt(mean((x - imputation)^2 * (1 - b))) over all features, as published
+    imputation: jax.Array  # [T, *input_shape], point estimates, observed values copied
+    rmse: jax.Array  # [T], sqrt(mean((x - imputation)^2 * (1 - b))) over all features; a wrong category counts as 1
     unobserved_rmse: jax.Array  # [T], the same mean over the unobserved features only; 0 if there are none
 
 
@@ -109,7 +110,7 @@ def acquire(
         policy: One of `POLICIES`.
         model: The lookahead posterior, with its PM-VAE.
         key: Random key of this example.
-        x: `[*input_shape]`; missing values are zeros.
+        x: `[*input_shape]`, finite; missing values are zeros.
         available: Mask of the values that exist, `[d]` or `[H, W, 1]`. Others are never acquired and never scored.
         num_steps: T, states to visit; the last has T - 1 features acquired.
         num_samples: Imputations for the mean imputation and for the gains.
@@ -117,14 +118,14 @@ def acquire(
 
     def step(b, key):
         key_impute, key_gains = jax.random.split(key)
-        imputations = model.pm_vae.impute(x[None], b[None], num_samples, key=key_impute)[:, 0]
-        imputation = jnp.where(b == 1, x, imputations.mean(0))  # over samples
+        imputation = model.pm_vae.point(x[None], b[None], num_samples, key=key_impute)[0]
         gains = policy(model, x, b, num_samples, key_gains)
         gains = jnp.where(available.reshape(-1) == 1, gains, -jnp.inf)
         action = greedy_action(gains)
         known = jnp.broadcast_to(available, x.shape)
         unobserved = known * (1 - b)
-        squared_error = (jnp.square(x - imputation) * unobserved).sum()
+        error = jnp.where(is_real(model.cardinalities), x - imputation, x != imputation)
+        squared_error = (jnp.square(error) * unobserved).sum()
         state = Trajectory(
             action=action,
             probabilities=jnp.where(action >= 0, jax.nn.softmax(gains), 0.0),

@@ -169,6 +169,11 @@ def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str | None:
     return None
 
 
+def config_name() -> str:
+    """Returns the name of the config that `--config` names, without folder and ending."""
+    return pathlib.Path(config_path() or "").stem
+
+
 def _use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the second start of a script takes seconds."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

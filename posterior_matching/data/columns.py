@@ -19,6 +19,7 @@ from absl import logging
 
 from posterior_matching.data import kinds
 from posterior_matching.data.cells import Cells, Kind, Table, TableOptions, number_text
+from posterior_matching.data.dialect import UNNAMED
 from posterior_matching.errors import UserError, nearest
 
 Value = str | bool | int | float
@@ -273,12 +274,17 @@ class Columns:
     def _match(self, table: Table) -> dict[Column, str]:
         """Returns the name in `table` of every column: its own, or by position where training had no names."""
         known = self.names or tuple(column.name for column in self.columns)
-        if all(re.fullmatch(r"column_\d+", name) for name in known):
+        if all(map(UNNAMED.fullmatch, known)):
             if len(table.names) != len(known):
                 raise UserError(
                     f"'{table.source}' has {len(table.names)} columns, but the run was trained on {len(known)}"
                 )
             return {column: table.names[known.index(column.name)] for column in self.columns}
+        if all(map(UNNAMED.fullmatch, table.names)):
+            raise UserError(
+                f"'{table.source}' has no names, but the run was trained on columns with names: give it those "
+                f"({', '.join(known)})"
+            )
         for column in self.columns:
             if column.name not in table.names:
                 raise UserError(

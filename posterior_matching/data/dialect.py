@@ -23,6 +23,7 @@ BLANKS = " "  # as a separator: any run of blanks and tabs
 _SAMPLE_ROWS = 1000
 _SAMPLE_BYTES = 1 << 20
 _NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
+UNNAMED = re.compile(r"column_\d+")  # the names of columns without one
 _INTEGER = re.compile(r"[+-]?\d+")
 _NO_WORD = {"", "NA", "N/A", "n/a", "na", "NaN", "nan", "NULL", "null", "None", "?", ".", "-"}
 
@@ -192,7 +193,7 @@ def _is_header(first: list[str], rows: Sequence[list[str]], source: str, known_n
     """Decides whether the first line is a header; see `sniff`."""
     if known_names and len(set(first) & set(known_names)) >= len(known_names) / 2:
         return True
-    if known_names and all(re.fullmatch(r"column_\d+", name) for name in known_names):
+    if known_names and all(map(UNNAMED.fullmatch, known_names)):
         return False
     columns = [[cell.strip() for cell in column] for column in zip(*rows, strict=True)] or [[] for _ in first]
     if not rows or len(columns) != len(first):

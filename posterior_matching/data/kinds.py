@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from absl import logging
 
 from posterior_matching.data.cells import UNCERTAIN, Cells, Table, shortened
+from posterior_matching.data.dialect import UNNAMED
 from posterior_matching.errors import UserError, nearest
 
 ColumnKind = Literal["real", "integer", "categorical", "empty", "index"]
@@ -86,7 +87,7 @@ def _kind(table: Table, name: str) -> ColumnKind:
         in_order = len(values) == len(table) and values[0] in (0, 1) and bool((np.diff(values) == 1).all())
         if in_order and _is_unnamed(table, name):
             return "index"
-        if not re.fullmatch(r"column_\d+", name) and len(values) >= 10:
+        if not UNNAMED.fullmatch(name) and len(values) >= 10:
             if in_order:
                 raise _UselessError(f"numbers the rows from {values[0]:.0f}")
             if _IDENTIFIER.fullmatch(name) and len(np.unique(values)) > len(values) / 2:

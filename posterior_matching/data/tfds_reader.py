@@ -76,7 +76,7 @@ def _builder(name: str) -> Any:
             raise UserError(f"TFDS cannot open dataset '{name}': {_first_line(error)}") from error
         close = difflib.get_close_matches(name, known, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(builtin)}, the names of TFDS"
-        raise UserError(f"unknown dataset '{name}': {hint} (own data: a path to .npy, .npz or .csv)") from error
+        raise UserError(f"unknown dataset '{name}': {hint} (or the path of a table of your own)") from error
 
 
 def _tabular_builder_class(name: str) -> type:

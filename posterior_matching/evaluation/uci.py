@@ -62,7 +62,7 @@ def evaluate(
         likelihood = model.is_log_prob(x, b, num_samples, key=key_likelihood, available=available)
         return {
             "b": b[0],
-            "imputation": model.impute(x, b, num_samples, key=key_impute).mean(0)[0],
+            "imputation": model.point(x, b, num_samples, key=key_impute)[0],
             "ac_ll": likelihood.log_p_xu_given_xo[0],
             "log_p_x": likelihood.log_p_x[0],
             "ess_x": likelihood.ess_x[0],

@@ -22,6 +22,7 @@ from numpyro import distributions as dist
 
 from posterior_matching.config import Blocks, Units
 from posterior_matching.errors import UserError
+from posterior_matching.models.columns import Columns
 from posterior_matching.models.networks import ResidualMLP, Shape
 from posterior_matching.numerics import materialise, triangular
 
@@ -397,4 +398,5 @@ LIKELIHOOD_HEADS = {
     "IdentityGaussian": IdentityGaussian,
     "SharedScaleGaussian": SharedScaleGaussian,
     "Bernoulli": Bernoulli,
+    "Columns": Columns,
 }

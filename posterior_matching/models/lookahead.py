@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posterior_matching.config import Config, build, call
-from posterior_matching.masking import mask_shape, partial_input, partial_input_shape
+from posterior_matching.masking import checked, mask_shape
 from posterior_matching.models import distributions
+from posterior_matching.models.columns import column_partial_input, column_partial_input_shape
 from posterior_matching.models.distributions import Distribution, ExplicitDistribution
 from posterior_matching.models.networks import NETWORKS, Shape
 from posterior_matching.models.vae import PosteriorMatchingVAE
@@ -40,11 +41,12 @@ class LookaheadPosterior(nnx.Module):
         self.pm_vae: PosteriorMatchingVAE = call(
             PosteriorMatchingVAE, pm_vae, "pm_vae", input_shape=input_shape, rngs=rngs
         )
+        self.cardinalities = self.pm_vae.vae.cardinalities
         self.encoder = build(
             NETWORKS,
             pm_vae["encoder"] if lookahead_encoder is None else lookahead_encoder,
             "lookahead_encoder",
-            input_shape=partial_input_shape(input_shape),
+            input_shape=column_partial_input_shape(input_shape, self.cardinalities),
             rngs=rngs,
         )
         self.num_features = math.prod(mask_shape(input_shape))
@@ -67,7 +69,7 @@ class LookaheadPosterior(nnx.Module):
         Returns:
             A distribution over z with batch shape `[B, K]` and event shape `[e]`.
         """
-        return self.head(self.encoder(partial_input(x, b), rngs), chosen)
+        return self.head(self.encoder(column_partial_input(x, b, self.cardinalities), rngs), chosen)
 
     def log_prob_of_samples(
         self,
@@ -160,6 +162,7 @@ class LookaheadPosterior(nnx.Module):
         Returns:
             `[B, num_features]`, one entry per mask entry, -inf where observed.
         """
+        x, b = checked(x, b, self.pm_vae.vae.input_shape)
         now = distributions.entropy(self.pm_vae.partial_posterior(x, b), key, num_samples)
         then = distributions.entropy(self(x, b), key, num_samples)
         return jnp.where(b.reshape(len(b), -1) == 1, -jnp.inf, now[:, None] - then)

@@ -109,8 +109,7 @@ def latents(model: VADE, dataset: data.Dataset) -> np.ndarray:
 
 @nnx.jit
 def _posterior_mean(model: VADE, x: jax.Array, available: jax.Array) -> jax.Array:
-    del available
-    return model.posterior(x).mean
+    return model.posterior(x, available=available).mean
 
 
 @nnx.jit

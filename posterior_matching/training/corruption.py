@@ -8,12 +8,18 @@ from flax import nnx
 
 from posterior_matching.config import NonNegative
 from posterior_matching.errors import OptionError
+from posterior_matching.models.columns import Cardinalities, is_real
 from posterior_matching.training.experiment import Batch
 
 
-def add_noise(x: jax.Array, available: jax.Array, key: jax.Array, std: float) -> jax.Array:
-    """Adds Gaussian noise to the values that are available."""
-    return x + std * jax.random.normal(key, x.shape) * available if std else x
+def add_noise(
+    x: jax.Array, available: jax.Array, key: jax.Array, std: float, cardinalities: Cardinalities = ()
+) -> jax.Array:
+    """Adds Gaussian noise to the values that are available, categories (see `models.columns`) excepted."""
+    if not std:
+        return x
+    noisy = available * is_real(cardinalities) if any(cardinalities) else available
+    return x + std * jax.random.normal(key, x.shape) * noisy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +29,13 @@ class CorruptionOptions:
     noise_std: NonNegative  # of Gaussian noise
     distortion_std: NonNegative  # of a random affine distortion of images, see `distort`
 
-    def corrupt(self, batch: Batch, rngs: nnx.Rngs) -> jax.Array:
+    def corrupt(self, batch: Batch, rngs: nnx.Rngs, cardinalities: Cardinalities = ()) -> jax.Array:
         """Returns `batch.x`, while training distorted and then noisy where values are available."""
         if not batch.training:
             return batch.x
         key_distortion, key_noise = jax.random.split(rngs.noise())
         x = distort(key_distortion, batch.x, self.distortion_std) if self.distortion_std else batch.x
-        return add_noise(x, batch.available, key_noise, self.noise_std)
+        return add_noise(x, batch.available, key_noise, self.noise_std, cardinalities)
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Raises OptionError if data that are no images are to be distorted."""

@@ -6,6 +6,7 @@ CONTRIBUTING.md shows how to add one.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -150,7 +151,10 @@ class Family:
             generator.check(mask_shape(shape))
         if pretrained:
             pretrained.check_shape(shape)
-            config = config | {"model": config["model"] | pretrained.config}
+            own = {key: value for key, value in config["model"].items() if key not in pretrained.base.config_keys}
+            config = config | {"model": own | pretrained.config}
+        else:
+            config = config | {"model": self._resolved(config["model"], train_set)}
         rngs = nnx.Rngs(parsed.training.seed)
 
         def build() -> nnx.Module:
@@ -178,6 +182,15 @@ class Family:
             pictures=_first_pictures(self.pictures, generator, validation_set) if len(shape) == 3 else None,
             summarise=self.summarise,
         )
+
+    def _resolved(self, model: configs.Config, train_set: data.Dataset) -> dict[str, Any]:
+        """Fills in what a model that knows columns has to know of the data: their kinds, and whether values miss."""
+        resolved, known = dict(model), inspect.signature(models.MODELS[self.name].__init__).parameters
+        if "cardinalities" in known and train_set.columns and any(train_set.columns.cardinalities):
+            resolved["cardinalities"] = train_set.columns.cardinalities
+        if "availability" in known and resolved.get("availability", False) is None:
+            resolved["availability"] = bool(np.isnan(train_set.x).any())
+        return resolved
 
     def _only_phase(self, setup: Setup, trainable: Any) -> Phase:
         loss = bind(self.loss, setup.options)

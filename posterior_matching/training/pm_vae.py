@@ -27,7 +27,9 @@ class Options:
 
 def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     """Negative ELBO plus the Posterior Matching loss."""
-    x = add_noise(batch.x, batch.available, rngs.noise(), options.noise_std) if batch.training else batch.x
+    x = batch.x
+    if batch.training:
+        x = add_noise(x, batch.available, rngs.noise(), options.noise_std, model.vae.cardinalities)
     b = options.mask_generator(rngs.mask(), batch.available.shape) * batch.available
     terms = model.terms(
         x,
@@ -56,7 +58,7 @@ FAMILY = Family(
         "pm_vae",
         dir_key="pretrained_dir",
         part="vae",
-        config_keys=("latent_dim", "encoder", "posterior", "decoder", "likelihood"),
+        config_keys=("latent_dim", "encoder", "posterior", "decoder", "likelihood", "cardinalities", "availability"),
         required=False,
     ),
 )

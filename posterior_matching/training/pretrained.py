@@ -24,7 +24,8 @@ class Base:
         dir_key: Config key of that run's directory; default: `<model>_dir`.
         part: Attribute of the new model that is taken over; default: the whole trained model, as attribute `<model>`.
             Another name is a part of the trained model, an attribute of it too.
-        config_keys: Keys of the trained run's `config.model` that describe the part and go into the new `config.model`;
+        config_keys: Keys of the trained run's `config.model` that describe the part and go into the new `config.model`,
+            in place of its own;
             default: all of them, as its group `<part>`.
         required: Whether the family needs a base, or trains from scratch without one.
     """
@@ -96,7 +97,7 @@ def load_pretrained(
         model, holder = runs.load_model(base_dir, base.model), base.model
     config = plain(description["config"]["model"])
     if base.config_keys:
-        part, config = getattr(model, base.part), {key: config[key] for key in base.config_keys}
+        part, config = getattr(model, base.part), {key: config[key] for key in base.config_keys if key in config}
     elif holder == family:
         part, config = getattr(model, base.part), {base.part: config[base.part]}
     else:
