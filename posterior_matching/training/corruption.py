@@ -40,7 +40,7 @@ class CorruptionOptions:
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Raises OptionError if data that are no images are to be distorted."""
         if self.distortion_std and len(input_shape) != 3:
-            raise OptionError("distortion_std", f"is for images, the data have shape {input_shape}")
+            raise OptionError("distortion_std", f"is for images, but the data have shape {input_shape}")
 
 
 def distort(key: jax.Array, x: jax.Array, std: float) -> jax.Array:

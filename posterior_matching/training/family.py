@@ -228,7 +228,7 @@ def saved_columns(run_dir: str | None, config: dict[str, Any]) -> data.Columns |
     before, now = description.get("fingerprint"), data.fingerprint(config["dataset"])
     if before and now and before != now:
         raise UserError(
-            f"'{config['dataset']}' has changed since {run_dir} began to train on it: put the old file back, or choose "
-            "another --run_dir"
+            f"'{config['dataset']}' has changed since {run_dir} was begun: restore the old file, or choose another "
+            "--run_dir"
         )
     return runs.saved_columns(description)

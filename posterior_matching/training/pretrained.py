@@ -64,7 +64,7 @@ class Pretrained(NamedTuple):
         if tuple(input_shape) != self.input_shape:
             raise UserError(
                 f"the {self.base.model} run was trained on data of shape {self.input_shape}, "
-                f"config.dataset has shape {tuple(input_shape)}"
+                f"but config.dataset has shape {tuple(input_shape)}"
             )
 
 

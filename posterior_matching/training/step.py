@@ -131,7 +131,7 @@ class CompiledPhase:
     def _validation_sums(self, weights, mutable, frozen, arrays, example_weights, batch_index):
         """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
         model = nnx.merge(self.graphdef, weights, frozen, mutable, copy=True)
-        key = jax.random.fold_in(jax.random.key(self._options.seed), np.uint32(2**32 - 1))  # not the key of any training step
+        key = jax.random.fold_in(jax.random.key(self._options.seed), np.uint32(2**32 - 1))  # no training step's key
 
         def batch_sums(_, inputs):
             rows, weight, index = inputs
