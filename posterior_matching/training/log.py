@@ -175,7 +175,7 @@ class TrainingLog:
             raise UserError(f"{', '.join(names)} not finite at step {at}; {self._last_good()}")
         if in_a_row.max() >= _MAX_CONSECUTIVE_SKIPS:
             count = int(in_a_row.max())
-            raise UserError(f"skipped {count} consecutive non-finite updates, up to step {step}; {self._last_good()}")
+            raise UserError(f"{count} updates in a row not finite and skipped, up to step {step}; {self._last_good()}")
 
     def _last_good(self) -> str:
         saved = f"the last good checkpoint is step {self._run.step}" if self._run.step else "no checkpoint was saved"
