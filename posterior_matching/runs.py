@@ -82,11 +82,7 @@ class Run:
     def _forget_later_best(self) -> None:
         """Deletes a best checkpoint after the latest, which a run that was killed or damaged will reach again."""
         for step in self._managers["best"].all_steps():
-<<<<<<< HEAD
             if step > self.step:
-=======
-            if step > self.step:  # of a run killed before its latest checkpoint: it will get there again
->>>>>>> language
                 self._managers["best"].delete(step)
 
     def _acquire_lock(self) -> None:
