@@ -65,5 +65,5 @@ def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Expe
         name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
         base_config = importlib.import_module(f"configs.{name}").get_config().model.to_dict()
         part = models.build(base.model, plain(base_config), rows.input_shape, nnx.Rngs(0))
-        pretrained = Pretrained(base, part, {base.part: base_config}, config.dataset, rows.input_shape)
+        pretrained = Pretrained(base, part, {base.part: base_config}, rows.name, rows.input_shape)
     return chosen.experiment(chosen.parse(config), rows, rows, pretrained)

@@ -83,7 +83,7 @@ def build(registry: Mapping[str, Callable[..., Any]], options: Config, where: st
     name = options.get("name")
     if name is None:
         raise OptionError("name", f"missing key '{{}}': one of {', '.join(sorted(registry))}").within(where)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise OptionError("name", f"unknown {{}} '{name}': {nearest(str(name), registry)}").within(where)
     taken = _parameters(registry[name])
     context = {key: value for key, value in context.items() if key in taken}

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from posterior_matching import atomic, models, parallel
-from posterior_matching.config import call, flatten, plain
+from posterior_matching.config import call, flatten, naming, plain
 from posterior_matching.data import Columns, TableOptions
 from posterior_matching.errors import OptionError, UserError, nearest
 
@@ -77,8 +77,12 @@ class Run:
                 atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
         parallel.wait_for_all_processes()
         self._managers = {name: _manager(self.path, name) for name in _KEPT}
+        self._forget_later_best()
+
+    def _forget_later_best(self) -> None:
+        """Deletes a best checkpoint beyond the latest one: a run that was killed or damaged will get there again."""
         for step in self._managers["best"].all_steps():
-            if step > self.step:  # of a run killed before its latest checkpoint: it will get there again
+            if step > self.step:
                 self._managers["best"].delete(step)
 
     def _acquire_lock(self) -> None:
@@ -151,6 +155,7 @@ class Run:
                 shutil.move(damaged, damaged.parent.parent / f"damaged-{self.step}")
                 manager.reload()
                 self.step = latest_step(self.path)
+                self._forget_later_best()
                 older = f"resuming from step {self.step}" if self.step else "there is no older one"
                 logging.warning("the checkpoint %s is damaged (%s): %s", damaged, _reason(error), older)
         raise UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir, or delete it to start over")
@@ -302,7 +307,8 @@ def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkp
         return models.build(description["model"], plain(description["config"]["model"]), shape, nnx.Rngs(0))
 
     try:
-        graphdef, state = nnx.split(nnx.eval_shape(build))
+        with naming("config"):
+            graphdef, state = nnx.split(nnx.eval_shape(build))
     except OptionError as error:
         raise UserError(f"{pathlib.Path(run_dir) / 'config.json'} is damaged: {error}") from None
     try:
@@ -383,6 +389,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, item: str, target: dict[
     """Returns the arrays of an item, in the order of `target`, after comparing their shapes and checksums."""
     shapes = {name: tuple(array.shape) for name, array in target.items()}
     saved = {name: tuple(array.shape) for name, array in _saved_arrays(manager, step, item).items()}
+    if not saved:
+        raise ValueError(f"{item} is gone")
     if problem := _difference(shapes, saved):
         raise _DoesNotFitError(problem)
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in target.items()}
