@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from test_tables import SHARED, needs_shared
 
 from posterior_matching.data.columns import Columns
 from posterior_matching.data.tables import TableOptions, read_table
 from posterior_matching.errors import UserError
+from test_tables import SHARED, needs_shared
 
 
 def read(source, **options):

@@ -53,7 +53,7 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
     x = arrays["x"]
     if x.dtype == np.float32 and np.isinf(x).any():
         raise UserError(
-            f"dataset '{name}' has infinite values in split '{split}': only finite numbers and NaN (missing) are allowed"
+            f"dataset '{name}' has infinite values in split '{split}': use finite numbers and NaN (missing)"
         )
     return split, derive(x) if derive else x, arrays.get("label")
 

@@ -107,6 +107,7 @@ class LookaheadPosterior(nnx.Module):
         Returns:
             `[B]`, nats; 0 where all chosen features are observed or missing.
         """
+        x, b = checked(x, b, self.pm_vae.vae.input_shape)
         key_chosen, key_impute, key_centre, key_z = jax.random.split(key, 4)
         (batch, *_), flat = b.shape, b.reshape(len(b), -1)
         chosen = jax.random.choice(key_chosen, self.num_features, (num_features,), replace=False)

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from posterior_matching.config import Positive, Steps, Units
 from posterior_matching.errors import UserError
-from posterior_matching.masking import partial_input
+from posterior_matching.masking import checked, partial_input
 from posterior_matching.models.distributions import (
     Distribution,
     ExplicitDistribution,
@@ -225,6 +225,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
     ):
         if len(input_shape) != 3 or input_shape[0] != input_shape[1] or input_shape[2] not in (1, 3):
             raise UserError(f"a VDVAE needs square images of 1 or 3 channels, the data have shape {tuple(input_shape)}")
+        self.input_shape = tuple(input_shape)
         size, _, self.channels = input_shape
         encoder_layers = parse_encoder(encoder, size)
         resolutions = encoder_resolutions(encoder_layers)
@@ -306,7 +307,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """Draws imputations: means of p(x | z) for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
 
         Args:
-            x: `[B, H, W, C]`; values where b = 0 have no influence (but must be finite).
+            x: `[B, H, W, C]`; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Imputations per example.
             key: Random key.
@@ -314,6 +315,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         Returns:
             `[num_samples, B, H, W, C]`, whole numbers 0..num_levels - 1.
         """
+        x, b = checked(x, b, self.input_shape)
         encoded = self._encode_observed(x, b)
 
         def draw(key):
@@ -343,7 +345,8 @@ class PosteriorMatchingVDVAE(nnx.Module):
             available: Mask of the pixels that exist in the data; None: all. Others are never scored.
             chunk_size: Most samples per example held at once.
         """
-        available = jnp.ones_like(b) if available is None else available
+        x, b = checked(x, b, self.input_shape)
+        available = jnp.ones_like(b) if available is None else jnp.asarray(available)
         b = b * available
 
         def estimate(

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from posterior_matching.config import Blocks, Config, Decay, NonNegative, Units, call
 from posterior_matching.errors import OptionError, UserError
-from posterior_matching.masking import partial_input, partial_input_shape
+from posterior_matching.masking import checked, partial_input, partial_input_shape
 from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
 from posterior_matching.models.likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Conv, ConvTranspose, Shape
@@ -315,6 +315,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
     """
 
     def __init__(self, *, input_shape: Shape, vqvae: Config, conditional_dim: Units, pixel_cnn: Config, rngs: nnx.Rngs):
+        self.input_shape = input_shape
         self.vqvae: VQVAE = call(VQVAE, vqvae, "vqvae", input_shape=input_shape, rngs=rngs)
         body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
         self.partial_encoder = GridEncoder(
@@ -351,7 +352,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         """Draws imputations: decoder means for z ~ q(z | x_o), clipped to [0, 1]; the observed values where observed.
 
         Args:
-            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence (but must be finite).
+            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Imputations per example.
             key: Random key.
@@ -359,6 +360,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         Returns:
             `[num_samples, B, H, W, C]`.
         """
+        x, b = checked(x, b, self.input_shape)
         condition = self.conditional_input(x, b)
         codes = self.pixel_cnn.sample(jnp.tile(condition, (num_samples, 1)), key)  # [S B, h, w]
         means = jnp.clip(self.vqvae.decode(codes).mean, 0.0, 1.0)
