@@ -80,7 +80,7 @@ class Run:
         self._forget_later_best()
 
     def _forget_later_best(self) -> None:
-        """Deletes a best checkpoint after the latest, which a run that was killed or damaged will reach again."""
+        """Deletes a best checkpoint beyond the latest one: a run that was killed or damaged will get there again."""
         for step in self._managers["best"].all_steps():
             if step > self.step:
                 self._managers["best"].delete(step)
