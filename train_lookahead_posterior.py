@@ -1,10 +1,10 @@
-"""Trains lookahead posteriors on a trained PM-VAE, which is frozen: what to observe next, in one forward pass.
+"""Trains lookahead posteriors on a trained, frozen PM-VAE; they choose what to observe next in one forward pass.
 
 python train_lookahead_posterior.py --config configs/lookahead_digits.py --config.pm_vae_dir=RUN [--run_dir DIR]
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flax import nnx
 
@@ -20,16 +20,17 @@ from posterior_matching.training.pretrained import Base
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The keys of a lookahead config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to lookahead configs, documented in `configs/common.py`."""
 
     mask_generator: MaskOption
     model_samples: Count
     lookahead_subsample: Count
-    spread: Literal["remaining", "total"]
+    target: Literal["conditional", "marginal"]
+    RENAMED: ClassVar = {"spread": "'target', with 'conditional' for 'remaining' and 'marginal' for 'total'"}
 
 
 def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
-    """Negative log-probability of samples of the posteriors that lookahead posteriors stand for."""
+    """Negative log-probability under the lookahead posteriors, at samples of the posteriors they approximate."""
     lookahead_ll = model.log_prob_of_samples(
         batch.x,
         options.mask_generator(rngs.mask(), batch.available.shape) * batch.available,
@@ -37,14 +38,14 @@ def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Optio
         num_samples=options.model_samples,
         num_features=options.lookahead_subsample,
         available=batch.available,
-        spread=options.spread,
+        target=options.target,
         rngs=rngs if batch.training else None,
     )
     return {"loss": -lookahead_ll, "lookahead_ll_nats": lookahead_ll}
 
 
 def check(options: Options, model: LookaheadPosterior, train_set: Dataset) -> None:
-    """Raises OptionError if more features are to be looked at than the data have."""
+    """Raises OptionError if `lookahead_subsample` exceeds the number of features."""
     del train_set
     if options.lookahead_subsample > model.num_features:
         raise OptionError("lookahead_subsample", f"must be at most {model.num_features}, the number of features")

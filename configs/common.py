@@ -83,7 +83,7 @@ def lookahead() -> ConfigDict:
     config.mask_generator = ConfigDict({"name": "UniformMaskGenerator", "bounds": (0.0, 0.2)})
     config.model_samples = 64  # imputations per example and step
     config.lookahead_subsample = 16  # features per step, the same for the whole batch
-    config.spread = "total"  # as published; or "remaining", see `LookaheadPosterior.log_prob_of_samples`
+    config.target = "marginal"  # as published; or "conditional", see `LookaheadPosterior.log_prob_of_samples`
     config.model = ConfigDict({"lookahead_encoder": None})  # a network config; None: the PM-VAE encoder's
     return config
 

@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 
 from posterior_matching import config as configs
 from posterior_matching import runs
-from posterior_matching.data import Columns, Table, TableOptions, read_table, split_table
+from posterior_matching.data import Table, TableOptions, read_table, split_table
 from posterior_matching.errors import UserError
 from posterior_matching.imputation import Imputer, Kind, NumImputations, Unknown, impute_file, output_files
 from posterior_matching.training import loop
@@ -106,7 +106,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002, N803
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002
         """Trains on the rows of `X`, a DataFrame or array `[N, d]` of at least 10 rows, with holes or without."""
         with _value_errors():
             self._check_parameters()
@@ -133,14 +133,14 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
                 self._adopt(run_dir)
         return self
 
-    def transform(self, X: Any) -> Any:  # noqa: N803
+    def transform(self, X: Any) -> Any:
         """Returns `X`, a DataFrame or array `[N, d]`, with its holes filled as `kind` says."""
         with _value_errors():
             table, x = self._encoded(X)
             filled = self._imputer.point(x) if self.kind == "point" else next(self._imputer.draws(x, 1))
             return self._like(X, self.columns_.fill(table, filled))
 
-    def sample(self, X: Any, n: int = 1) -> list[Any]:  # noqa: N803
+    def sample(self, X: Any, n: int = 1) -> list[Any]:
         """Returns `n` copies of `X` with its holes filled by draws of p(x_u | x_o): multiple imputation.
 
         The holes of a row are drawn together. Equal rows of a copy get equal draws; for several draws given the same
@@ -152,7 +152,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             table, x = self._encoded(X)
             return [self._like(X, self.columns_.fill(table, filled)) for filled in self._imputer.draws(x, int(n))]
 
-    def score_samples(self, X: Any, units: Units = "standardised", num_samples: int = 512) -> np.ndarray:  # noqa: N803
+    def score_samples(self, X: Any, units: Units = "standardised", num_samples: int = 512) -> np.ndarray:
         """Estimates log p(x_o) of every row, of all its cells that are not missing.
 
         Args:
@@ -165,13 +165,13 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         """
         return self.log_prob(X, units=units, num_samples=num_samples)
 
-    def score(self, X: Any, y: Any = None) -> float:  # noqa: ARG002, N803
+    def score(self, X: Any, y: Any = None) -> float:  # noqa: ARG002
         """Returns the mean of `score_samples`, for model selection."""
         return float(self.score_samples(X).mean())
 
     def log_prob(
         self,
-        X: Any,  # noqa: N803
+        X: Any,
         given: Sequence[str | int] = (),
         of: Sequence[str | int] | None = None,
         units: Units = "table",
@@ -270,13 +270,13 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         parameters = {key: getattr(self, key) for key in ("unknown_categories", "kind", "num_samples", "batch_size")}
         configs.check(_check_constructor, parameters)
 
-    def _encoded(self, X: Any) -> tuple[Table, np.ndarray]:  # noqa: N803
+    def _encoded(self, X: Any) -> tuple[Table, np.ndarray]:
         check_is_fitted(self)
         self._check_parameters()
         table = self._table(X, reset=False)
         return table, self.columns_.encode(table, self.unknown_categories)
 
-    def _table(self, X: Any, reset: bool) -> Table:  # noqa: N803
+    def _table(self, X: Any, reset: bool) -> Table:
         """Checks `X` as scikit-learn's estimators do, and reads it."""
         least = _MIN_ROWS if reset else 1
         if isinstance(X, pd.DataFrame):
@@ -296,7 +296,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         names_of = {key: tuple(self._names(X, getattr(self, key))) for key in keys}
         return read_table(source, TableOptions(**names_of, missing_values=tuple(self.missing_values)))
 
-    def _names(self, X: Any, columns: Sequence[str | int]) -> list[str]:  # noqa: N803
+    def _names(self, X: Any, columns: Sequence[str | int]) -> list[str]:
         """Returns the names that `columns_` has for columns given by name or index."""
         if isinstance(columns, str):
             raise UserError(f"columns are given as a list, not as {columns!r}: ['{columns}']")
@@ -308,12 +308,12 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         names = []
         for column in columns:
             is_index = isinstance(column, int | np.integer) and str(column) not in known
-            if is_index and not 0 <= column < len(known) or not is_index and str(column) not in known:
+            if (is_index and not 0 <= column < len(known)) or (not is_index and str(column) not in known):
                 raise UserError(f"no column {column!r}: there are {', '.join(map(str, known))}")
             names.append(str(known[column] if is_index else column))
         return names
 
-    def _like(self, X: Any, table: Table) -> Any:  # noqa: N803
+    def _like(self, X: Any, table: Table) -> Any:
         """Returns the rows of a table in the type of `X`."""
         if isinstance(X, pd.DataFrame) and self._has_names:  # else fitted on an array: arrays come out
             return table.frame.set_axis(X.columns, axis=1)

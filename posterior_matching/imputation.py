@@ -15,7 +15,6 @@ from pydantic import Field
 
 from posterior_matching import runs
 from posterior_matching.config import Count, Seed, check
-from posterior_matching.data import Columns, Table
 from posterior_matching.data.tables import iter_chunks, table_writer
 from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar

@@ -71,11 +71,18 @@ def checked(x: Any, b: Any, event_shape: tuple[int, ...]) -> tuple[jax.Array, ja
         if array.shape != (*x.shape[:1], *expected):
             one = ", ".join(map(str, expected))
             raise UserError(f"{name} has shape {array.shape}, the model takes [B, {one}], B as many as x has examples")
-    if not isinstance(b, jax.core.Tracer) and not ((b == 0) | (b == 1)).all():
-        raise UserError("b is a mask: every value must be 1 (observed) or 0 (unobserved)")
-    if not isinstance(x, jax.core.Tracer) and not isinstance(b, jax.core.Tracer) and (jnp.isnan(x) & (b == 1)).any():
-        raise UserError("x is NaN where b is 1: what is missing is not observed, set b to 0 there")
+    if not isinstance(b, jax.core.Tracer):
+        observed = np.asarray(b) == 1  # by NumPy, which also computes while JAX traces
+        if not (observed | (np.asarray(b) == 0)).all():
+            raise UserError("b is a mask: every value must be 1 (observed) or 0 (unobserved)")
+        if not isinstance(x, jax.core.Tracer) and (np.isnan(x) & observed).any():
+            raise UserError("x is NaN where b is 1: what is missing is not observed, set b to 0 there")
     return x, b
+
+
+def partial_input_shape(event_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of one example of `partial_input`: (H, W, C) -> (H, W, C + 1), and (d,) -> (2 d,)."""
+    return (*event_shape[:-1], event_shape[-1] + mask_shape(event_shape)[-1])
 
 
 class MaskGenerator:

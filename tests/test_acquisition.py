@@ -14,13 +14,13 @@ import pytest
 import scipy.stats
 from flax import nnx
 from nbclient import NotebookClient
-from test_lookahead import EXACT, KEY, lookahead_on, masks_and_data, mutual_information
-from test_vae import Exact
 
 from posterior_matching import acquisition, data, models, runs
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.evaluation.results import load_npz
+from test_lookahead import EXACT, KEY, lookahead_on, masks_and_data, mutual_information
+from test_vae import Exact
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["sampling", "lookahead", "random"]
@@ -174,7 +174,7 @@ def run_dir(tmp_path_factory):
     run = runs.open_run(str(folder / "run"), "lookahead", settings, (8, 8, 1))
     run.create()
     with run.finished_saving():
-        run.save(1, runs.flat_weights(nnx.state(model)), {"step": np.int32(1)}, best=False)
+        run.save(1, runs.flat_weights(nnx.state(model)), {"step": np.int32(1)}, {}, best=False)
     result = evaluate(run.path, *FLAGS, "--policies=random")
     assert result.returncode == 0, result.stderr
     trajectories = run.path / "trajectories"

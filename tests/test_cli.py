@@ -313,7 +313,11 @@ def test_bad_flags(script, arguments, named):
 
 def write_run(folder, **changes):
     folder.mkdir()
-    config = {"dataset": "mixture", "train_split": "test", "evaluate_checkpoint": "latest", "model": {"latent_dim": 2}}
+    network = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 4}
+    model = {"latent_dim": 2, "encoder": network, "decoder": network}
+    model |= {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "IdentityGaussian"}}
+    model = {"pm_vae": model} if changes.get("model") == "lookahead" else model
+    config = {"dataset": "mixture", "train_split": "test", "evaluate_checkpoint": "latest", "model": model}
     config["mask_generator"] = {"name": "BernoulliMaskGenerator"}
     description = {"model": "pm_vae", "config": config, "input_shape": [8], "standardisation": None} | changes
     (folder / "config.json").write_text(json.dumps(description))

@@ -51,7 +51,7 @@ def run_dir(tmp_path_factory):
     run.create()
     untrained = models.build("pm_vae", CONFIG, (8, 8, 1), nnx.Rngs(0))
     with run.finished_saving():
-        run.save(1, runs.flat_weights(nnx.state(untrained)), {"step": np.int32(1)}, best=False)
+        run.save(1, runs.flat_weights(nnx.state(untrained)), {"step": np.int32(1)}, {}, best=False)
     return run.path
 
 

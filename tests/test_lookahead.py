@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_vae import ENCODER, KINDS, MLP, Exact, each_kind, example, randomised
 
 import train_lookahead_posterior
 import train_pm_vae
@@ -17,6 +16,7 @@ from configs import common, lookahead_mnist16
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.models.lookahead import LookaheadPosterior
+from test_vae import ENCODER, KINDS, MLP, Exact, each_kind, example, randomised
 
 KEY = jax.random.key(0)
 
@@ -46,7 +46,7 @@ def lookahead_on(model, exact, encoder=SHAPE_CONFIG):
 
 
 @functools.cache
-def trained(spread):
+def trained(target):
     """Lookahead posteriors trained on data of the model, with about a third of the features observed."""
     model, n = lookahead_on(EXACT.model(), EXACT), 128
     trainable = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("pm_vae")))
@@ -63,7 +63,7 @@ def trained(spread):
 
         def loss(params):
             lookahead = nnx.merge(graphdef, params, rest)
-            return -lookahead.log_prob_of_samples(x, b, key, num_samples=4, num_features=6, spread=spread).mean()
+            return -lookahead.log_prob_of_samples(x, b, key, num_samples=4, num_features=6, target=target).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state)
         return (optax.apply_updates(params, updates), state), None
@@ -91,7 +91,7 @@ def mutual_information(x, b):
 
 def test_trained_on_a_linear_gaussian_model_gains_are_the_mutual_information_and_rank_features_by_it():
     x, b = masks_and_data()
-    found = np.asarray(trained("remaining").info_gains(x, b, 1, key=KEY))
+    found = np.asarray(trained("conditional").info_gains(x, b, 1, key=KEY))
     for row in range(len(x)):
         expected, free = mutual_information(x[row], b[row]), np.asarray(b[row]) == 0
         np.testing.assert_array_equal(np.isneginf(found[row]), ~free)
@@ -102,15 +102,15 @@ def test_trained_on_a_linear_gaussian_model_gains_are_the_mutual_information_and
 
 
 def test_the_published_objective_takes_what_a_feature_will_tell_for_what_remains_unknown():
-    """With nothing observed and imputations w z, the total spread is v + (1 - v)^2 of the prior's, v = remaining."""
+    """With nothing observed and imputations w z, the marginal variance is v + (1 - v)^2, v the conditional one."""
     x, b = masks_and_data()
     v = 1 / (1 + np.square(EXACT.w).sum(1) / EXACT.sigma**2)
-    total = np.asarray(trained("total").info_gains(x, b, 1, key=KEY))[:4].mean(0)
-    remaining = np.asarray(trained("remaining").info_gains(x, b, 1, key=KEY))[:4].mean(0)
-    np.testing.assert_allclose(total, -0.5 * np.log(v + (1 - v) ** 2), atol=0.08)
-    np.testing.assert_allclose(remaining, -0.5 * np.log(v), atol=0.08)
+    marginal = np.asarray(trained("marginal").info_gains(x, b, 1, key=KEY))[:4].mean(0)
+    conditional = np.asarray(trained("conditional").info_gains(x, b, 1, key=KEY))[:4].mean(0)
+    np.testing.assert_allclose(marginal, -0.5 * np.log(v + (1 - v) ** 2), atol=0.08)
+    np.testing.assert_allclose(conditional, -0.5 * np.log(v), atol=0.08)
     # So it prefers a feature of medium value to the most informative one.
-    assert remaining.argmax() == 5 and total.argmax() != 5
+    assert conditional.argmax() == 5 and marginal.argmax() != 5
 
 
 # Small models of every kind
@@ -155,8 +155,8 @@ def test_gains_depend_on_what_is_observed_only_and_are_minus_infinity_where_obse
     np.testing.assert_array_equal(run(jnp.where(hidden, 7.0, x))[1], run(x)[1])
 
 
-@pytest.mark.parametrize(("kind", "spread"), [("tabular", "remaining"), ("rgb", "total")])
-def test_only_unobserved_available_features_of_the_lookahead_posterior_train(kind, spread):
+@pytest.mark.parametrize(("kind", "target"), [("tabular", "conditional"), ("rgb", "marginal")])
+def test_only_unobserved_available_features_of_the_lookahead_posterior_train(kind, target):
     model, (x, _) = tiny(kind), example(kind)
     num_features = model.num_features
     free, missing = 2, 3
@@ -167,7 +167,7 @@ def test_only_unobserved_available_features_of_the_lookahead_posterior_train(kin
 
     @jax.jit
     def run(params, b, available):
-        options = {"num_samples": 2, "num_features": num_features, "spread": spread}
+        options = {"num_samples": 2, "num_features": num_features, "target": target}
         b, available = b.reshape(shape), available.reshape(shape)
         model = nnx.merge(graphdef, params, rest)
         found = model.log_prob_of_samples(x, b, KEY, available=available, **options)
@@ -279,7 +279,7 @@ def test_a_run_goes_on_without_its_base(base, run):
         ({"lookahead_subsample": 5}, r"config\.lookahead_subsample must lie in 1\.\.4, not be 5"),
         ({"lookahead_subsample": 0}, r"config\.lookahead_subsample must lie in 1\.\.4, not be 0"),
         ({"model_samples": 0}, r"config\.model_samples must be at least 1"),
-        ({"spread": "both"}, r"config\.spread must be 'remaining' or 'total', not 'both'"),
+        ({"target": "both"}, r"config\.target must be 'conditional' or 'marginal', not 'both'"),
         ({"dataset": "mixture"}, "pass a file"),
         ({"mask_generator": {"name": "UniformMaskGenerator", "bounds": (0.0, 0.1)}}, "widen"),
     ],

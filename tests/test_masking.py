@@ -33,6 +33,13 @@ from posterior_matching.masking import (
     mask_shape,
 )
 
+
+@pytest.mark.parametrize("shape", [(5,), (4, 3, 1), (4, 3, 3)])
+def test_partial_input_shape_is_that_of_partial_input(shape):
+    x, b = jnp.ones((2, *shape)), jnp.ones((2, *mask_shape(shape)))
+    assert masking.partial_input(x, b).shape == (2, *masking.partial_input_shape(shape))
+
+
 # One of each, with a shape that it fits.
 EVERY_GENERATOR = [
     (BernoulliMaskGenerator(0.2), (4,)),

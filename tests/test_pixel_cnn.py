@@ -10,8 +10,7 @@ from flax import nnx
 from scipy import stats
 
 from posterior_matching.errors import UserError
-from posterior_matching.models import pixel_cnn
-from posterior_matching.models.pixel_cnn import PixelCNN
+from posterior_matching.models.pixel_cnn import PixelCNN, Region, UpsamplingLinear
 
 
 def build(grid, codebook_size=3, num_hierarchies=1, seed=0, **options):
@@ -32,23 +31,47 @@ def sharpen(model, factor=4.0):
     return model
 
 
-GRIDS = [((4, 3), 1), ((5, 5), 3)]
+GRIDS = [((4, 3), 1), ((4, 5), 2), ((5, 5), 3)]
 
 
 @pytest.mark.parametrize(("grid", "num_hierarchies"), GRIDS)
 def test_logits_depend_on_all_earlier_codes_in_raster_order_and_on_no_other(grid, num_hierarchies):
-    model, condition = build(grid, num_hierarchies=num_hierarchies), jnp.ones((1, 2))
-    positions = grid[0] * grid[1]
-    view = pixel_cnn._WholeGrid(grid)
+    positions, condition = grid[0] * grid[1], jnp.ones((1, 2))
+    model = build(grid, codebook_size=positions, num_hierarchies=num_hierarchies)
+    codes = jnp.arange(positions).reshape(1, *grid)  # every position has an embedding of its own
 
-    def logits(embedded):  # [H W, K]
-        _, beside = model._vertical_pass(embedded, condition, view)
-        return model._horizontal_pass(embedded, beside, condition, view).reshape(positions, -1)
+    graphdef, embedding, rest = nnx.split(model, nnx.PathContains("embedding"), ...)
 
-    embedded = jax.random.normal(jax.random.key(0), (1, *grid, 4))
-    jacobian = jax.jit(jax.jacobian(logits))(embedded)  # [H W, K, 1, H, W, 4]
-    influence = np.abs(jacobian).sum((1, 2, 5)).reshape(positions, positions)
+    @jax.jit
+    @jax.jacobian
+    def jacobian(embedding):  # of [H W, K]
+        return nnx.merge(graphdef, embedding, rest).logits(codes, condition).reshape(positions, -1)
+
+    (by_embedding,) = jax.tree.leaves(jacobian(embedding))  # [H W, K, H W, features]
+    influence = np.abs(by_embedding).sum((1, 3))
     np.testing.assert_array_equal(influence > 0, np.tri(positions, k=-1, dtype=bool))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_upsampling_is_a_transposed_convolution_whose_kernel_is_masked(left):
+    """As in TensorFlow Probability's PixelCNN: 2x4 taps at stride 2, of which the vertical stack has the first three
+    columns; the horizontal stack has 2x2 taps."""
+    layer = UpsamplingLinear(3, 1, left, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.zeros_like(layer.bias[...])
+    taps = layer.kernel[...].reshape(3, 2, -1, 3).transpose(1, 2, 3, 0)  # [row, column, fine, coarse]
+    kernel = jnp.zeros((2, 4, 3, 3)).at[:, 0 if left else 1 : 3].set(taps)
+
+    def convolve(fine):
+        return jax.lax.conv_general_dilated(fine, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4, 3))
+    (expected,) = jax.linear_transpose(convolve, jnp.zeros((2, 6, 8, 3)))(x)
+    np.testing.assert_allclose(layer.upsample(x, Region(0, 0, 6, 8)), expected, rtol=1e-5, atol=1e-6)
+    # A grid of odd size is cut; a region of it is part of the whole.
+    odd = layer.upsample(x, Region(0, 0, 5, 7))
+    np.testing.assert_allclose(odd, expected[:, :5, :7], rtol=1e-5, atol=1e-6)
+    row = layer.upsample(x[:, 1:2], Region(3, 0, 1, 8))
+    np.testing.assert_allclose(row, expected[:, 3:4], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_hierarchies", [1, 2])

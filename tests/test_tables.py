@@ -7,6 +7,7 @@ import io
 import math
 import os
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +377,8 @@ NUMBERS = "\n".join(f"{i},{i * i % 17}" for i in range(5, 30))
         ('a,b\n1,"x\n2,y\n3,"z\n4,z\n', ["quote"]),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" * 9, ["binary"]),
         (b"\x80\x04\x95 pickle?", ["binary"]),
+        ("a,b\n1," + "x" * 200_000 + "\n2,y\n3,y\n", ["field larger than"]),
+        ("# a title\na,b\n1,2\n3,4\n", ["line 1 of", "1 cells", "most lines have 2"]),
         ("id,b\n" + NUMBERS, ["'id' is an identifier", "config.table.drop=('id',)"]),
         ("PassengerId,b\n" + NUMBERS, ["'PassengerId' is an identifier"]),
         ("t,b\n" + "\n".join(f"{i},{i * i % 17}" for i in range(1, 30)), ["'t' numbers the rows"]),
@@ -525,6 +528,20 @@ def test_frames():
     assert "both numbers and 'x' (row 2)" in fails(frame)
     table = read(pd.DataFrame({2020: [1, 2, 4], 2021: [1.5, None, 2]}))
     assert table.names == ("2020", "2021")
+
+
+def test_decimals_and_large_integers(tmp_path, write):
+    frame = pd.DataFrame({"price": [Decimal("1.50"), None, Decimal("3.25")], "b": [1, 2, 4]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    table = read(tmp_path / "t.parquet")
+    columns = Columns.fit(table)
+    write_table(tmp_path / "out.parquet", columns.fill(table, np.nan_to_num(columns.encode(table))))
+    filled = pq.read_table(tmp_path / "out.parquet")
+    assert filled["price"].to_pylist() == [Decimal("1.50"), Decimal("2.38"), Decimal("3.25")]
+    table = read(write("a,b\n12345678901234567890,1\n,2\n5,4\n"))
+    columns = Columns.fit(table)
+    filled = columns.fill(table, np.nan_to_num(columns.encode(table))).frame["a"]
+    assert filled[0] == "12345678901234567890" and float(filled[1]) == pytest.approx(columns.columns[0].mean)
 
 
 def test_fingerprint(write, frame):

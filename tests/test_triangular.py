@@ -18,6 +18,15 @@ def backend(request, monkeypatch):  # what runs on which; either runs anywhere
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
 
 
+@pytest.mark.parametrize("e", [1, 2, 5])
+def test_filling_puts_every_entry_into_the_lower_triangle_once(e):
+    count = e * (e + 1) // 2
+    filled = np.asarray(triangular.fill(jnp.arange(1.0, 2 * count + 1).reshape(2, count), e))
+    assert filled.shape == (2, e, e)
+    np.testing.assert_array_equal(filled != 0, np.broadcast_to(np.tri(e, dtype=bool), (2, e, e)))
+    np.testing.assert_array_equal(np.sort(filled[filled != 0]), np.arange(1, 2 * count + 1))
+
+
 def test_diagonal_and_its_gradient():
     matrices, g = normal(0, 2, 4, 5, 5), normal(1, 2, 4, 5)
     value, pullback = jax.vjp(triangular.diagonal, jnp.asarray(matrices))

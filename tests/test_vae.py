@@ -14,7 +14,7 @@ from flax import nnx
 from numpyro import distributions as dist
 
 from benchmarks import synthetic
-from posterior_matching.models.vae import PosteriorMatchingVAE, Terms
+from posterior_matching.models.vae import PosteriorMatchingVAE, VAETerms
 
 KEY = jax.random.key(0)
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("pm_vae_*.py"))
@@ -405,7 +405,7 @@ def test_gradients_are_finite_with_everything_and_with_nothing_observed(kind, ob
 
 
 def test_loss_is_the_negative_elbo_plus_the_matching_loss():
-    terms = Terms(*(jnp.asarray(a) for a in ([-10.0, -4.0], [2.0, 3.0], [-5.0, 1.0])))
+    terms = VAETerms(*(jnp.asarray(a) for a in ([-10.0, -4.0], [2.0, 3.0], [-5.0, 1.0])))
     np.testing.assert_allclose(terms.elbo(), [-12.0, -7.0])
     np.testing.assert_allclose(terms.loss(1.0, 1.0), [12.0 + 5.0, 7.0 - 1.0])
     np.testing.assert_allclose(terms.loss(0.5, 3.0), [10.0 + 1.0 + 15.0, 4.0 + 1.5 - 3.0])

@@ -25,14 +25,15 @@ from posterior_matching import data
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.models import vdvae
-from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, Terms
+from posterior_matching.models.vdvae import BlockOptions, DecoderBlock, PosteriorMatchingVDVAE, VDVAETerms
 from posterior_matching.models.vdvae_layout import (
-    Layer,
+    DecoderLayer,
     encoder_resolutions,
     parse_decoder,
     parse_encoder,
     parse_widths,
 )
+from posterior_matching.numerics import InitialKeys
 
 ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -68,7 +69,7 @@ def example(channels=1, batch=3):
 
 def test_block_strings():
     layers = parse_encoder("28x2, 28d2,14x1,14d2,7d2,3x1,3d3", 28)
-    assert layers == [(28, None), (28, None), (28, 2), (14, None), (14, 2), (7, 2), (3, None), (3, 3)]
+    assert layers == [(28, 1), (28, 1), (28, 2), (14, 1), (14, 2), (7, 2), (3, 1), (3, 3)]
     assert encoder_resolutions(layers) == [28, 14, 7, 3, 1]
     assert parse_decoder("1x2,3m1,28m3", 28, [28, 14, 7, 3, 1]) == [(1, None), (1, None), (3, 1), (28, 3)]
     assert parse_widths("", 9, [4, 1]) == {4: 9, 1: 9}
@@ -127,8 +128,8 @@ def test_pooling_drops_what_fills_no_window_and_upsampling_repeats_the_nearest()
 
 def test_initial_weights():
     """The prior starts at N(0, softplus(0)^2) and leaves the state alone; outputs of blocks are scaled by 1/sqrt(N)."""
-    options = vdvae._Options(0.5, jnp.float32, False, vdvae._Keys(KEY))
-    block = vdvae.DecoderBlock(Layer(1, None), 16, 4, 25, options)
+    options = BlockOptions(0.5, jnp.float32, False, InitialKeys(KEY))
+    block = DecoderBlock(DecoderLayer(1), 16, 4, 25, options)
     head = block.prior_head.convs[-1]
     assert not head.kernel[...].any() and not head.bias[...].any()
     for conv in (block.project, block.resnet.convs[-1]):  # 4 x 16 and 8 x 16 weights
@@ -180,7 +181,7 @@ def gradients(**options):
     def run(params):
         terms, pullback = jax.vjp(lambda p: nnx.merge(graphdef, p, rest).terms(x, b, KEY), params)
         ones = jnp.ones(len(x))
-        directions = Terms(*(jnp.eye(3)[:, i, None] * ones for i in range(3)))
+        directions = VDVAETerms(*(jnp.eye(3)[:, i, None] * ones for i in range(3)))
         return terms, jax.vmap(pullback)(directions)[0]
 
     terms, found = run(params)
@@ -192,7 +193,7 @@ def test_the_matching_term_reaches_the_partial_posterior_only_and_the_others_all
     terms, found = gradients()
     partial = {name for name in found if "partial_encoder" in name or "partial_posterior_head" in name}
     assert 0 < len(partial) < len(found)
-    for i, name in enumerate(Terms._fields):
+    for i, name in enumerate(VDVAETerms._fields):
         reached = {path for path, g in found.items() if (g[i] != 0).any()}
         if name == "pm_kl":
             assert reached == partial

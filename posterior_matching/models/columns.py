@@ -47,7 +47,7 @@ def is_real(cardinalities: Cardinalities) -> np.ndarray:
     return np.array(cardinalities or (0,)) == 0
 
 
-def partial_input_shape(input_shape: Shape, cardinalities: Cardinalities) -> Shape:
+def column_partial_input_shape(input_shape: Shape, cardinalities: Cardinalities) -> Shape:
     """Returns the shape of one example of `column_partial_input`."""
     *axes, channels = features_shape(input_shape, cardinalities)
     return (*axes, channels + mask_shape(input_shape)[-1])

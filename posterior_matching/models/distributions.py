@@ -6,11 +6,14 @@ Two kinds:
 * over data given the latent (`LIKELIHOOD_HEADS`): features are independent, `log_prob(x)` has one entry per feature, so
   that any subset of them can be summed (`likelihood.log_prob_of_observed`).
 
-All have `sample(key, sample_shape)` and `log_prob(value)`; `entropy` serves them all.
+All are a `Distribution`. What is in closed form for some of them only (`mean`, `entropy`, `sample_and_log_prob`,
+`kl_to_standard_normal`) is a function here, which dispatches on the type.
 """
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +24,38 @@ from posterior_matching.config import Blocks, Units
 from posterior_matching.errors import UserError
 from posterior_matching.models.columns import Columns
 from posterior_matching.models.networks import ResidualMLP, Shape
-from posterior_matching.numerics import triangular
+from posterior_matching.numerics import materialise, triangular
 
 _MIN_SCALE = 1e-5
-# Checked, values outside the support have log-probability -inf: grey values between 0 and 1, for a Bernoulli. As in the
-# paper, their log-probability is the cross-entropy.
+# Validation would give grey values between 0 and 1 a Bernoulli log-probability of -inf. As in the paper, it is the
+# cross-entropy.
 _UNCHECKED = {"validate_args": False}
+_NEEDS_GAUSSIAN = "the posterior must be DiagonalGaussian or TriLGaussian: the ELBO needs its KL in closed form"
+
+
+class Distribution(Protocol):
+    """What the models ask of a distribution; NumPyro's all are one."""
+
+    def sample(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> jax.Array:
+        """Draws `[*sample_shape, *batch_shape, *event_shape]`."""
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        """Log-density in nats of `value: [..., *batch_shape, *event_shape]`, summed over the event."""
+
+
+class ExplicitDistribution(Distribution, Protocol):
+    """A distribution whose mean is known: every likelihood p(x | z), and every Gaussian."""
+
+    @property
+    def mean(self) -> jax.Array:
+        """`[*batch_shape, *event_shape]`."""
+
+
+class Mixture(Distribution, Protocol):
+    """sum_c pi_c p_c."""
+
+    def component_log_probs(self, value: jax.Array) -> jax.Array:
+        """log pi_c + log p_c(value) in nats, one more axis than `log_prob`."""
 
 
 class DiagonalGaussian(nnx.Module):
@@ -35,29 +64,27 @@ class DiagonalGaussian(nnx.Module):
     def __init__(self, features_shape: Shape, event_size: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(math.prod(features_shape), 2 * event_size, rngs=rngs)
 
-    def __call__(self, features: jax.Array) -> dist.Distribution:
+    def __call__(self, features: jax.Array) -> ExplicitDistribution:
         """Maps features `[B, ...]` to a distribution with batch shape `[B]` and event shape `[e]`."""
         return diagonal_gaussian(self.linear(_flat(features)))
 
     def set_scale(self, scale: jax.Array) -> None:
-        """Makes the scale `[e]` (above 1e-5) for all features, until training changes that."""
-        e = len(scale)
+        """Sets the scale, `[e]` and above 1e-5, whatever the features, from where training changes it."""
+        e, bias = len(scale), _bias(self.linear)
         self.linear.kernel[...] = self.linear.kernel[...].at[:, e:].set(0.0)
-        self.linear.bias[...] = self.linear.bias[...].at[e:].set(jnp.log(jnp.expm1(scale - _MIN_SCALE)))  # softplus^-1
+        bias[...] = bias[...].at[e:].set(jnp.log(jnp.expm1(scale - _MIN_SCALE)))  # softplus^-1
 
 
-class DiagonalGaussians(nnx.Module):
-    """Features -> `count` distributions N(mean, diag(scale^2)) over `[event_size]`, one for each feature to look at."""
+class PerFeatureGaussian(nnx.Module):
+    """Features -> for each of `count` data features a distribution N(mean, diag(scale^2)) over `[event_size]`."""
 
     def __init__(self, features_shape: Shape, count: int, event_size: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(math.prod(features_shape), count * 2 * event_size, rngs=rngs)
         self.count = count
 
     def __call__(self, features: jax.Array, chosen: jax.Array | slice = slice(None)) -> dist.Distribution:
-        """Maps features `[B, ...]` to the `chosen` ones: batch shape `[B, chosen]` and event shape `[e]`."""
-        parameters = self.linear(_flat(features)).reshape(len(features), self.count, -1)[:, chosen]
-        loc, scale = jnp.split(parameters, 2, axis=-1)
-        return _diagonal(loc, jax.nn.softplus(scale) + _MIN_SCALE)
+        """Maps features `[B, ...]` to the `chosen` distributions: batch shape `[B, chosen]`, event shape `[e]`."""
+        return diagonal_gaussian(self.linear(_flat(features)).reshape(len(features), self.count, -1)[:, chosen])
 
 
 class TriLGaussian(nnx.Module):
@@ -67,7 +94,7 @@ class TriLGaussian(nnx.Module):
         self.linear = nnx.Linear(math.prod(features_shape), tril_gaussian_parameters(event_size), rngs=rngs)
         self.event_size = event_size
 
-    def __call__(self, features: jax.Array) -> dist.Distribution:
+    def __call__(self, features: jax.Array) -> ExplicitDistribution:
         """Maps features `[B, ...]` to a distribution with batch shape `[B]` and event shape `[e]`."""
         return tril_gaussian(self.linear(_flat(features)), self.event_size)
 
@@ -85,12 +112,10 @@ def tril_gaussian_parameters(event_size: int) -> int:
 
 def tril_gaussian(parameters: jax.Array, event_size: int) -> dist.Distribution:
     """Parameters `[..., tril_gaussian_parameters(e)]` -> N(mean, L L^T) over `[..., e]`, diagonal softplus + 1e-5."""
-    e = event_size
-    loc, entries = jnp.split(parameters, [e], axis=-1)
-    # The e (e + 1) / 2 entries fill the lower triangle, in an order that needs no gather or scatter.
-    square = jnp.concatenate([entries[..., e:], entries[..., ::-1]], axis=-1).reshape(*entries.shape[:-1], e, e)
-    diagonal = jax.nn.softplus(triangular.diagonal(square)) + _MIN_SCALE
-    scale_tril = jnp.where(jnp.eye(e, dtype=bool), diagonal[..., None, :], jnp.tril(square))
+    loc, entries = jnp.split(parameters, [event_size], axis=-1)
+    tril = triangular.fill(entries, event_size)
+    diagonal = jax.nn.softplus(triangular.diagonal(tril)) + _MIN_SCALE
+    scale_tril = jnp.where(jnp.eye(event_size, dtype=bool), diagonal[..., None, :], tril)
     return _TriLNormal(loc, scale_tril=scale_tril, **_UNCHECKED)
 
 
@@ -132,8 +157,9 @@ class AutoregressiveGMM(nnx.Module):
         `[e, h, 3K]` and its bias `[e, 1, 3K]`."""
         e = self.event_size
         first_z, first_m, first_c = jnp.split(self.network.linear_in.kernel[...], [e, 2 * e])
-        output = self.linear.kernel[...].reshape(-1, e, self.linear.bias.shape[0] // e).swapaxes(0, 1)
-        return first_z, first_m, first_c, output, self.linear.bias[...].reshape(e, 1, -1)
+        bias = _bias(self.linear)[...].reshape(e, 1, -1)
+        output = self.linear.kernel[...].reshape(-1, e, bias.shape[-1]).swapaxes(0, 1)
+        return first_z, first_m, first_c, output, bias
 
 
 class AutoregressiveMixture:
@@ -143,7 +169,7 @@ class AutoregressiveMixture:
         self._head = head
         self._first_z, self._first_m, first_c, self._output, self._output_bias = head.split_kernels()
         # What the first layer makes of the context is the same for every dimension and sample: [B, h].
-        self._from_context = context @ first_c + head.network.linear_in.bias[...]
+        self._from_context = context @ first_c + _bias(head.network.linear_in)[...]
 
     def log_prob(self, z: jax.Array) -> jax.Array:
         """Log-density in nats of `z: [..., B, e]`; returns `[..., B]`. One pass, no loop over dimensions."""
@@ -152,8 +178,7 @@ class AutoregressiveMixture:
         before = jnp.tri(len(z), k=-1)  # [i, j] = 1 where j < i
         hidden = jnp.einsum("ij,j...,jh->i...h", before, z, self._first_z)
         mask = (before @ self._first_m).reshape(len(z), *[1] * (z.ndim - 1), -1)
-        # The barrier keeps XLA from adding these again, with slow index arithmetic, wherever `hidden` is used.
-        hidden = jax.lax.optimization_barrier(hidden + mask + self._from_context)
+        hidden = materialise(hidden + mask + self._from_context)
         features = self._head.network.after_first(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
         parameters = jnp.einsum("i...h,ihk->i...k", features, self._output)
         bias = self._output_bias.reshape(len(z), *[1] * (z.ndim - 1), -1)
@@ -164,9 +189,9 @@ class AutoregressiveMixture:
         return self.sample_and_log_prob(key, sample_shape)[0]
 
     def sample_and_log_prob(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
-        """Draws z `[*sample_shape, B, e]` and returns it with its log-density `[*sample_shape, B]`, for one price.
+        """Draws z `[*sample_shape, B, e]` and returns it with its log-density `[*sample_shape, B]`, at no extra cost.
 
-        One dimension after the other; every draw has randomness of its own.
+        One dimension after the other; every draw has its own randomness.
         """
 
         def draw(hidden, inputs):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
@@ -190,21 +215,22 @@ def _mixture(parameters: jax.Array) -> dist.Distribution:
 
 
 class IdentityGaussian(nnx.Module):
-    """Features -> independent Normals over the data, all with one learned scale (log scale starts at 0)."""
+    """Linear(features) are the means of independent Normals over the data, all with one learned scale: covariance
+    scale^2 times the identity. The log scale starts at 0. Its name is that of the published configs."""
 
     def __init__(self, features_shape: Shape, data_shape: Shape, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(math.prod(features_shape), math.prod(data_shape), rngs=rngs)
         self.log_scale = nnx.Param(jnp.zeros(()))
         self.data_shape = data_shape
 
-    def __call__(self, features: jax.Array) -> dist.Distribution:
+    def __call__(self, features: jax.Array) -> ExplicitDistribution:
         """Maps features `[B, ...]` to Normals with batch shape `[B, *data_shape]`."""
         loc = self.linear(_flat(features)).reshape(-1, *self.data_shape)
         return dist.Normal(loc, jnp.exp(self.log_scale[...]), **_UNCHECKED)
 
 
 class SharedScaleGaussian(nnx.Module):
-    """The features are the means of independent Normals, all with one learned scale (log scale starts at 0).
+    """The features themselves are the means of independent Normals, all with one learned scale (log scale starts at 0).
 
     Raises:
         UserError: The network's output does not have the shape of the data.
@@ -214,7 +240,7 @@ class SharedScaleGaussian(nnx.Module):
         _require_data_shape("SharedScaleGaussian", "means", features_shape, data_shape)
         self.log_scale = nnx.Param(jnp.zeros(()))
 
-    def __call__(self, features: jax.Array) -> dist.Distribution:
+    def __call__(self, features: jax.Array) -> ExplicitDistribution:
         """Maps features `[B, *data_shape]` to Normals of the same batch shape."""
         return dist.Normal(features, jnp.exp(self.log_scale[...]) + _MIN_SCALE, **_UNCHECKED)
 
@@ -229,7 +255,7 @@ class Bernoulli(nnx.Module):
     def __init__(self, features_shape: Shape, data_shape: Shape):
         _require_data_shape("Bernoulli", "logits", features_shape, data_shape)
 
-    def __call__(self, features: jax.Array) -> dist.Distribution:
+    def __call__(self, features: jax.Array) -> ExplicitDistribution:
         """Maps features `[B, *data_shape]` to Bernoulli variables of the same batch shape."""
         return dist.Bernoulli(logits=features, **_UNCHECKED)
 
@@ -247,32 +273,40 @@ def standard_normal(event_size: int) -> dist.Distribution:
     return _diagonal(jnp.zeros(event_size), jnp.ones(event_size))
 
 
-def diagonal_mixture(logits: jax.Array, loc: jax.Array, scale: jax.Array) -> dist.MixtureSameFamily:
-    """sum_c pi_c N(loc_c, diag(scale_c^2)) over `[e]`: logits of pi `[K]`, loc and scale `[K, e]`.
-
-    Its `component_log_probs(z)` are log pi_c + log N(z; c), `[..., K]`.
-    """
+def diagonal_mixture(logits: jax.Array, loc: jax.Array, scale: jax.Array) -> Mixture:
+    """sum_c pi_c N(loc_c, diag(scale_c^2)) over `[e]`: logits of pi `[K]`, loc and scale `[K, e]`."""
     return dist.MixtureSameFamily(dist.Categorical(logits=logits, **_UNCHECKED), _diagonal(loc, scale), **_UNCHECKED)
 
 
-def kl_to_standard_normal(q: dist.Distribution) -> jax.Array:
+@functools.singledispatch
+def kl_to_standard_normal(q: Distribution) -> jax.Array:  # noqa: ARG001 (the methods for Gaussians follow)
     """KL(q || N(0, I)) in nats, `[B]`, for the Gaussian heads: (tr S + m^T m - e - log det S) / 2.
 
     Raises:
         UserError: `q` is not Gaussian, so that no closed form exists.
     """
-    if isinstance(q, dist.MultivariateNormal):
-        loc, variance = q.mean, jnp.square(q.scale_tril).sum(-1)
-        log_scale = jnp.log(triangular.diagonal(q.scale_tril))
-    elif isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
-        loc, variance, log_scale = q.mean, q.variance, jnp.log(q.base_dist.scale)
-    else:
-        raise UserError("the posterior must be DiagonalGaussian or TriLGaussian: the ELBO needs its KL in closed form")
+    raise UserError(_NEEDS_GAUSSIAN)
+
+
+@kl_to_standard_normal.register
+def _(q: dist.MultivariateNormal) -> jax.Array:
+    variance, log_scale = jnp.square(q.scale_tril).sum(-1), jnp.log(triangular.diagonal(q.scale_tril))
+    return _gaussian_kl(q.mean, variance, log_scale)
+
+
+@kl_to_standard_normal.register
+def _(q: dist.Independent) -> jax.Array:
+    if not isinstance(q.base_dist, dist.Normal):
+        raise UserError(_NEEDS_GAUSSIAN)
+    return _gaussian_kl(q.mean, q.variance, jnp.log(q.base_dist.scale))
+
+
+def _gaussian_kl(loc: jax.Array, variance: jax.Array, log_scale: jax.Array) -> jax.Array:
     return 0.5 * (variance + jnp.square(loc) - 1.0).sum(-1) - log_scale.sum(-1)  # sums over e
 
 
 class _TriLNormal(dist.MultivariateNormal):
-    """A MultivariateNormal whose log-density calls none of JAX's solvers; see `triangular`."""
+    """A MultivariateNormal whose log-density uses `triangular.solve` in place of JAX's solvers."""
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         difference = value - self.loc
@@ -293,42 +327,62 @@ def kl_divergence(q: dist.Distribution, p: dist.Distribution) -> jax.Array:
         return dist.kl_divergence(q, p)
     # With p = N(m, L L^T) and q = N(n, S^2): (||L^-1 S||^2 + |L^-1 (n - m)|^2 - e) / 2 + log det L - log det S.
     scale, inverse = q.base_dist.scale, triangular.inverse(p.scale_tril)
-    spread = jnp.square(inverse * scale[..., None, :]).sum((-2, -1))
+    trace = jnp.square(inverse * scale[..., None, :]).sum((-2, -1))
     distance = jnp.square((inverse * (q.mean - p.mean)[..., None, :]).sum(-1)).sum(-1)
     log_determinants = jnp.log(triangular.diagonal(p.scale_tril) / scale).sum(-1)  # over e
-    return 0.5 * (spread + distance - q.event_shape[0]) + log_determinants
+    return 0.5 * (trace + distance - q.event_shape[0]) + log_determinants
 
 
+@functools.singledispatch
 def sample_and_log_prob(
-    q: dist.Distribution | AutoregressiveMixture, key: jax.Array, sample_shape: Sequence[int] = ()
+    q: Distribution, key: jax.Array, sample_shape: Sequence[int] = ()
 ) -> tuple[jax.Array, jax.Array]:
     """Draws z `[*sample_shape, B, e]` from `q` and returns it with its log-density `[*sample_shape, B]` in nats."""
-    if isinstance(q, AutoregressiveMixture):
-        return q.sample_and_log_prob(key, sample_shape)
-    if isinstance(q, dist.MultivariateNormal):  # from the noise, without solving for it again
-        noise = jax.random.normal(key, q.shape(sample_shape))
-        log_determinant = jnp.log(triangular.diagonal(q.scale_tril)).sum(-1)
-        return q.loc + jnp.einsum("...ij,...j->...i", q.scale_tril, noise), _standard_log_prob(noise) - log_determinant
     z = q.sample(key, sample_shape)
     return z, q.log_prob(z)
 
 
-def entropy(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_samples: int) -> jax.Array:
+@sample_and_log_prob.register
+def _(q: AutoregressiveMixture, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
+    return q.sample_and_log_prob(key, sample_shape)
+
+
+@sample_and_log_prob.register
+def _(q: dist.MultivariateNormal, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
+    noise = jax.random.normal(key, q.shape(sample_shape))  # its log-density needs no triangular system solved
+    log_determinant = jnp.log(triangular.diagonal(q.scale_tril)).sum(-1)
+    return q.loc + jnp.einsum("...ij,...j->...i", q.scale_tril, noise), _standard_log_prob(noise) - log_determinant
+
+
+@functools.singledispatch
+def entropy(q: Distribution, key: jax.Array, num_samples: int) -> jax.Array:
     """Entropy of `q` in nats, `[B]`: in closed form for Gaussians, else by Monte Carlo with `num_samples` draws."""
-    if isinstance(q, AutoregressiveMixture):
-        return -q.sample_and_log_prob(key, (num_samples,))[1].mean(0)
+    return -sample_and_log_prob(q, key, (num_samples,))[1].mean(0)
+
+
+@entropy.register
+def _(q: dist.Distribution, key: jax.Array, num_samples: int) -> jax.Array:  # noqa: ARG001
     return q.entropy()
 
 
-def mean(q: dist.Distribution | AutoregressiveMixture, key: jax.Array, num_samples: int) -> jax.Array:
+@functools.singledispatch
+def mean(q: Distribution, key: jax.Array, num_samples: int) -> jax.Array:
     """Mean of `q`, `[B, e]`: exact for Gaussians, else of `num_samples` draws."""
-    if isinstance(q, AutoregressiveMixture):
-        return q.sample(key, (num_samples,)).mean(0)
+    return q.sample(key, (num_samples,)).mean(0)
+
+
+@mean.register
+def _(q: dist.Distribution, key: jax.Array, num_samples: int) -> jax.Array:  # noqa: ARG001
     return q.mean
 
 
 def _diagonal(loc: jax.Array, scale: jax.Array) -> dist.Distribution:
     return dist.Independent(dist.Normal(loc, scale, **_UNCHECKED), 1, **_UNCHECKED)
+
+
+def _bias(linear: nnx.Linear) -> nnx.Param[jax.Array]:
+    assert linear.bias is not None  # every layer here has one
+    return linear.bias
 
 
 def _flat(features: jax.Array) -> jax.Array:

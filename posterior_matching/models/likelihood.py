@@ -1,15 +1,16 @@
 """Log-likelihoods, per example and in nats: of observed features given z, and by importance sampling without z."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from posterior_matching.models.distributions import sample_and_log_prob
+from posterior_matching.models.distributions import Distribution, sample_and_log_prob
+from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture
 
 
-def log_prob_of_observed(p: Any, x: jax.Array, b: jax.Array) -> jax.Array:
+def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Array, b: jax.Array) -> jax.Array:
     """log p(x_o | z): the independent features' log-probabilities, summed where observed.
 
     Args:
@@ -55,7 +56,7 @@ class ImportanceEstimate(NamedTuple):
 
 def importance_log_prob(
     log_joint: Callable[[jax.Array], jax.Array],
-    proposal: Any,
+    proposal: Distribution,
     key: jax.Array,
     num_samples: int,
     chunk_size: int = 128,

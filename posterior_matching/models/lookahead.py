@@ -1,7 +1,7 @@
-"""Lookahead posteriors: what will be known about z after observing one more feature, before its value is seen."""
+"""Lookahead posteriors: what will be known about z once a feature is observed, before its value is seen."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +10,30 @@ from flax import nnx
 from posterior_matching.config import Config, build, call
 from posterior_matching.masking import checked, mask_shape
 from posterior_matching.models import distributions
-from posterior_matching.models.columns import column_partial_input, partial_input_shape
+from posterior_matching.models.columns import column_partial_input, column_partial_input_shape
+from posterior_matching.models.distributions import Distribution, ExplicitDistribution
 from posterior_matching.models.networks import NETWORKS, Shape
 from posterior_matching.models.vae import PosteriorMatchingVAE
-from posterior_matching.numerics import on_cpu
+from posterior_matching.numerics import map_in_cache
 
-SPREADS = ("remaining", "total")
+TARGETS = ("conditional", "marginal")
+
+# With target "conditional" a lookahead posterior of mean m, whose mean should be c, is fitted to samples around
+# m + PULL (c - m). The gradient in m still points to c, while the distance adds only PULL^2 (c - m)^2 to the variance
+# that the samples show.
+PULL = 0.1
 
 
 class LookaheadPosterior(nnx.Module):
     """For every feature i a diagonal Gaussian over z: q(z | x_o, x_i), averaged over the unknown x_i (section 4.3).
 
-    One forward pass gives them all, where expected information gains by sampling need one pass of the partial encoder
-    for every feature and every imputation.
+    One forward pass gives them all. Expected information gains by sampling take one pass of the partial encoder for
+    every feature and every imputation.
 
     Args:
         pm_vae: Config of the `PosteriorMatchingVAE` underneath.
         input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        lookahead_encoder: Network config; None: that of the PM-VAE's encoder, with weights of its own.
+        lookahead_encoder: Network config; None: the same as the PM-VAE's encoder, with separate weights.
         rngs: Source of initial weights.
     """
 
@@ -40,16 +46,18 @@ class LookaheadPosterior(nnx.Module):
             NETWORKS,
             pm_vae["encoder"] if lookahead_encoder is None else lookahead_encoder,
             "lookahead_encoder",
-            input_shape=partial_input_shape(input_shape, self.cardinalities),
+            input_shape=column_partial_input_shape(input_shape, self.cardinalities),
             rngs=rngs,
         )
         self.num_features = math.prod(mask_shape(input_shape))
         latent_dim = self.pm_vae.vae.latent_dim
-        self.head = distributions.DiagonalGaussians(self.encoder.output_shape, self.num_features, latent_dim, rngs=rngs)
+        self.head = distributions.PerFeatureGaussian(
+            self.encoder.output_shape, self.num_features, latent_dim, rngs=rngs
+        )
 
     def __call__(
         self, x: jax.Array, b: jax.Array, chosen: jax.Array | slice = slice(None), rngs: nnx.Rngs | None = None
-    ) -> Any:
+    ) -> ExplicitDistribution:
         """The lookahead posteriors of the `chosen` features (flat mask entries; default: all).
 
         Args:
@@ -71,15 +79,15 @@ class LookaheadPosterior(nnx.Module):
         *,
         num_samples: int,
         num_features: int,
-        spread: str,
+        target: str,
         available: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """What training maximises: how probable lookahead posteriors make samples of the posteriors they stand for.
+        """The training objective: the log-probability of samples z ~ q(z | x_o, x_i) under lookahead posterior i.
 
         `num_features` features are chosen at random, the same for the whole batch. Each is revealed in `num_samples`
-        imputations in turn, and z ~ q(z | x_o, x_i) drawn for each. The log-probabilities are averaged over imputations
-        and over the chosen features that are not observed yet.
+        imputations, and one z drawn for each. The log-probabilities are averaged over imputations and over the chosen
+        features that are not observed yet.
 
         Args:
             x: `[B, *input_shape]`, finite.
@@ -88,65 +96,69 @@ class LookaheadPosterior(nnx.Module):
             num_samples: Imputations per example.
             num_features: Features to choose.
             available: Mask of the values that exist in the data; None: all. Others are never looked at.
-            spread: What the lookahead posteriors' scale stands for. "remaining": E[Var(z | x_o, x_i)], what will be
-                unknown once x_i is seen; their mean is that of q(z | x_o), which is E[E[z | x_o, x_i]]. "total", as
-                published: the spread of z over all imputations. By the law of total variance that adds what x_i will
-                tell, Var(E[z | x_o, x_i]); with x_i ~ p(x_i | x_o) the sum is Var(z | x_o), the same for all features,
-                and only what decoder means lack in spread tells features apart.
+            target: The variance that the lookahead posteriors are to have. By the law of total variance
+                Var(z | x_o) = E[Var(z | x_o, x_i)] + Var(E[z | x_o, x_i]), expectations over x_i given x_o.
+                "conditional": the first term, which remains once x_i is seen. Their mean is E[z | x_o].
+                "marginal", as published: the variance of z over all imputations, hence the sum, which counts what x_i
+                will tell as unknown. Were x_i ~ p(x_i | x_o) it would be the same for all features; they differ only
+                because decoder means vary less than data.
             rngs: Dropout streams, while training.
 
         Returns:
             `[B]`, nats; 0 where all chosen features are observed or missing.
         """
+        x, b = checked(x, b, self.pm_vae.vae.input_shape)
         key_chosen, key_impute, key_centre, key_z = jax.random.split(key, 4)
         (batch, *_), flat = b.shape, b.reshape(len(b), -1)
         chosen = jax.random.choice(key_chosen, self.num_features, (num_features,), replace=False)
         imputations = self.pm_vae.impute(x, b, num_samples, key=key_impute)
-        imputations = imputations.reshape(num_samples, *flat.shape, -1)  # [S, B, features, C]
-        centre = distributions.mean(self.pm_vae.partial_posterior(x, b), key_centre, num_samples)  # [B, e]
-        # On a CPU, networks are fastest while activations stay in its cache.
-        at_once = max(1, 64 // batch) if on_cpu() else num_samples
+        lookahead = self(x, b, chosen, rngs)
+        if target == "marginal":
+            z = self._sample_revealed(x, b, chosen, imputations, _draw, key_z)
+        else:
+            centre = distributions.mean(self.pm_vae.partial_posterior(x, b), key_centre, num_samples)[:, None]
+            z = self._sample_revealed(x, b, chosen, imputations, _centred_draw, key_z)
+            z += lookahead.mean + PULL * (centre - lookahead.mean)
+        log_prob = lookahead.log_prob(jax.lax.stop_gradient(z)).mean(0)  # over imputations: [B, K]
+        scored = 1.0 - flat[:, chosen]
+        if available is not None:
+            scored *= available.reshape(batch, -1)[:, chosen]
+        return (log_prob * scored).sum(-1) / jnp.maximum(scored.sum(-1), 1.0)  # over chosen features
 
-        def sample_posteriors(inputs):  # [S, B, e]: of every imputation, with feature i revealed
+    def _sample_revealed(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        chosen: jax.Array,
+        imputations: jax.Array,
+        draw: Callable[[Distribution, jax.Array], jax.Array],
+        key: jax.Array,
+    ) -> jax.Array:
+        """Reveals each of the `chosen` features `[K]` in each of the `imputations` `[S, B, *input_shape]`, and draws
+        from q(z | x_o, x_i) as `draw(q, key)` does: `[S, B, K, e]`.
+        """
+        values = imputations.reshape(len(imputations), len(x), self.num_features, -1)  # [S, B, features, C]
+
+        def reveal_feature(inputs):  # -> [S, B, e]
             i, key = inputs
             posterior = self.pm_vae.partial_posterior.with_feature(x, b, i)
-
-            def sample_posterior(inputs):  # [B, e]: of one imputation
-                value, key = inputs
-                q = posterior(value)
-                if spread == "total":
-                    return q.sample(key)
-                # The difference of two draws has mean zero and twice the covariance of q, whatever q is.
-                z = q.sample(key, (2,))
-                return (z[0] - z[1]) / math.sqrt(2)
-
-            inputs = (imputations[:, :, i], jax.random.split(key, num_samples))
-            return jax.lax.map(sample_posterior, inputs, batch_size=at_once)
+            keys = jax.random.split(key, len(values))
+            return map_in_cache(lambda inputs: draw(posterior(inputs[0]), inputs[1]), (values[:, :, i], keys), len(x))
 
         # One feature after the other, so that memory does not grow with their number: [K, S, B, e].
-        z = jax.lax.map(sample_posteriors, (chosen, jax.random.split(key_z, num_features)))
-        z = z.transpose(1, 2, 0, 3)
-        lookahead = self(x, b, chosen, rngs)
-        if spread == "remaining":
-            # Around a point a tenth of the way from the mean to the one it should have: it moves there all the same,
-            # but the distance that is left hardly counts as spread.
-            z += lookahead.mean + 0.1 * (centre[:, None] - lookahead.mean)
-        log_prob = lookahead.log_prob(jax.lax.stop_gradient(z)).mean(0)  # over imputations: [B, K]
-        counted = 1.0 - flat[:, chosen]
-        if available is not None:
-            counted *= available.reshape(batch, -1)[:, chosen]
-        return (log_prob * counted).sum(-1) / jnp.maximum(counted.sum(-1), 1.0)  # over chosen features
+        z = jax.lax.map(reveal_feature, (chosen, jax.random.split(key, len(chosen))))
+        return z.transpose(1, 2, 0, 3)
 
     def info_gains(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """Estimates the information about z that each unobserved feature would bring, in one forward pass.
 
-        For feature i: the entropy of q(z | x_o) minus that of lookahead posterior i, in nats.
+        For feature i: the entropy of q(z | x_o) minus the entropy of lookahead posterior i, in nats.
 
         Args:
             x: `[B, *input_shape]`.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            num_samples: Draws for the entropy of q(z | x_o), if it is no Gaussian.
-            key: Random key, for the same purpose.
+            num_samples: Draws to estimate the entropy of q(z | x_o) if it is not Gaussian.
+            key: Random key for these draws.
 
         Returns:
             `[B, num_features]`, one entry per mask entry, -inf where observed.
@@ -155,3 +167,14 @@ class LookaheadPosterior(nnx.Module):
         now = distributions.entropy(self.pm_vae.partial_posterior(x, b), key, num_samples)
         then = distributions.entropy(self(x, b), key, num_samples)
         return jnp.where(b.reshape(len(b), -1) == 1, -jnp.inf, now[:, None] - then)
+
+
+def _draw(q: Distribution, key: jax.Array) -> jax.Array:
+    """z ~ q."""
+    return q.sample(key)
+
+
+def _centred_draw(q: Distribution, key: jax.Array) -> jax.Array:
+    """A draw of mean zero with the covariance of q, whatever q is: the difference of two draws over sqrt(2)."""
+    z = q.sample(key, (2,))
+    return (z[0] - z[1]) / math.sqrt(2)

@@ -1,4 +1,4 @@
-"""Network bodies: arrays in, features out. What the features mean is a matter of the heads in `distributions.py`.
+"""Network bodies: arrays in, features out. The heads in `distributions.py` give the features a meaning.
 
 Every network takes `x: [B, *input_shape]` and returns `[B, *output_shape]`: `after_first(first(x))`, where `first` is
 affine. `rngs` is given while training only: without it, dropout is off. Kernels start truncated normal with standard
@@ -7,7 +7,7 @@ deviation 1 / sqrt(fan_in), biases at zero.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class ResidualMLP(nnx.Module):
         return self.linear_in(x.reshape(x.shape[0], -1))
 
     def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Everything behind it, for `h: [..., hidden_units]`."""
+        """The remaining layers, for `h: [..., hidden_units]`."""
         h = self._norm(h)
         for first, second in self.blocks:
             residual = self._norm(first(jax.nn.relu(h)))
@@ -76,6 +76,13 @@ class ResidualMLP(nnx.Module):
 
     def _norm(self, h: jax.Array) -> jax.Array:
         return jax.nn.standardize(h, axis=-1) if self.layer_norm else h
+
+
+class KeySource(Protocol):
+    """Where keys of initial weights come from: `nnx.Rngs`, `numerics.InitialKeys`."""
+
+    def params(self) -> jax.Array:
+        """The next key."""
 
 
 class Conv(nnx.Module):
@@ -100,7 +107,7 @@ class Conv(nnx.Module):
         padding: str,
         *,
         kernel_scale: float = 1.0,
-        rngs: nnx.Rngs,
+        rngs: KeySource,
     ):
         self.kernel = nnx.Param(kernel_scale * _kernel_init(rngs.params(), (size, size, features_in, features)))
         self.bias = nnx.Param(jnp.zeros(features))
@@ -163,7 +170,7 @@ class ConvEncoder(nnx.Module):
         return self.layers[0](x)
 
     def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
-        """Everything behind it."""
+        """The remaining layers."""
         for layer in self.layers[1:]:
             h = layer(jax.nn.leaky_relu(h))
         return jax.nn.leaky_relu(h)
@@ -175,7 +182,7 @@ class ConvDecoder(nnx.Module):
     Args:
         input_shape: `(d,)`.
         conv_layers: `(filters, kernel size, stride)` of each layer.
-        activate_output: Also put a leaky ReLU behind the last layer, as the published implementation does. It shrinks
+        activate_output: Add a leaky ReLU after the last layer, as the published implementation does. It shrinks
             negative Bernoulli logits a hundredfold, so by default the output is linear.
     """
 
@@ -206,7 +213,7 @@ class ConvDecoder(nnx.Module):
         return self.layers[0](z[:, None, None, :])
 
     def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
-        """Everything behind it."""
+        """The remaining layers."""
         for layer in self.layers[1:]:
             h = layer(jax.nn.leaky_relu(h))
         return jax.nn.leaky_relu(h) if self.activate_output else h

@@ -1,6 +1,6 @@
 """VaDE, a VAE whose prior is a mixture with one component per cluster, and PM-VaDE, which clusters from x_o alone."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,16 @@ from flax import nnx
 
 from posterior_matching.config import Config, Count, Units, call
 from posterior_matching.errors import OptionError
-from posterior_matching.masking import checked
-from posterior_matching.models import distributions, likelihood
+from posterior_matching.masking import checked, existing, observed_only
+from posterior_matching.models import distributions
 from posterior_matching.models.columns import Cardinalities
+from posterior_matching.models.distributions import ExplicitDistribution, Mixture
+from posterior_matching.models.likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Shape
 from posterior_matching.models.vae import VAE, Imputing, PartialPosterior
 
 
-class Terms(NamedTuple):
+class VaDETerms(NamedTuple):
     """What VaDE optimises, per example and in nats; all `[B]`."""
 
     reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
@@ -78,13 +80,19 @@ class VADE(VAE):
         self.means = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
         self.log_scales = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
 
+    def posterior(
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, *, available: jax.Array | None = None
+    ) -> ExplicitDistribution:
+        """q(z | x), a diagonal Gaussian over `[B, e]`; see `VAE.posterior`."""
+        return self.posterior_head(self._encode(x, rngs, available))
+
     def initialise_prior(self, weights: jax.Array, means: jax.Array, variances: jax.Array) -> None:
         """Sets the mixture: weights `[K]`, means `[K, e]`, variances `[K, e]` (not standard deviations)."""
         self.logits[...] = jnp.log(weights)
         self.means[...] = jnp.asarray(means)
         self.log_scales[...] = 0.5 * jnp.log(variances)
 
-    def prior(self) -> Any:
+    def prior(self) -> Mixture:
         """p(z), a mixture of K diagonal Gaussians over `[e]`."""
         return distributions.diagonal_mixture(self.logits[...], self.means[...], jnp.exp(self.log_scales[...]))
 
@@ -100,22 +108,22 @@ class VADE(VAE):
         corrupted_x: jax.Array | None = None,
         available: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Terms:
+    ) -> VaDETerms:
         """The terms of the ELBO.
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             key: Random key of z.
-            corrupted_x: What the encoder sees in place of x, while training: noise, distortions. It has to
-                reconstruct x, so that z forgets them. The ELBO stays a bound on log p(x). None: x.
+            corrupted_x: What the encoder sees in place of x while training: x with noise or distortions. The decoder
+                still reconstructs x, so z learns to ignore them; the ELBO stays a bound on log p(x). None: x.
             available: Mask of the values that exist in the data, `[B, d]` or `[B, H, W, 1]`; None: all.
             rngs: Dropout streams, while training.
         """
         q = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available)
         z = q.sample(key)  # reparameterised
-        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) where this has log p(z). They are the
-        # same: by Bayes' rule every summand's bracket is log p(z).
-        return Terms(
+        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) in place of log p(z). They are equal:
+        # by Bayes' rule every bracket is log p(z).
+        return VaDETerms(
             reconstruction_ll=self._reconstruction_ll(z, x, available, rngs),
             kl=q.log_prob(z) - self.prior().log_prob(z),
         )
@@ -128,15 +136,23 @@ class VADE(VAE):
         available: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """log p(x | z) in nats, `[B]`, where z is the mean of q(z | x): what pretraining maximises. See `terms`."""
+        """log p(x | z) in nats, `[B]`, where z is the mean of q(z | x): the objective of pretraining. See `terms`."""
         z = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available).mean
         return self._reconstruction_ll(z, x, available, rngs)
 
     def cluster_probs(
         self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
     ) -> jax.Array:
-        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x); `available` as in `terms`."""
-        z = self.posterior(x, available=available).sample(key, (num_samples,))
+        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x).
+
+        Args:
+            x: `[B, *input_shape]`.
+            num_samples: See above.
+            key: Random key.
+            available: Mask of the values that exist; None: all that are not NaN.
+        """
+        available = existing(x) if available is None else available
+        z = self.posterior(observed_only(x, available), available=available).sample(key, (num_samples,))
         return self.responsibilities(z).mean(0)
 
     def predict_cluster(
@@ -147,7 +163,7 @@ class VADE(VAE):
 
     def _reconstruction_ll(self, z, x, available, rngs):
         everywhere = jnp.ones_like(x) if available is None else jnp.broadcast_to(available, x.shape)
-        return likelihood.log_prob_of_observed(self.decode(z, rngs), x, everywhere)
+        return log_prob_of_observed(self.decode(z, rngs), x, everywhere)
 
 
 class PosteriorMatchingVADE(Imputing):
@@ -197,7 +213,7 @@ class PosteriorMatchingVADE(Imputing):
         """log q(z | x_o) in nats, `[B]`, for one z ~ q(z | x): the Posterior Matching objective (paper, equation 4).
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
             available: Mask of the values that exist in the data; None: all.

@@ -1,7 +1,8 @@
 """The VAE, and Posterior Matching: a second encoder q(z | x_o) that gives it every conditional p(x_u | x_o)."""
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,29 @@ from flax import nnx
 from posterior_matching.config import Config, Units, build
 from posterior_matching.errors import OptionError
 from posterior_matching.masking import checked, existing, mask_shape, observed_only, partial_input
-from posterior_matching.models import distributions, likelihood
+from posterior_matching.models import distributions
 from posterior_matching.models.columns import (
     Cardinalities,
+    IndependentColumns,
     column_features,
     column_partial_input,
+    column_partial_input_shape,
     column_values,
     features_shape,
     is_real,
-    partial_input_shape,
 )
-from posterior_matching.models.distributions import LATENT_HEADS, LIKELIHOOD_HEADS
-from posterior_matching.models.likelihood import ConditionalLogProb, ImportanceEstimate
+from posterior_matching.models.distributions import (
+    LATENT_HEADS,
+    LIKELIHOOD_HEADS,
+    Distribution,
+    ExplicitDistribution,
+)
+from posterior_matching.models.likelihood import (
+    ConditionalLogProb,
+    ImportanceEstimate,
+    importance_log_prob,
+    log_prob_of_observed,
+)
 from posterior_matching.models.networks import NETWORKS, Shape
 
 
@@ -62,7 +74,7 @@ class VAE(nnx.Module):
             raise OptionError("likelihood.name", "must be Columns: the data have categorical columns")
         self.latent_dim = latent_dim
         self.input_shape, self.cardinalities, self.availability = input_shape, cardinalities, availability
-        encoder_shape = (partial_input_shape if availability else features_shape)(input_shape, cardinalities)
+        encoder_shape = (column_partial_input_shape if availability else features_shape)(input_shape, cardinalities)
         self.encoder = build(NETWORKS, encoder, "encoder", input_shape=encoder_shape, rngs=rngs)
         self.posterior_head = build(
             LATENT_HEADS,
@@ -83,25 +95,29 @@ class VAE(nnx.Module):
             rngs=rngs,
         )
 
-    def prior(self) -> Any:
+    def prior(self) -> Distribution:
         """p(z) = N(0, I) over `[e]`."""
         return distributions.standard_normal(self.latent_dim)
 
-    def posterior(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, available: jax.Array | None = None) -> Any:
+    def posterior(
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, *, available: jax.Array | None = None
+    ) -> Distribution:
         """q(z | x), a distribution over `[B, e]`.
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             rngs: Dropout streams, while training.
-            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`; None: all.
+            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`, for a VAE that sees it; None: all.
         """
-        if self.availability:
-            available = jnp.ones((len(x), *mask_shape(self.input_shape))) if available is None else available
-            return self.posterior_head(self.encoder(column_partial_input(x, available, self.cardinalities), rngs))
-        x = x if available is None else observed_only(x, available)
-        return self.posterior_head(self.encoder(column_features(x, self.cardinalities), rngs))
+        return self.posterior_head(self._encode(x, rngs, available))
 
-    def decode(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+    def _encode(self, x: jax.Array, rngs: nnx.Rngs | None, available: jax.Array | None) -> jax.Array:
+        if not self.availability:
+            return self.encoder(column_features(x, self.cardinalities), rngs)
+        available = jnp.ones((len(x), *mask_shape(self.input_shape))) if available is None else available
+        return self.encoder(column_partial_input(x, available, self.cardinalities), rngs)
+
+    def decode(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> ExplicitDistribution:
         """p(x | z) for `z: [B, e]`: independent features, batch shape `[B, *input_shape]`."""
         return self.likelihood_head(self.decoder(z, rngs))
 
@@ -110,7 +126,7 @@ class VAE(nnx.Module):
         s, n, _ = z.shape
         p = self.decode(z.reshape(s * n, -1))
         x, b = (jnp.broadcast_to(a, (s, *a.shape)).reshape(s * n, *a.shape[1:]) for a in (x, b))
-        return likelihood.log_prob_of_observed(p, x, b).reshape(s, n)
+        return log_prob_of_observed(p, x, b).reshape(s, n)
 
     def decode_mean(self, z: jax.Array, chunk_size: int = 128) -> jax.Array:
         """E[features of x | z], `[S, B, *input_shape]` or, with categories, `[S, B, width]`, for `z: [S, B, e]`.
@@ -118,16 +134,16 @@ class VAE(nnx.Module):
         Features of categories are their probabilities. Decodes `chunk_size` samples at once.
         """
 
-        def mean(z):
+        def mean(z: jax.Array) -> jax.Array:
             p = self.decode(z)
-            return p.mean_features if any(self.cardinalities) else p.mean
+            return p.mean_features if isinstance(p, IndependentColumns) else p.mean
 
         return jax.lax.map(mean, z, batch_size=chunk_size)
 
     def decode_draw(self, z: jax.Array, key: jax.Array, means: bool = False, chunk_size: int = 128) -> jax.Array:
         """Draws x ~ p(x | z), `[S, B, *input_shape]`, for `z: [S, B, e]`; with `means`, draws of categories only."""
 
-        def draw(inputs):
+        def draw(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             z, key = inputs
             p = self.decode(z)
             x = p.sample(key)
@@ -159,7 +175,7 @@ class PartialPosterior(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.cardinalities = cardinalities
-        observed_shape = partial_input_shape(input_shape, cardinalities)
+        observed_shape = column_partial_input_shape(input_shape, cardinalities)
         self.encoder = build(NETWORKS, encoder, "partial_encoder", input_shape=observed_shape, rngs=rngs)
         self.head = build(
             LATENT_HEADS,
@@ -170,15 +186,15 @@ class PartialPosterior(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> Any:
+    def __call__(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> Distribution:
         """q(z | x_o) over `[B, e]` for `x: [B, *input_shape]` and mask `b` (1 = observed)."""
         return self.head(self.encoder(column_partial_input(x, b, self.cardinalities), rngs))
 
-    def with_feature(self, x: jax.Array, b: jax.Array, i: jax.Array) -> Callable[[jax.Array], Any]:
+    def with_feature(self, x: jax.Array, b: jax.Array, i: jax.Array) -> Callable[[jax.Array], Distribution]:
         """Returns the function from values of feature i, `[B, C]`, to q(z | x_o, x_i) over `[B, e]`.
 
-        The inputs of the encoder differ in one feature only, and its first layer is affine, so that of this layer only
-        the difference has to be computed for each value.
+        Only feature i of the encoder's input depends on the value, and the encoder's first layer is affine. So the
+        layer is applied to `[x * b, b]` once, and every value adds its multiple of what the layer makes of feature i.
 
         Args:
             x: `[B, *input_shape]`, or one example `[1, *input_shape]` for all values.
@@ -189,31 +205,36 @@ class PartialPosterior(nnx.Module):
             at_i = jnp.arange(b.shape[-1]) == i
             with_i = jnp.where(at_i, 1.0, b)
 
-            def revealed(value: jax.Array) -> Any:
+            def encoded_again(value: jax.Array) -> Distribution:
                 values = jnp.where(at_i & (b == 0), value, x)
                 return self(values, jnp.broadcast_to(with_i, values.shape))
 
-            return revealed
-        channels, first = x.size // b.size, self.encoder.first
-        # What the encoder sees more: one input for each channel of the value, one for the mask; [C + 1, ...].
-        feature = jnp.zeros(b[0].size).at[i].set(1.0)
-        in_x = (jnp.eye(channels)[:, None] * feature[:, None]).reshape(channels, *x.shape[1:])
-        in_b = feature.reshape(1, *b.shape[1:])
-        more_x = jnp.concatenate([in_x, jnp.zeros((1, *x.shape[1:]))])
-        more_b = jnp.concatenate([jnp.zeros((channels, *b.shape[1:])), in_b])
-        inputs = jnp.concatenate([more_x, more_b], axis=-1)
-        change = first(inputs) - first(jnp.zeros_like(inputs))  # without the bias
-        now = first(partial_input(x, b))
+            return encoded_again
+        base = self.encoder.first(partial_input(x, b))
+        added = self._added_by_feature(i, x.shape[1:], b.shape[1:])
         unobserved = 1.0 - b.reshape(len(b), -1)[:, i, None]  # [B, 1]
 
-        def posterior(value: jax.Array) -> Any:
-            more = jnp.concatenate([value, jnp.ones((len(value), 1))], axis=-1) * unobserved  # [B, C + 1]
-            return self.head(self.encoder.after_first(now + jnp.tensordot(more, change, 1)))
+        def posterior(value: jax.Array) -> Distribution:
+            revealed = jnp.concatenate([value, jnp.ones((len(value), 1))], axis=-1) * unobserved  # value and mask
+            return self.head(self.encoder.after_first(base + jnp.tensordot(revealed, added, 1)))
 
         return posterior
 
+    def _added_by_feature(self, i: jax.Array, input_shape: Shape, mask_shape: Shape) -> jax.Array:
+        """What a unit of each channel of feature i, and a unit of its mask, add to the first layer: `[C + 1, ...]`.
 
-class Terms(NamedTuple):
+        (`jax.linearize` would give the same, but `numerics.convolution` has reverse-mode derivatives only.)
+        """
+        mask = jnp.zeros(math.prod(mask_shape)).at[i].set(1.0).reshape(1, *mask_shape)
+        channels = math.prod(input_shape) // mask.size
+        value = mask * jnp.eye(channels).reshape(channels, *[1] * (len(input_shape) - 1), channels)
+        value_units = jnp.concatenate([value, jnp.zeros((1, *input_shape))])
+        mask_units = jnp.concatenate([jnp.zeros((channels, *mask_shape)), mask])
+        units = jnp.concatenate([value_units, mask_units], axis=-1)
+        return self.encoder.first(units) - self.encoder.first(jnp.zeros_like(units))  # the bias cancels
+
+
+class VAETerms(NamedTuple):
     """What training optimises, per example and in nats; all `[B]`."""
 
     reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
@@ -350,25 +371,23 @@ class PosteriorMatchingVAE(Imputing):
         available: jax.Array | None = None,
         stop_gradients: bool = False,
         rngs: nnx.Rngs | None = None,
-    ) -> Terms:
+    ) -> VAETerms:
         """The terms of the training objective.
 
         Args:
-            x: `[B, *input_shape]`; values where `available` is 0 have no influence.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
             available: Mask of the values that exist in the data; None: all.
-            stop_gradients: Stop the gradient into z in the matching term: the VAE then does not feel that term.
+            stop_gradients: Stop the matching term's gradient at z, so that it does not train the VAE.
             rngs: Dropout streams, while training.
         """
         q = self.vae.posterior(x, rngs, available=available)
         z = q.sample(key)  # reparameterised
         p = self.vae.decode(z, rngs)
         target = jax.lax.stop_gradient(z) if stop_gradients else z
-        return Terms(
-            reconstruction_ll=likelihood.log_prob_of_observed(
-                p, x, jnp.ones_like(b) if available is None else available
-            ),
+        return VAETerms(
+            reconstruction_ll=log_prob_of_observed(p, x, jnp.ones_like(b) if available is None else available),
             kl=distributions.kl_to_standard_normal(q),
             # Posterior Matching: q(z | x_o) by maximum likelihood on samples of q(z | x).
             matching_ll=self.partial_posterior(x, b, rngs).log_prob(target),
@@ -399,7 +418,7 @@ class PosteriorMatchingVAE(Imputing):
         """
         x, b = checked(x, b, self.vae.input_shape)
         available = existing(x) if available is None else jnp.asarray(available)
-        b = b * available
+        x, b = observed_only(x, available), b * available
         key_x, key_xo = jax.random.split(key)
         q = self.vae.posterior(x, available=available)
         full = self._importance_log_prob(q, x, available, num_samples, key_x, chunk_size)
@@ -445,14 +464,14 @@ class PosteriorMatchingVAE(Imputing):
         return estimate(jnp.maximum(target, given), key_both) - estimate(given, key_given)
 
     def _importance_log_prob(
-        self, proposal: Any, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array, chunk_size: int
+        self, proposal: Distribution, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array, chunk_size: int
     ) -> ImportanceEstimate:
         """Estimates log p(x_o) for mask `b`."""
 
         def log_joint(z: jax.Array) -> jax.Array:
             return self.vae.log_prob_given(z, x, b) + self.vae.prior().log_prob(z)
 
-        return likelihood.importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
+        return importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
 
     def expected_info_gains(
         self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, features_at_once: int = 1

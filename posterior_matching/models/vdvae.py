@@ -6,8 +6,8 @@ Latents z_1, ..., z_L, one per decoder block, are grids of vectors, from coarse 
     q(z | x) = prod_l q(z_l | z_<l, x)
     q(z | x_o) = prod_l q(z_l | z_<l, x_o)
 
-The first two are the VAE. The third, the partially observed posterior, has an encoder of its own and one more head per
-decoder block, which see the decoder's state but send it no gradient: the VAE is trained as it would be alone.
+The first two are the VAE. The third, the partially observed posterior, has its own encoder and one more head in every
+decoder block. They see the decoder's state but send it no gradient, so the VAE trains as it would alone.
 
 Images are whole numbers 0, ..., L - 1 (255 for 8 bits), not [0, 1].
 """
@@ -23,8 +23,10 @@ from pydantic import Field
 
 from posterior_matching.config import Positive, Steps, Units
 from posterior_matching.errors import UserError
-from posterior_matching.masking import partial_input
+from posterior_matching.masking import checked, partial_input
 from posterior_matching.models.distributions import (
+    Distribution,
+    ExplicitDistribution,
     diagonal_gaussian,
     kl_divergence,
     sample_and_log_prob,
@@ -40,17 +42,19 @@ from posterior_matching.models.likelihood import (
 from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
 from posterior_matching.models.networks import Conv, Shape
 from posterior_matching.models.vdvae_layout import (
-    Layer,
+    DecoderLayer,
+    EncoderLayer,
     encoder_resolutions,
     parse_decoder,
     parse_encoder,
     parse_widths,
 )
+from posterior_matching.numerics import InitialKeys
 
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-class Block(nnx.Module):
+class BottleneckBlock(nnx.Module):
     """Four convolutions, GELU before each: 1x1 down to `middle` channels, 3x3, 3x3, 1x1 to `features`.
 
     Resolutions up to 2 have 1x1 convolutions only. Computed in `compute_dtype`; output in float32.
@@ -65,7 +69,7 @@ class Block(nnx.Module):
         compute_dtype: Any,
         *,
         output_scale: float = 1.0,
-        rngs: "_Keys",
+        rngs: InitialKeys,
     ):
         inner = 3 if resolution > 2 else 1
         sizes = ((features_in, middle, 1), (middle, middle, inner), (middle, middle, inner))
@@ -81,12 +85,30 @@ class Block(nnx.Module):
         return x.astype(jnp.float32)
 
 
-class Encoder(nnx.Module):
+class BlockOptions(NamedTuple):
+    """What all blocks share."""
+
+    bottleneck: float
+    compute_dtype: Any
+    rematerialise: bool
+    rngs: InitialKeys
+
+    def block(
+        self, features_in: int, width: int, features: int, resolution: int, output_scale: float = 1.0
+    ) -> BottleneckBlock:
+        """A block whose middle has the share `bottleneck` of `width` channels."""
+        middle = max(1, int(width * self.bottleneck))
+        return BottleneckBlock(
+            features_in, middle, features, resolution, self.compute_dtype, output_scale=output_scale, rngs=self.rngs
+        )
+
+
+class PyramidEncoder(nnx.Module):
     """Residual blocks and average pooling: an image in, one activation per resolution out."""
 
-    def __init__(self, channels: int, layers: list[Layer], widths: dict[int, int], options: "_Options"):
-        self.pools = tuple(pool or 1 for _, pool in layers)
-        self.widths = tuple(widths[r // (pool or 1)] for r, pool in layers)  # after every block
+    def __init__(self, channels: int, layers: list[EncoderLayer], widths: dict[int, int], options: BlockOptions):
+        self.pools = tuple(layer.pool for layer in layers)
+        self.widths = tuple(widths[layer.output_resolution] for layer in layers)  # after every block
         self.conv_in = Conv(channels, widths[layers[0].resolution], 3, 1, "SAME", rngs=options.rngs)
         self.blocks = nnx.List(
             options.block(widths[r], widths[r], widths[r], r, output_scale=len(layers) ** -0.5) for r, _ in layers
@@ -105,9 +127,9 @@ class Encoder(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """One latent grid z `[B, R, R, e]`: its prior and both posteriors given the state x, and what it does to x."""
+    """One latent grid z `[B, R, R, e]`: its prior and both posteriors given the state x, and the state after it."""
 
-    def __init__(self, layer: Layer, width: int, latent_dim: int, num_blocks: int, options: "_Options"):
+    def __init__(self, layer: DecoderLayer, width: int, latent_dim: int, num_blocks: int, options: BlockOptions):
         r, e = layer.resolution, latent_dim
         self.resolution, self.lower_resolution = layer
         self.width, self.latent_dim = width, latent_dim
@@ -119,7 +141,8 @@ class DecoderBlock(nnx.Module):
 
     def prior(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Parameters of p(z_l | z_<l), a diagonal Gaussian at each of `[B, R, R]`, and a residual for the state."""
-        return tuple(jnp.split(self.prior_head(x), [2 * self.latent_dim], axis=-1))
+        parameters, residual = jnp.split(self.prior_head(x), [2 * self.latent_dim], axis=-1)
+        return parameters, residual
 
     def posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
         """Parameters of q(z_l | z_<l, x), a diagonal Gaussian."""
@@ -139,9 +162,11 @@ class DecoderBlock(nnx.Module):
 
 # What happens at a decoder block: (block, key, state) -> (residual from the prior, z, terms to collect).
 Step = Callable[[DecoderBlock, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
+# (block, state, encoded) -> q(z_l | z_<l, ...)
+Posterior = Callable[[DecoderBlock, jax.Array, dict[int, jax.Array]], Distribution]
 
 
-class Terms(NamedTuple):
+class VDVAETerms(NamedTuple):
     """What training optimises, per example and in nats; all `[B]`."""
 
     reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
@@ -169,11 +194,11 @@ class PosteriorMatchingVDVAE(nnx.Module):
         latent_dim: e, channels of every latent grid.
         width: Channels of the state.
         bottleneck: Channels inside the blocks, as a share of the width.
-        custom_widths: Exceptions from `width`, "14:128,7:256".
+        custom_widths: Widths of single resolutions that differ from `width`, "14:128,7:256".
         no_bias_above: States of resolutions up to this start at a learned bias, others at zero.
         num_components: Components of the discretised mixture of logistics p(x | z).
         num_levels: How many values a pixel can have: x is in 0..num_levels - 1.
-        rematerialise: Compute activations inside blocks again in the backward pass, to save memory.
+        rematerialise: Recompute activations inside blocks in the backward pass, to save memory.
         compute_dtype: "float32" or "bfloat16", of the convolutions in the blocks; all else is float32.
         rngs: Source of initial weights.
 
@@ -200,15 +225,16 @@ class PosteriorMatchingVDVAE(nnx.Module):
     ):
         if len(input_shape) != 3 or input_shape[0] != input_shape[1] or input_shape[2] not in (1, 3):
             raise UserError(f"a VDVAE needs square images of 1 or 3 channels, the data have shape {tuple(input_shape)}")
+        self.input_shape = tuple(input_shape)
         size, _, self.channels = input_shape
         encoder_layers = parse_encoder(encoder, size)
         resolutions = encoder_resolutions(encoder_layers)
         decoder_layers = parse_decoder(decoder, size, resolutions)
         widths = parse_widths(custom_widths, width, resolutions)
         self.latent_dim, self.num_levels, self.rematerialise = latent_dim, num_levels, rematerialise
-        options = _Options(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, _Keys(rngs.params()))
-        self.encoder = Encoder(self.channels, encoder_layers, widths, options)
-        self.partial_encoder = Encoder(self.channels + 1, encoder_layers, widths, options)
+        options = BlockOptions(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, InitialKeys(rngs.params()))
+        self.encoder = PyramidEncoder(self.channels, encoder_layers, widths, options)
+        self.partial_encoder = PyramidEncoder(self.channels + 1, encoder_layers, widths, options)
         self.blocks = nnx.List(
             DecoderBlock(layer, widths[layer.resolution], latent_dim, len(decoder_layers), options)
             for layer in decoder_layers
@@ -233,7 +259,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """The inverse of `to_levels`."""
         return x / (self.num_levels - 1)
 
-    def terms(self, x: jax.Array, b: jax.Array, key: jax.Array) -> Terms:
+    def terms(self, x: jax.Array, b: jax.Array, key: jax.Array) -> VDVAETerms:
         """The terms of the training objective.
 
         Args:
@@ -256,7 +282,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
             for parts in zip(*collected, strict=True)
         )
         q, matched = diagonal_gaussian(posterior), tril_gaussian(matched, self.latent_dim)
-        return Terms(
+        return VDVAETerms(
             reconstruction_ll=log_prob_of_observed(p, x, jnp.ones_like(b)),
             kl=kl_divergence(q, diagonal_gaussian(prior)).sum(1),
             pm_kl=kl_divergence(jax.lax.stop_gradient(q), matched).sum(1),
@@ -281,7 +307,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """Draws imputations: means of p(x | z) for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
 
         Args:
-            x: `[B, H, W, C]`; values where b = 0 have no influence (but must be finite).
+            x: `[B, H, W, C]`; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Imputations per example.
             key: Random key.
@@ -289,6 +315,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         Returns:
             `[num_samples, B, H, W, C]`, whole numbers 0..num_levels - 1.
         """
+        x, b = checked(x, b, self.input_shape)
         encoded = self._encode_observed(x, b)
 
         def draw(key):
@@ -318,10 +345,13 @@ class PosteriorMatchingVDVAE(nnx.Module):
             available: Mask of the pixels that exist in the data; None: all. Others are never scored.
             chunk_size: Most samples per example held at once.
         """
-        available = jnp.ones_like(b) if available is None else available
+        x, b = checked(x, b, self.input_shape)
+        available = jnp.ones_like(b) if available is None else jnp.asarray(available)
         b = b * available
 
-        def estimate(posterior, encoded, mask, key) -> ImportanceEstimate:
+        def estimate(
+            posterior: Posterior, encoded: dict[int, jax.Array], mask: jax.Array, key: jax.Array
+        ) -> ImportanceEstimate:
             def log_weights(key, chunk_size):
                 repeated, x_s, mask_s = jax.tree.map(lambda a: _repeat(a, chunk_size), (encoded, x, mask))
 
@@ -352,10 +382,12 @@ class PosteriorMatchingVDVAE(nnx.Module):
     def _encode_observed(self, x: jax.Array, b: jax.Array) -> dict[int, jax.Array]:
         return self.partial_encoder(partial_input(self._scaled(x), b))
 
-    def _posterior(self, block: DecoderBlock, state: jax.Array, encoded: dict[int, jax.Array]) -> Any:
+    def _posterior(self, block: DecoderBlock, state: jax.Array, encoded: dict[int, jax.Array]) -> ExplicitDistribution:
         return diagonal_gaussian(block.posterior(state, encoded))
 
-    def _partial_posterior(self, block: DecoderBlock, state: jax.Array, encoded: dict[int, jax.Array]) -> Any:
+    def _partial_posterior(
+        self, block: DecoderBlock, state: jax.Array, encoded: dict[int, jax.Array]
+    ) -> ExplicitDistribution:
         return tril_gaussian(block.partial_posterior(state, encoded), self.latent_dim)
 
     def _decode(self, step: Step, key: jax.Array, batch: int) -> tuple[DiscretisedLogisticMixture, list[Any]]:
@@ -379,7 +411,9 @@ class PosteriorMatchingVDVAE(nnx.Module):
         parameters = self.conv_out(state * self.gain[...] + self.bias[...])
         return DiscretisedLogisticMixture(parameters, self.channels, self.num_levels), collected
 
-    def _decoded_mean(self, posterior, encoded: dict[int, jax.Array], key: jax.Array, batch: int) -> jax.Array:
+    def _decoded_mean(
+        self, posterior: Posterior, encoded: dict[int, jax.Array], key: jax.Array, batch: int
+    ) -> jax.Array:
         def step(block, key, state):
             return block.prior(state)[1], posterior(block, state, encoded).sample(key), None
 
@@ -389,32 +423,6 @@ class PosteriorMatchingVDVAE(nnx.Module):
         name, shape = str(block.resolution), (block.resolution, block.resolution, block.width)
         bias = self.biases[name][...] if name in self.biases else jnp.zeros(shape)
         return jnp.broadcast_to(bias, (batch, *shape))
-
-
-class _Keys:
-    """Keys of initial weights, like `nnx.Rngs`, which under tracing takes ever longer for each of hundreds of keys."""
-
-    def __init__(self, key: jax.Array):
-        self._key, self._drawn = key, 0
-
-    def params(self) -> jax.Array:
-        self._drawn += 1
-        return jax.random.fold_in(self._key, self._drawn)
-
-
-class _Options(NamedTuple):
-    """What all blocks share."""
-
-    bottleneck: float
-    compute_dtype: Any
-    rematerialise: bool
-    rngs: "_Keys"
-
-    def block(self, features_in: int, width: int, features: int, resolution: int, output_scale: float = 1.0) -> Block:
-        middle = max(1, int(width * self.bottleneck))
-        return Block(
-            features_in, middle, features, resolution, self.compute_dtype, output_scale=output_scale, rngs=self.rngs
-        )
 
 
 def _checkpointed(fn: Callable[..., Any], rematerialise: bool) -> Callable[..., Any]:

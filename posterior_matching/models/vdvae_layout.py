@@ -6,14 +6,26 @@ from typing import NamedTuple
 from posterior_matching.errors import OptionError
 
 
-class Layer(NamedTuple):
-    """One block of an encoder or decoder, as a block string describes it."""
+class EncoderLayer(NamedTuple):
+    """One block of an encoder."""
 
     resolution: int
-    change: int | None  # encoder: pool this many pixels after the block; decoder: add the state of this resolution
+    pool: int = 1  # average over windows of this many pixels, squared, after the block
+
+    @property
+    def output_resolution(self) -> int:
+        """What does not fill a window is dropped."""
+        return self.resolution // self.pool
 
 
-def parse_blocks(blocks: str, letter: str, option: str) -> list[Layer]:
+class DecoderLayer(NamedTuple):
+    """One block of a decoder."""
+
+    resolution: int
+    lower_resolution: int | None = None  # add the state of this resolution, upsampled, before the block
+
+
+def parse_blocks(blocks: str, letter: str, option: str) -> list[tuple[int, int | None]]:
     """Parses a block string: `RxN` is N blocks at resolution R, `RdK` or `RmK` one block that changes resolution.
 
     Args:
@@ -21,10 +33,13 @@ def parse_blocks(blocks: str, letter: str, option: str) -> list[Layer]:
         letter: What marks a block that changes resolution, "d" or "m".
         option: Its name, for messages.
 
+    Returns:
+        For every block R and, where the resolution changes, K.
+
     Raises:
         OptionError: A part is neither.
     """
-    layers: list[Layer] = []
+    parsed: list[tuple[int, int | None]] = []
     for part in blocks.split(","):
         match = re.fullmatch(rf"([1-9]\d*)(x|{letter})([1-9]\d*)", part.strip())
         if not match:
@@ -34,47 +49,43 @@ def parse_blocks(blocks: str, letter: str, option: str) -> list[Layer]:
                 f"{'28d2,14x4' if letter == 'd' else '28m14'}",
             )
         resolution, number = int(match[1]), int(match[3])
-        layers += [Layer(resolution, None)] * number if match[2] == "x" else [Layer(resolution, number)]
-    return layers
+        parsed += [(resolution, None)] * number if match[2] == "x" else [(resolution, number)]
+    return parsed
 
 
-def parse_encoder(blocks: str, size: int) -> list[Layer]:
+def parse_encoder(blocks: str, size: int) -> list[EncoderLayer]:
     """Parses the encoder's blocks for images of `size` x `size` pixels.
 
     Raises:
         OptionError: It is malformed, or a block is not at the resolution that the blocks before it lead to.
     """
-    layers = parse_blocks(blocks, "d", "encoder")
-    resolution = size
-    for layer in layers:
-        if layer.resolution != resolution:
+    layers: list[EncoderLayer] = []
+    for resolution, pool in parse_blocks(blocks, "d", "encoder"):
+        expected = layers[-1].output_resolution if layers else size
+        if resolution != expected:
+            raise OptionError("encoder", f"{{}}: a block of resolution {resolution} where the image has {expected}")
+        if pool is not None and not 2 <= pool <= resolution:
             raise OptionError(
-                "encoder", f"{{}}: a block of resolution {layer.resolution} where the image has {resolution}"
+                "encoder",
+                f"{{}}: {resolution}d{pool} pools over {pool} of {resolution} pixels; it must be 2..{resolution}",
             )
-        if layer.change is not None:
-            if not 2 <= layer.change <= resolution:
-                raise OptionError(
-                    "encoder",
-                    f"{{}}: {resolution}d{layer.change} pools over {layer.change} of {resolution} pixels; "
-                    f"it must be 2..{resolution}",
-                )
-            resolution //= layer.change  # what does not fill a window is dropped
+        layers.append(EncoderLayer(resolution, pool or 1))
     return layers
 
 
-def encoder_resolutions(layers: list[Layer]) -> list[int]:
+def encoder_resolutions(layers: list[EncoderLayer]) -> list[int]:
     """The resolutions of the encoder's outputs, from fine to coarse."""
-    return list(dict.fromkeys([layers[0].resolution] + [r // (k or 1) for r, k in layers]))
+    return list(dict.fromkeys([layers[0].resolution] + [layer.output_resolution for layer in layers]))
 
 
-def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[Layer]:
+def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[DecoderLayer]:
     """Parses the decoder's blocks for images of `size` x `size` pixels and an encoder with these `resolutions`.
 
     Raises:
         OptionError: It is malformed, needs a resolution that the encoder does not have or the decoder has not yet, or
-            does not end at that of the image.
+            does not end at the image's.
     """
-    layers = parse_blocks(blocks, "m", "decoder")
+    layers = [DecoderLayer(*block) for block in parse_blocks(blocks, "m", "decoder")]
     reached: set[int] = set()
     for resolution, lower in layers:
         if resolution not in resolutions:
@@ -90,19 +101,19 @@ def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[Layer]
 
 
 def parse_widths(widths: str, width: int, resolutions: list[int]) -> dict[int, int]:
-    """Returns the width at every resolution: `width`, but for the exceptions in `widths`, such as "14:128,7:256".
+    """Returns the width at every resolution: `width` except where `widths`, such as "14:128,7:256", says otherwise.
 
     Raises:
         OptionError: A part is malformed, or its resolution is not among `resolutions`.
     """
-    found = dict.fromkeys(resolutions, width)
+    width_at = dict.fromkeys(resolutions, width)
     for part in filter(None, widths.split(",")):
         match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", part.strip())
-        if not match or int(match[1]) not in found:
+        if not match or int(match[1]) not in width_at:
             raise OptionError(
                 "custom_widths",
                 f"{{}}: '{part.strip()}' is not resolution:width, as in 14:128, "
                 f"with one of the resolutions {resolutions}",
             )
-        found[int(match[1])] = int(match[2])
-    return found
+        width_at[int(match[1])] = int(match[2])
+    return width_at

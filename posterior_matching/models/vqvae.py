@@ -11,10 +11,12 @@ from pydantic import Field
 
 from posterior_matching.config import Blocks, Config, Decay, NonNegative, Units, call
 from posterior_matching.errors import OptionError, UserError
-from posterior_matching.masking import mask_shape, partial_input
-from posterior_matching.models import distributions, likelihood
+from posterior_matching.masking import checked, partial_input, partial_input_shape
+from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
+from posterior_matching.models.likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Conv, ConvTranspose, Shape
 from posterior_matching.models.pixel_cnn import PixelCNN
+from posterior_matching.numerics import first_argmin
 
 Stride = Annotated[int, Field(ge=1, le=64)]
 
@@ -40,13 +42,13 @@ class ResidualStack(nnx.Module):
         return jax.nn.relu(x)
 
 
-class Encoder(nnx.Module):
+class GridEncoder(nnx.Module):
     """Images to a grid of vectors: two 4x4 convolutions that may shrink them, a 3x3 one, residual blocks, a 1x1 one.
 
     Args:
         input_shape: `(H, W, C)`.
         features: Channels of the output.
-        hidden_units: Channels inside; half as many behind the first convolution.
+        hidden_units: Channels inside; half as many after the first convolution.
         residual_units: Channels inside the residual blocks.
         residual_blocks: Their number.
         strides: Of the two 4x4 convolutions.
@@ -93,8 +95,8 @@ class Encoder(nnx.Module):
         return self.out(self.residual(x))
 
 
-class Decoder(nnx.Module):
-    """The encoder's mirror image: a grid of vectors to `[B, H, W, channels]`."""
+class GridDecoder(nnx.Module):
+    """The mirror image of `GridEncoder`: a grid of vectors to `[B, H, W, channels]`."""
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class VectorQuantizer(nnx.Module):
         codebook_size: K, number of vectors.
         embedding_dim: e, their length.
         commitment_cost: Weight of the squared distance that holds the encoder close to the codebook.
-        use_ema: Moving averages instead of a codebook loss.
+        use_ema: Use moving averages in place of a codebook loss.
         decay: Of the moving averages.
         epsilon: Laplace smoothing of the codes' average counts.
         rngs: Source of the initial codebook.
@@ -178,12 +180,9 @@ class VectorQuantizer(nnx.Module):
     def nearest(self, z: jax.Array) -> jax.Array:
         """Indices, int32 `[...]`, of the codebook vectors nearest to `z: [..., e]` (squared Euclidean distance)."""
         codebook = self.codebook[...]
-        # |z - c|^2 = |z|^2 - 2 z c + |c|^2, and |z|^2 does not matter for the choice.
+        # |z - c|^2 = |z|^2 - 2 z c + |c|^2, and |z|^2 is the same for all c.
         distances = jnp.square(codebook).sum(-1) - 2 * z.reshape(-1, z.shape[-1]) @ codebook.T
-        # The first index of the least distance. Two minima take a CPU a third of the time of one argmin.
-        least = distances == distances.min(-1, keepdims=True)
-        indices = jnp.where(least, jnp.arange(len(codebook)), len(codebook) - 1).min(-1)
-        return indices.reshape(z.shape[:-1])
+        return first_argmin(distances).reshape(z.shape[:-1])
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codebook vectors `[..., e]` of `indices: [...]`."""
@@ -192,8 +191,8 @@ class VectorQuantizer(nnx.Module):
     def update(self, z: jax.Array, indices: jax.Array, axis_name: str | None = None) -> None:
         """Moves the codebook towards the vectors that chose it; to be called once per training step.
 
-        Averages are divided by `1 - decay^t`, so that their start at zero does not matter. A code that was never
-        chosen stays where it was initialised (it would go to zero by the formula, and all others with it).
+        Averages are divided by `1 - decay^t`, which corrects for their start at zero. A code that was never chosen
+        keeps its initial value (the formula would move it to zero).
 
         Args:
             z: Encoder outputs `[B, h, w, e]`.
@@ -238,11 +237,11 @@ class VQVAE(nnx.Module):
         hidden_units: Channels of encoder and decoder.
         residual_units: Channels inside their residual blocks.
         residual_blocks: Number of blocks in each.
-        codebook_size: See `VectorQuantizer`, as for all below.
-        embedding_dim: See there.
-        commitment_cost: See there.
-        use_ema: See there.
-        decay: See there.
+        codebook_size: See `VectorQuantizer`.
+        embedding_dim: See `VectorQuantizer`.
+        commitment_cost: See `VectorQuantizer`.
+        use_ema: See `VectorQuantizer`.
+        decay: See `VectorQuantizer`.
         strides: Of the two convolutions that shrink the image to the code grid.
         rngs: Source of initial weights.
     """
@@ -262,12 +261,12 @@ class VQVAE(nnx.Module):
         strides: tuple[Stride, Stride] = (2, 2),
         rngs: nnx.Rngs,
     ):
-        body = {"hidden_units": hidden_units, "residual_units": residual_units, "residual_blocks": residual_blocks}
-        body |= {"strides": tuple(strides), "rngs": rngs}
-        self.encoder = Encoder(input_shape, embedding_dim, **body)
+        body: dict[str, Any] = {"hidden_units": hidden_units, "residual_units": residual_units}
+        body |= {"residual_blocks": residual_blocks, "strides": tuple(strides), "rngs": rngs}
+        self.encoder = GridEncoder(input_shape, embedding_dim, **body)
         self.quantizer = VectorQuantizer(codebook_size, embedding_dim, commitment_cost, use_ema, decay, rngs=rngs)
-        self.decoder = Decoder(embedding_dim, input_shape[-1], **body)
-        self.likelihood_head = distributions.SharedScaleGaussian(input_shape, input_shape)
+        self.decoder = GridDecoder(embedding_dim, input_shape[-1], **body)
+        self.likelihood_head = SharedScaleGaussian(input_shape, input_shape)
         self.codebook_size = codebook_size
 
     @property
@@ -279,7 +278,7 @@ class VQVAE(nnx.Module):
         """The latent code of images `[B, H, W, C]` in [0, 1]: indices `[B, h, w]`."""
         return self.quantizer.nearest(self.encoder(x))
 
-    def decode(self, indices: jax.Array) -> Any:
+    def decode(self, indices: jax.Array) -> ExplicitDistribution:
         """p(x | q) for codes `[B, h, w]`: independent Normals, batch shape `[B, H, W, C]`."""
         return self.likelihood_head(self.decoder(self.quantizer.lookup(indices)))
 
@@ -292,8 +291,8 @@ class VQVAE(nnx.Module):
 
         Args:
             x: `[B, H, W, C]` in [0, 1].
-            update_codebook: Also let the codebook follow; while training.
-            axis_name: Axis of the devices whose statistics the codebook follows together.
+            update_codebook: Whether to move the codebook, too; while training.
+            axis_name: Axis of the devices over which the codebook's statistics are summed.
         """
         z = self.encoder(x)
         quantized = self.quantizer(z)
@@ -301,7 +300,7 @@ class VQVAE(nnx.Module):
         if update_codebook:
             self.quantizer.update(z, quantized.indices, axis_name)
         everything = jnp.ones((*x.shape[:-1], 1))
-        return VQVAETerms(likelihood.log_prob_of_observed(p, x, everything), quantized.loss, quantized.indices)
+        return VQVAETerms(log_prob_of_observed(p, x, everything), quantized.loss, quantized.indices)
 
 
 class PosteriorMatchingVQVAE(nnx.Module):
@@ -316,10 +315,11 @@ class PosteriorMatchingVQVAE(nnx.Module):
     """
 
     def __init__(self, *, input_shape: Shape, vqvae: Config, conditional_dim: Units, pixel_cnn: Config, rngs: nnx.Rngs):
+        self.input_shape = input_shape
         self.vqvae: VQVAE = call(VQVAE, vqvae, "vqvae", input_shape=input_shape, rngs=rngs)
         body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
-        self.partial_encoder = Encoder(
-            (*input_shape[:-1], input_shape[-1] + mask_shape(input_shape)[-1]),
+        self.partial_encoder = GridEncoder(
+            partial_input_shape(input_shape),
             vqvae["embedding_dim"],
             **body,
             strides=vqvae.get("strides", (2, 2)),
@@ -352,7 +352,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         """Draws imputations: decoder means for z ~ q(z | x_o), clipped to [0, 1]; the observed values where observed.
 
         Args:
-            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence (but must be finite).
+            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Imputations per example.
             key: Random key.
@@ -360,6 +360,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         Returns:
             `[num_samples, B, H, W, C]`.
         """
+        x, b = checked(x, b, self.input_shape)
         condition = self.conditional_input(x, b)
         codes = self.pixel_cnn.sample(jnp.tile(condition, (num_samples, 1)), key)  # [S B, h, w]
         means = jnp.clip(self.vqvae.decode(codes).mean, 0.0, 1.0)

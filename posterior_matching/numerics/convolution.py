@@ -1,13 +1,14 @@
 """Two-dimensional convolution and its transpose, fast forwards and backwards on every backend.
 
+`conv` and `conv_transpose` are two faces of one bilinear map: the derivative of each in its images is the other, and
+both share the derivative in the kernel. `_method` decides once, from the shapes, how the three are computed.
+
 On CPUs XLA runs a convolution with stride one, and the kernel gradient of a strided one, at a good share of the
 processor's rate, but convolutions dilated by the stride (the input gradient of a strided convolution, and every
-convolution that a transposed one differentiates into) 4 to 20 times slower. Both functions below are therefore given
-their derivatives in terms of each other, and the transposed convolution is computed at stride one, one group of output
-channels per phase of the stride ("sub-pixel" convolution, Shi et al. 2016, arXiv 1609.05158). Large batches go in
-blocks, see `_blocks`.
+convolution that a transposed one differentiates into) 4 to 20 times slower. `_Strided` computes those at stride one.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -21,7 +22,6 @@ from posterior_matching.numerics import on_cpu
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
     """Convolves images.
 
@@ -34,73 +34,144 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Arra
     Returns:
         `[B, H', W', O]`.
     """
-    if padding == "VALID" and x.shape[1:3] == kernel.shape[:2]:  # one output position: a matrix product
-        return jnp.einsum("bhwi,hwio->bo", x, kernel)[:, None, None, :]
-    if _is_linear(kernel, stride):
-        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
-    return _convolve(x, kernel, stride, padding)
+    return _forward(_method(x.shape[1:3], kernel.shape, stride, padding), x, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv_transpose(y: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
-    """Applies the transpose of `conv`: the linear map whose matrix is that of `x -> conv(x, kernel)`, transposed.
+    """Applies the transpose of `x -> conv(x, kernel)`, a linear map, to `y`.
 
     Args:
         y: `[B, H, W, O]`.
-        kernel: `[K, K, I, O]`, as `conv` takes it.
+        kernel: `[K, K, I, O]`, as for `conv`.
         stride: Stride of both axes.
         padding: "SAME" (output size `H * stride`) or "VALID" (`(H - 1) * stride + K`).
 
     Returns:
         `[B, H', W', I]`.
     """
-    if padding == "VALID" and y.shape[1:3] == (1, 1):  # one input position: a matrix product
-        return jnp.einsum("bo,hwio->bhwi", y[:, 0, 0, :], kernel)
-    size = tuple(n * stride if padding == "SAME" else (n - 1) * stride + kernel.shape[0] for n in y.shape[1:3])
-    return _transpose(y, kernel, stride, padding, size)
+    height, width = (n * stride if padding == "SAME" else (n - 1) * stride + kernel.shape[0] for n in y.shape[1:3])
+    return _transposed(_method((height, width), kernel.shape, stride, padding), y, kernel)
 
 
-def _is_linear(kernel: jax.Array, stride: int) -> bool:
-    """A 1x1 kernel at stride one: the same linear layer at every position, on CPUs twice as fast as a convolution."""
-    return kernel.shape[:2] == (1, 1) and stride == 1
+def _method(size: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int, padding: str) -> "_General":
+    """How to convolve images of `size` pixels."""
+    k, _, features_in, features_out = kernel_shape
+    cls = _General
+    if padding == "VALID" and size == (k, k):
+        cls = _Dense
+    elif k == 1 and stride == 1:
+        cls = _Pointwise
+    elif on_cpu() and stride > 1:
+        cls = _Strided
+    elif on_cpu() and k * k * features_in <= features_out:
+        cls = _FewInputs
+    return cls((size[0], size[1]), k, stride, padding)
 
 
-def _transpose(y: jax.Array, kernel: jax.Array, stride: int, padding: str, size: tuple[int, int]) -> jax.Array:
-    """`conv_transpose` to an output of the given `size`, of which several share one `y` when `stride > 1`."""
-    if _is_linear(kernel, stride):
-        return jnp.einsum("bhwo,io->bhwi", y, kernel[0, 0])
-    k = kernel.shape[0]
-    before = [lax.padtype_to_pads((n,), (k,), (stride,), padding)[0][0] for n in size]
-    if stride == 1 or not on_cpu():  # GPUs and TPUs dilate without multiplying the zeros
-        pads = [(k - 1 - p, n - 1 - (m - 1) * stride + p) for p, n, m in zip(before, size, y.shape[1:3], strict=True)]
-        if k * k * kernel.shape[2] <= kernel.shape[3] and on_cpu():
-            return _transpose_as_product(y, kernel, pads, size)
-        flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        return _convolve(y, flipped, 1, pads, dilation=stride)
-    # Output position stride * q + p (phase p) receives y[q + a] through tap t = p + before - stride * a.
-    taps = [_phase_taps(k, stride, p) for p in before]
-    (low_h, high_h, pick_h), (low_w, high_w, pick_w) = taps
-    phases = jnp.einsum("apt,bqu,tuio->aboipq", pick_h, pick_w, kernel)
-    phases = phases.reshape(*phases.shape[:3], -1)
-    quotient = [-(-n // stride) for n in size]
-    pads = [(-low_h, quotient[0] - y.shape[1] + high_h), (-low_w, quotient[1] - y.shape[2] + high_w)]
-    out = _convolve(y, phases, 1, pads)
-    out = out.reshape(-1, *quotient, kernel.shape[2], stride, stride)  # [B, Q, Q, I, P, P]
-    out = out.transpose(0, 1, 4, 2, 5, 3).reshape(-1, quotient[0] * stride, quotient[1] * stride, kernel.shape[2])
-    return out[:, : size[0], : size[1]]
+@dataclasses.dataclass(frozen=True)
+class _General:
+    """A convolution `y = forward(x, kernel)` and its derivatives, as XLA computes them.
 
-
-def _transpose_as_product(
-    y: jax.Array, kernel: jax.Array, pads: list[tuple[int, int]], size: tuple[int, int]
-) -> jax.Array:
-    """Computes it at stride one as one matrix product, [B H W, O] x [O, K K I], whose columns are shifted and added:
-    2 to 5 times as fast as a convolution to few channels.
+    Shapes: x `[B, *size, I]`, kernel `[K, K, I, O]`, y `[B, H', W', O]`. Large batches go in blocks, see `_blocks`.
     """
-    k, (height, width) = kernel.shape[0], size
-    taps = jnp.einsum("bhwo,tuio->bhwtui", y, kernel)
-    taps = jnp.pad(taps, ((0, 0), *pads, (0, 0), (0, 0), (0, 0)))
-    shifts = itertools.product(range(k), range(k))
-    return sum(taps[:, k - 1 - t :, k - 1 - u :][:, :height, :width, t, u] for t, u in shifts)
+
+    size: tuple[int, int]
+    k: int
+    stride: int
+    padding: str
+
+    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns y."""
+        return _convolve(x, kernel, self.stride, self.padding)
+
+    def input_gradient(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Gradient of `sum(y * forward(x, kernel))` in x: a convolution of y, dilated by the stride."""
+        flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        return _convolve(y, flipped, 1, self._gradient_pads(y), dilation=self.stride)
+
+    def kernel_gradient(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Gradient of `sum(y * forward(x, kernel))` in the kernel: a sum over images, hence over blocks of them."""
+        kernel = jax.ShapeDtypeStruct((self.k, self.k, x.shape[-1], y.shape[-1]), x.dtype)
+
+        def one_block(x: jax.Array, y: jax.Array) -> jax.Array:
+            strides, layout = (self.stride, self.stride), _LAYOUT
+            forward = functools.partial(
+                lax.conv_general_dilated, x, window_strides=strides, padding=self.padding, dimension_numbers=layout
+            )
+            return jax.linear_transpose(forward, kernel)(y)[0]
+
+        return functools.reduce(jnp.add, map(one_block, _blocks(x), _blocks(y)))
+
+    def _before(self) -> list[int]:
+        """Zeros that `padding` puts before the first row and column of x."""
+        return [lax.padtype_to_pads((n,), (self.k,), (self.stride,), self.padding)[0][0] for n in self.size]
+
+    def _gradient_pads(self, y: jax.Array) -> list[tuple[int, int]]:
+        return [
+            (self.k - 1 - before, n - 1 - (m - 1) * self.stride + before)
+            for before, n, m in zip(self._before(), self.size, y.shape[1:3], strict=True)
+        ]
+
+
+class _Dense(_General):
+    """One output position: a matrix product with the flattened kernel."""
+
+    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("bhwi,hwio->bo", x, kernel)[:, None, None, :]
+
+    def input_gradient(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("bo,hwio->bhwi", y[:, 0, 0, :], kernel)
+
+    def kernel_gradient(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum("bhwi,bo->hwio", x, y[:, 0, 0, :])
+
+
+class _Pointwise(_General):
+    """A 1x1 kernel at stride one: the same linear layer at every position, on CPUs twice as fast as a convolution."""
+
+    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+
+    def input_gradient(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("bhwo,io->bhwi", y, kernel[0, 0])
+
+    def kernel_gradient(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum("bhwi,bhwo->io", x, y)[None, None]
+
+
+class _FewInputs(_General):
+    """On CPUs, at stride one, with few channels in: the input gradient is one matrix product, `[B H W, O]` by
+    `[O, K K I]`, whose columns are shifted and added. 2 to 5 times as fast as a convolution to few channels.
+    """
+
+    def input_gradient(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        k, (height, width) = self.k, self.size
+        taps = jnp.einsum("bhwo,tuio->bhwtui", y, kernel)
+        taps = jnp.pad(taps, ((0, 0), *self._gradient_pads(y), (0, 0), (0, 0), (0, 0)))
+        shifts = itertools.product(range(k), range(k))
+        shifted = (taps[:, k - 1 - t :, k - 1 - u :][:, :height, :width, t, u] for t, u in shifts)
+        return functools.reduce(jnp.add, shifted)
+
+
+class _Strided(_General):
+    """On CPUs, with a stride: the input gradient is a convolution at stride one, with one group of output channels per
+    phase of the stride ("sub-pixel" convolution, Shi et al. 2016, arXiv 1609.05158).
+
+    Accelerators dilate without multiplying the zeros, so there `_General` does.
+    """
+
+    def input_gradient(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        # Pixel stride * q + p of x (phase p) receives y[q + a] through tap t = p + before - stride * a.
+        stride, features = self.stride, kernel.shape[2]
+        (low_h, high_h, pick_h), (low_w, high_w, pick_w) = (_phase_taps(self.k, stride, p) for p in self._before())
+        phases = jnp.einsum("apt,bqu,tuio->aboipq", pick_h, pick_w, kernel)
+        phases = phases.reshape(*phases.shape[:3], -1)
+        quotient = [-(-n // stride) for n in self.size]
+        pads = [(-low_h, quotient[0] - y.shape[1] + high_h), (-low_w, quotient[1] - y.shape[2] + high_w)]
+        out = _convolve(y, phases, 1, pads)
+        out = out.reshape(-1, *quotient, features, stride, stride)  # [B, Q, Q, I, P, P]
+        out = out.transpose(0, 1, 4, 2, 5, 3).reshape(-1, quotient[0] * stride, quotient[1] * stride, features)
+        return out[:, : self.size[0], : self.size[1]]
 
 
 def _phase_taps(k: int, stride: int, before: int) -> tuple[int, int, np.ndarray]:
@@ -114,61 +185,52 @@ def _phase_taps(k: int, stride: int, before: int) -> tuple[int, int, np.ndarray]
     return low, high, pick
 
 
-def _kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
-    """Gradient of `sum(g * conv(x, kernel))` in the kernel; the sum over images is one over blocks of them."""
-    if padding == "VALID" and x.shape[1:3] == kernel.shape[:2]:
-        return jnp.einsum("bhwi,bo->hwio", x, g[:, 0, 0, :])
-    if _is_linear(kernel, stride):
-        return jnp.einsum("bhwi,bhwo->io", x, g)[None, None]
-    return sum(
-        _one_kernel_gradient(*block, kernel, stride, padding) for block in zip(_blocks(x), _blocks(g), strict=True)
-    )
-
-
-def _one_kernel_gradient(x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
-    forward = functools.partial(
-        lax.conv_general_dilated, x, window_strides=(stride, stride), padding=padding, dimension_numbers=_LAYOUT
-    )
-    return jax.linear_transpose(forward, kernel)(g)[0]  # linear in the kernel
-
-
 def _convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: str | list[tuple[int, int]], dilation: int = 1
 ) -> jax.Array:
-    options = {"lhs_dilation": (dilation, dilation), "dimension_numbers": _LAYOUT}
-    blocks = [lax.conv_general_dilated(block, kernel, (stride, stride), padding, **options) for block in _blocks(x)]
+    strides, dilations = (stride, stride), (dilation, dilation)
+    blocks = [
+        lax.conv_general_dilated(block, kernel, strides, padding, lhs_dilation=dilations, dimension_numbers=_LAYOUT)
+        for block in _blocks(x)
+    ]
     return jnp.concatenate(blocks)
 
 
 def _blocks(x: jax.Array) -> list[jax.Array]:
-    """Many images in 8 blocks on CPUs, whose caches hold what a convolution of few images touches: for 128 to 256
-    images, kernel gradients are up to 5 times as fast, other convolutions a fifth faster. (A compiled loop over blocks
-    is 30 times slower than these written out.)
+    """Splits 128 and more images into 8 blocks on CPUs, so that what a convolution touches stays in the cache: for 128
+    to 256 images, kernel gradients are up to 5 times as fast, other convolutions a fifth faster. (A compiled loop over
+    blocks is 30 times slower than these written out.)
     """
     return jnp.array_split(x, 8 if len(x) >= 128 and on_cpu() else 1)
 
 
-def _conv_forward(x, kernel, stride, padding):
-    return conv(x, kernel, stride, padding), (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forward(method: _General, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return method.forward(x, kernel)
 
 
-def _conv_backward(stride, padding, residuals, g):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transposed(method: _General, y: jax.Array, kernel: jax.Array) -> jax.Array:
+    return method.input_gradient(y, kernel)
+
+
+def _forward_fwd(method, x, kernel):
+    return _forward(method, x, kernel), (x, kernel)
+
+
+def _forward_bwd(method, residuals, g):
     x, kernel = residuals
-    if padding == "VALID" and x.shape[1:3] == kernel.shape[:2]:
-        x_gradient = conv_transpose(g, kernel, stride, padding)
-    else:
-        x_gradient = _transpose(g, kernel, stride, padding, x.shape[1:3])
-    return x_gradient, _kernel_gradient(x, g, kernel, stride, padding)
+    return _transposed(method, g, kernel), method.kernel_gradient(x, g)
 
 
-def _conv_transpose_forward(y, kernel, stride, padding):
-    return conv_transpose(y, kernel, stride, padding), (y, kernel)
+def _transposed_fwd(method, y, kernel):
+    return _transposed(method, y, kernel), (y, kernel)
 
 
-def _conv_transpose_backward(stride, padding, residuals, g):
+def _transposed_bwd(method, residuals, g):
     y, kernel = residuals
-    return conv(g, kernel, stride, padding), _kernel_gradient(g, y, kernel, stride, padding)
+    return _forward(method, g, kernel), method.kernel_gradient(g, y)
 
 
-conv.defvjp(_conv_forward, _conv_backward)
-conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
+_forward.defvjp(_forward_fwd, _forward_bwd)
+_transposed.defvjp(_transposed_fwd, _transposed_bwd)

@@ -1,8 +1,8 @@
-"""Many small lower triangular matrices: their diagonals, their inverses and systems of equations, with derivatives.
+"""Many small lower triangular matrices: filling, diagonals, inverses and systems of equations, with derivatives.
 
-On CPUs, forward substitution is faster than LAPACK's solver for them, and two of JAX's batched solvers at once can wait
-for each other for ever if there are only two cores (seen with jaxlib 0.10.2). Accelerators have a solver of their own:
-there, a loop over the rows is a kernel or more for each.
+On CPUs forward substitution is faster than LAPACK's solver for them, and on two cores two of JAX's batched solvers at
+once can deadlock (seen with jaxlib 0.10.2). Accelerators use their own solver: there, a loop over the rows costs a
+kernel or more per row.
 """
 
 import jax
@@ -15,6 +15,16 @@ def diagonal(matrices: jax.Array) -> jax.Array:
     """The diagonals `[..., e]` of matrices `[..., e, e]`: a strided slice, not a gather."""
     e = matrices.shape[-1]
     return matrices.reshape(*matrices.shape[:-2], e * e)[..., :: e + 1]
+
+
+def fill(entries: jax.Array, e: int) -> jax.Array:
+    """Arranges e (e + 1) / 2 entries `[..., e (e + 1) / 2]` as lower triangular matrices `[..., e, e]`.
+
+    Their order is that of `tfp.math.fill_triangular`, which needs no gather or scatter: the e x e square, row by row,
+    is the entries from number e on, then all entries backwards.
+    """
+    square = jnp.concatenate([entries[..., e:], entries[..., ::-1]], axis=-1).reshape(*entries.shape[:-1], e, e)
+    return jnp.tril(square)
 
 
 @jax.custom_vjp

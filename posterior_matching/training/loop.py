@@ -1,4 +1,4 @@
-"""The training loop: a run from its latest checkpoint, or the start, to its last step."""
+"""The training loop, from a run's latest checkpoint, or the start, to its last step."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
         run: Where checkpoints, metrics and TensorBoard events go.
 
     Raises:
-        UserError: The loss is not finite, or too many updates in a row had to be skipped; or Ctrl-C or SIGTERM.
+        UserError: The loss is not finite, too many consecutive updates were skipped, or Ctrl-C or SIGTERM was received.
     """
     options, trainer = experiment.options, Trainer(experiment, run)
     first_step = trainer.step
@@ -47,16 +47,16 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
                 trainer.begin_next_phase()
             trainer.run_dispatch()
             step, phase_is_over = trainer.step, trainer.phase_is_over()
-            # Where a phase ends, the model that the next one begins with is validated instead.
+            # At the end of a phase, the initial model of the next phase is validated instead.
             validates = (step % options.validation_every == 0 or step == options.steps) and not phase_is_over
             saves = phase_is_over or (options.checkpoint_every is not None and step % options.checkpoint_every == 0)
-            # Several processes have to stop at the same step, so they ask each other, though not at every step.
+            # All processes must stop at the same step, so they ask each other, though not at every step.
             asks = jax.process_count() == 1 or step % options.log_every == 0
             interrupted = asks and parallel.any_process(signalled())
             if step % options.log_every == 0 or validates or saves:
                 log.write_training()  # stops at a non-finite step, before anything is saved
             elif interrupted:
-                log.collect()  # likewise; what it collects is saved, and logged by the run that resumes
+                log.collect()  # likewise; the collected metrics are saved, and logged on resuming
             if validates:
                 trainer.validate_and_save()
             elif saves or interrupted:
@@ -70,7 +70,7 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
 
 
 class Trainer:
-    """A run in memory: its current phase, the state of that on the devices, and the log."""
+    """A run in memory: its current phase, the phase's state on the devices, and the log."""
 
     def __init__(self, experiment: Experiment, run: runs.Run):
         options = experiment.options
@@ -89,7 +89,7 @@ class Trainer:
             _arrays(experiment.validation_set), options.batch_size, options.data_memory_budget_gb
         )
         state, self._frozen = self._phase.initial_state()
-        run.create()  # what can be wrong with the input has been found by now
+        run.create()  # all input has been checked by now
         self._best_loss, self._stalled, unwritten = math.inf, 0, {}
         if run.step:
             saved, record = run.restore(self._saved_structure)
@@ -118,7 +118,7 @@ class Trainer:
         return self._phase is self._phases[-1]
 
     def _phase_at(self, step: int) -> int:
-        """The phase whose state a checkpoint at `step` holds; at the end of a phase, that one."""
+        """Index of the phase whose state a checkpoint at `step` holds; at a boundary, the phase that ends there."""
         return next((i for i, phase in enumerate(self._phases) if step <= phase.last_step), len(self._phases) - 1)
 
     def _saved_structure(self, step: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Trainer:
         return self._options.patience is not None and self._stalled >= self._options.patience
 
     def begin_next_phase(self) -> None:
-        """Makes the next phase's first model of what this phase trained, and validates it."""
+        """Builds the next phase's initial model from the one this phase trained, and validates it."""
         self.log.begin("preparing the next phase")
         begin = self._experiment.phases[self._index + 1].begin
         model, numbers = begin(self.evaluation_model()) if begin else (self.evaluation_model(), {})
@@ -169,7 +169,7 @@ class Trainer:
 
     def save(self, best: bool) -> None:
         """Saves a checkpoint."""
-        # Before the last phase there is no model that anybody could use.
+        # Before the last phase there is no usable model.
         weights = runs.flat_weights(nnx.state(self.evaluation_model())) if self._in_last_phase else None
         model = jax.tree.map(np.asarray, weights)
         train = {"state": parallel.unreplicate(self._state), "best_loss": np.float64(self._best_loss)}
@@ -191,7 +191,7 @@ class Trainer:
 
 
 def max_steps_per_dispatch(options: TrainingOptions) -> int:
-    """How many steps go into one compiled call: one on CPU, else a divisor of all intervals."""
+    """The number of steps in one compiled call: one on CPUs, else a divisor of all intervals."""
     if on_cpu():
         return 1
     intervals = math.gcd(options.log_every, options.validation_every, options.checkpoint_every or 0)
@@ -199,7 +199,7 @@ def max_steps_per_dispatch(options: TrainingOptions) -> int:
 
 
 def next_dispatch(step: int, options: TrainingOptions, last_step: int) -> int:
-    """Steps of the compiled call that begins at `step`: fewer after an interruption and at the end of the phase."""
+    """The number of steps in the compiled call that begins at `step`; fewer after an interruption or before the end."""
     usual = max_steps_per_dispatch(options)
     return max(0, min(usual - step % usual, last_step - step))
 
@@ -210,7 +210,7 @@ def _arrays(dataset: data.Dataset) -> Arrays:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and Ctrl-C into a question that the loop asks between dispatches; a second Ctrl-C kills."""
+    """Turns SIGTERM and Ctrl-C into a flag that the loop checks between dispatches; a second Ctrl-C kills."""
     if threading.current_thread() is not threading.main_thread():  # only that one may, and gets signals
         yield lambda: False
         return

@@ -1,4 +1,4 @@
-"""The PM-VAE family: here and not in its script, since `estimator.py` trains it from an installed package too."""
+"""The PM-VAE family. It is not in its script because `estimator.py` trains it from an installed package, too."""
 
 import dataclasses
 

@@ -1,0 +1,41 @@
+"""The shortcuts that only speed asks for give what the plain computation gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import normal
+
+from posterior_matching import numerics
+
+
+def test_first_argmin_is_the_first_index_of_the_least_value():
+    values = np.random.default_rng(0).integers(0, 3, (50, 4, 6)).astype(np.float32)  # many ties
+    np.testing.assert_array_equal(numerics.first_argmin(jnp.asarray(values)), values.argmin(-1))
+    values[0, 0], values[1, 1] = np.inf, np.nan
+    found = np.asarray(numerics.first_argmin(jnp.asarray(values)))
+    assert found[0, 0] == 0 and 0 <= found[1, 1] < 6
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("rows", [1, 24, 100])
+def test_map_in_cache_maps(backend, rows, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    a, b = normal(0, 5, rows, 3), normal(1, 5)
+    found = jax.jit(lambda a, b: numerics.map_in_cache(lambda inputs: inputs[0] * inputs[1], (a, b), rows))(a, b)
+    np.testing.assert_array_equal(found, a * b[:, None, None])
+
+
+def test_materialise_changes_neither_value_nor_gradient():
+    x = jnp.asarray(normal(0, 7))
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.square(numerics.materialise(x)).sum()))(x)
+    np.testing.assert_allclose(value, np.square(x).sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, 2 * x, rtol=1e-6)
+
+
+def test_initial_keys_differ_and_depend_on_the_first_key():
+    def draw(seed):
+        keys = numerics.InitialKeys(jax.random.key(seed))
+        return [tuple(jax.random.key_data(keys.params()).tolist()) for _ in range(20)]
+
+    assert len({*draw(0), *draw(1)}) == 40 and draw(0) == draw(0)
