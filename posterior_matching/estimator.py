@@ -26,7 +26,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 from posterior_matching import config as configs
 from posterior_matching import runs
 from posterior_matching.data import Table, TableOptions, read_table, split_table
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, nearest
 from posterior_matching.imputation import Imputer, Kind, NumImputations, Unknown, impute_file, output_files
 from posterior_matching.training import loop
 from posterior_matching.training.batching import default_batch_size
@@ -238,9 +238,9 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             if columns is None:
                 raise UserError(f"{run_dir} was trained on {description['config']['dataset']}, not on a table")
             options = runs.saved_table_options(description)
-            names = {key: getattr(options, key) for key in ("categorical", "real", "log", "quantile", "drop")}
-            given = {"missing_values": columns.missing_values, "random_state": description["config"]["seed"]}
-            imputer = cls(**(names | given | parameters))
+            saved = {key: getattr(options, key) for key in ("categorical", "real", "log", "quantile", "drop")}
+            saved |= {"missing_values": columns.missing_values, "random_state": description["config"]["seed"]}
+            imputer = cls(**(saved | parameters))
             imputer._adopt(run_dir, checkpoint)
             names = columns.names or tuple(column.name for column in columns.columns)
             imputer.n_features_in_ = len(names)
@@ -293,8 +293,8 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             names = getattr(self, "feature_names_in_", None)
             source = pd.DataFrame(source, columns=names) if names is not None else source
         keys = ("categorical", "real", "log", "quantile", "drop")
-        names_of = {key: tuple(self._names(X, getattr(self, key))) for key in keys}
-        return read_table(source, TableOptions(**names_of, missing_values=tuple(self.missing_values)))
+        options: dict[str, Any] = {key: tuple(self._names(X, getattr(self, key))) for key in keys}
+        return read_table(source, TableOptions(**options, missing_values=tuple(self.missing_values)))
 
     def _names(self, X: Any, columns: Sequence[str | int]) -> list[str]:
         """Returns the names that `columns_` has for columns given by name or index."""
@@ -307,10 +307,12 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             known = [f"column_{i + 1}" for i in range(self.n_features_in_)]
         names = []
         for column in columns:
-            is_index = isinstance(column, int | np.integer) and str(column) not in known
-            if (is_index and not 0 <= column < len(known)) or (not is_index and str(column) not in known):
-                raise UserError(f"no column {column!r}: there are {', '.join(map(str, known))}")
-            names.append(str(known[column] if is_index else column))
+            if str(column) in known:
+                names.append(str(column))
+            elif not isinstance(column, str) and 0 <= column < len(known):
+                names.append(str(known[column]))
+            else:
+                raise UserError(f"no column {column!r}: {nearest(str(column), map(str, known))}")
         return names
 
     def _like(self, X: Any, table: Table) -> Any:

@@ -293,7 +293,7 @@ def test_a_run_directory_is_resumed_and_belongs_to_one_table(tmp_path):
         short.fit(x + 1)
 
 
-def test_training_is_quiet_unless_asked_and_works_in_a_thread(frame, capfd):
+def test_training_is_quiet_unless_asked_and_works_in_a_thread(capfd):
     x = np.random.default_rng(0).normal(size=(20, 2))
     thread = threading.Thread(target=tiny().fit, args=(x,))
     thread.start()
@@ -329,7 +329,7 @@ def test_bad_input_is_a_value_error_of_one_line(parameters, change, message, fra
 
 def test_unknown_categories_and_columns(frame, fitted):
     changed = frame.assign(colour="mauve")
-    with pytest.raises(ValueError, match="'mauve' .* or pass unknown_categories='missing'"):
+    with pytest.raises(ValueError, match=r"'mauve' .* or pass unknown_categories='missing'"):
         fitted.transform(changed)
     lenient = pickle.loads(pickle.dumps(fitted)).set_params(unknown_categories="missing")
     assert (lenient.transform(changed)["colour"] == "mauve").all()  # observed cells leave as they came

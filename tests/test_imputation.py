@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -71,7 +72,7 @@ def test_a_row_is_filled_the_same_whatever_rows_are_around_it(fill, model, rows)
 def test_copies_differ_and_do_not_depend_on_their_number(model, rows):
     imputer, holes = Imputer(model, batch_size=8), np.isnan(rows)[:, :3]
     copies = list(imputer.draws(rows, 3))
-    assert all((a[:, :3] != b[:, :3])[holes].all() for a, b in zip(copies, copies[1:], strict=False))
+    assert all((a[:, :3] != b[:, :3])[holes].all() for a, b in itertools.pairwise(copies))
     np.testing.assert_array_equal(next(imputer.draws(rows, 1)), copies[0])
 
 

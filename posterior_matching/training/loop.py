@@ -73,7 +73,8 @@ class Trainer:
     """A run in memory: its current phase, the phase's state on the devices, and the log."""
 
     def __init__(self, experiment: Experiment, run: runs.Run):
-        options = experiment.options
+        options, batch_size = experiment.options, experiment.options.batch_size
+        assert batch_size is not None, "the family settles it"
         self._experiment, self._options, self._run = experiment, options, run
         ends = [*itertools.accumulate(phase.steps or 0 for phase in experiment.phases[:-1]), options.steps]
         self._phases = [
@@ -83,11 +84,9 @@ class Trainer:
         self._index = self._phase_at(run.step)
         with naming("config"):
             self._feed = TrainingFeed(
-                _arrays(experiment.train_set), options.batch_size, options.seed, options.data_memory_budget_gb
+                _arrays(experiment.train_set), batch_size, options.seed, options.data_memory_budget_gb
             )
-        self._chunks = ValidationChunks(
-            _arrays(experiment.validation_set), options.batch_size, options.data_memory_budget_gb
-        )
+        self._chunks = ValidationChunks(_arrays(experiment.validation_set), batch_size, options.data_memory_budget_gb)
         state, self._frozen = self._phase.initial_state()
         run.create()  # all input has been checked by now
         self._best_loss, self._stalled, unwritten = math.inf, 0, {}
@@ -103,7 +102,7 @@ class Trainer:
             model,
             nnx.state(model, trainable),
             steps=options.steps,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             skip_nonfinite=options.skip_nonfinite_updates,
             unwritten=unwritten,
         )
