@@ -11,7 +11,12 @@ from flax import nnx
 from numpyro import distributions as dist
 from scipy.special import logsumexp
 
-from posterior_matching import acquisition
+import train_lookahead_posterior
+import train_pm_vade
+import train_pm_vae
+import train_vade
+from configs import common
+from posterior_matching import acquisition, runs
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.models import build, distributions
 from posterior_matching.training.corruption import add_noise
@@ -347,3 +352,73 @@ def test_options_that_do_not_fit_the_columns():
         make(cardinalities=(0, 2, 0))
     with pytest.raises(OptionError, match=r"model.likelihood.name must be Columns: the data have categorical columns"):
         make(likelihood={"name": "IdentityGaussian"})
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A file of 60 rows with a category that follows a number, and holes in both."""
+    rng = np.random.default_rng(0)
+    size = rng.normal(size=60)
+    colour = np.where(size > 0.5, "red", np.where(size < -0.5, "blue", "green"))
+    lines = [
+        f"{'' if hole == 1 else f'{s:.3f}'},{'' if hole == 2 else c},{f}"
+        for s, c, f, hole in zip(size, colour, rng.integers(0, 2, 60) > 0, rng.integers(0, 5, 60), strict=True)
+    ]
+    path = tmp_path_factory.mktemp("mixed") / "table.csv"
+    path.write_text("size,colour,fragile\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def small(config, path, **model):
+    config.update(steps=4, validation_every=2, log_every=1, batch_size=8, dataset=str(path), noise_std=0.1)
+    config.model = {"latent_dim": 2, "encoder": MLP, "decoder": MLP, "likelihood": {"name": "Columns"}} | model
+    return config
+
+
+def test_every_family_of_tables_trains_on_mixed_columns_and_loads(table, tmp_path):
+    """The kinds of the columns, and whether values miss, are filled in from the data and saved."""
+    diagonal = {"name": "DiagonalGaussian"}
+    expected = {"cardinalities": [0, 3, 2], "availability": True}
+    own = small(common.pm_vae(), table, posterior=diagonal, availability=None)
+    base = train_pm_vae.train(own, str(tmp_path / "pm_vae"))
+    model = runs.read_description(base)["config"]["model"]
+    assert {key: model[key] for key in expected} == expected
+    own.steps = 6
+    train_pm_vae.train(own, base)  # resumes: what is resolved again is the same
+    assert runs.latest_step(base) == 6
+
+    frozen = small(common.pm_vae(), table, posterior=diagonal, availability=False)
+    frozen.pretrained_dir = base
+    again = train_pm_vae.train(frozen, str(tmp_path / "frozen"))
+    assert runs.load_model(again).vae.availability  # its own VAE's
+
+    lookahead = common.lookahead()
+    lookahead.update(steps=4, validation_every=2, log_every=1, batch_size=8, pm_vae_dir=base)
+    lookahead.update(model_samples=2, lookahead_subsample=3)
+    lookahead.mask_generator = {"name": "BernoulliMaskGenerator", "p": 0.3}
+    run = train_lookahead_posterior.train(lookahead, str(tmp_path / "lookahead"))
+    x, b = np.float32([[0.1, 2, 0]]), np.float32([[1, 1, 0]])
+    assert np.isfinite(runs.load_model(run).info_gains(x, b, 3, key=KEY)[0, 2])
+
+    vade = small(common.vade(), table, posterior=diagonal, num_clusters=2, availability=None)
+    vade.pretraining.update(steps=2, mixture_inits=1)
+    base = train_vade.train(vade, str(tmp_path / "vade"))
+    model = runs.read_description(base)["config"]["model"]
+    assert {key: model[key] for key in expected} == expected
+    partial = common.pm_vade()
+    partial.update(steps=4, validation_every=2, log_every=1, batch_size=8, vade_dir=base, noise_std=0.1)
+    partial.model = {"partial_encoder": None, "partial_posterior": diagonal}
+    trained = runs.load_model(train_pm_vade.train(partial, str(tmp_path / "pm_vade")))
+    assert trained.vade.cardinalities == trained.partial_posterior.cardinalities == (0, 3, 2)
+    assert set(np.unique(trained.draw(x, b, 20, key=KEY)[:, 0, 2])) <= {0.0, 1.0}
+
+
+def test_a_table_with_categories_needs_a_likelihood_that_knows_them(table, tmp_path):
+    config = small(common.pm_vae(), table, posterior={"name": "DiagonalGaussian"})
+    config.model.likelihood = {"name": "IdentityGaussian"}
+    with pytest.raises(UserError, match=r"model.likelihood.name must be Columns"):
+        train_pm_vae.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
