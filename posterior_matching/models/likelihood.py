@@ -1,4 +1,4 @@
-"""Log-likelihoods per example, in nats: of observed features given z, and with z integrated out by importance sampling."""
+"""Per-example log-likelihoods in nats: of observed features given z, and marginal over z by importance sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple
