@@ -225,28 +225,59 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
         flags.DEFINE_float,
         "Let the sampling policy evaluate as many features together as fit into this many gigabytes on each device.",
     ),
+    "input": (flags.DEFINE_string, "Fill the holes of the rows in this file."),
+    "output": (
+        flags.DEFINE_string,
+        "Write the filled rows to this file; of several imputations of NAME.csv, to NAME_1.csv, NAME_2.csv and so on.",
+    ),
+    "num_imputations": (flags.DEFINE_integer, "Write this many completed copies, which differ in their draws."),
+    "kind": (
+        flags.DEFINE_string,
+        "Fill with 'point' estimates (means, and the likeliest categories) or with 'draws' from p(x_u | x_o); by "
+        "default with draws if there are several copies.",
+    ),
+    "unknown_categories": (
+        flags.DEFINE_string,
+        "Take categories that the run does not know for an 'error' or for 'missing'.",
+    ),
+    "train": (
+        flags.DEFINE_bool,
+        "If the run directory holds no run yet, train the default config on the input first; --config.table.KEY=VALUE "
+        "says how to read it, and --config.KEY=VALUE changes any other key.",
+    ),
     "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
 }
 
 
-def evaluation_main(evaluate: Callable[..., Any], **own_help: str) -> None:
-    """Runs an evaluation script that has one flag for every parameter of `evaluate`, with the parameter's default.
+def evaluation_main(evaluate: Callable[..., Any], config: ConfigDict | None = None, **own_help: str) -> None:
+    """Runs a script that has one flag for every parameter of `evaluate`, with the parameter's default.
 
     Args:
-        evaluate: An evaluation whose parameters are all in `_EVALUATION_FLAGS`.
+        evaluate: A function whose parameters are all in `_EVALUATION_FLAGS`, except `config`.
+        config: A default config whose keys are flags too; `evaluate` gets those that were given as its `config`,
+            `{"table.drop": ("id",), ...}`.
         own_help: Help texts, by flag name, that replace the common ones.
     """
     values = {}
+    if config is not None:
+        if problem := _override_problem([a for a in sys.argv if "=" in a], config):
+            _fail(problem)  # ml_collections would raise
+        config_flags.DEFINE_config_dict("config", config, "Changes to the default config.", lock_config=True)
     for name, parameter in inspect.signature(evaluate).parameters.items():
+        if name == "config":
+            continue
         define, text = _EVALUATION_FLAGS[name]
         required = parameter.default is inspect.Parameter.empty
         default = list(parameter.default) if define is flags.DEFINE_list else parameter.default
         values[name] = define(name, None if required else default, own_help.get(name, text), required=required)
 
     def main() -> None:
+        arguments = {name: value.value for name, value in values.items()}
+        if config is not None:
+            arguments["config"] = config_flags.get_override_values(FLAGS["config"])
         try:
-            evaluate(**{name: value.value for name, value in values.items()})
+            evaluate(**arguments)
         except KeyboardInterrupt:
-            raise UserError("interrupted: no results were written") from None
+            raise UserError("interrupted: nothing was written") from None
 
     run(main, exact=True)

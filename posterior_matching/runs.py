@@ -302,19 +302,31 @@ def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkp
     if name not in _KEPT:
         raise UserError(f"unknown checkpoint '{name}': 'best' or 'latest'")
 
-    def build() -> nnx.Module:
-        shape = tuple(description["input_shape"])
-        return models.build(description["model"], plain(description["config"]["model"]), shape, nnx.Rngs(0))
-
     try:
         with naming("config"):
-            graphdef, state = nnx.split(nnx.eval_shape(build))
+            abstract = abstract_model(description)
     except OptionError as error:
         raise UserError(f"{pathlib.Path(run_dir) / 'config.json'} is damaged: {error}") from None
     try:
-        weights = _read_weights(pathlib.Path(run_dir).absolute(), name, flat_weights(state))
+        weights = _read_weights(pathlib.Path(run_dir).absolute(), name, flat_weights(nnx.state(abstract)))
     except _DoesNotFitError as error:
         raise UserError(f"the {name} checkpoint of {run_dir} does not fit its config.json: {error}") from None
+    return with_weights(abstract, weights)
+
+
+def abstract_model(description: Mapping[str, Any]) -> nnx.Module:
+    """Returns the model that a `config.json` describes, with shapes for weights.
+
+    Raises:
+        OptionError: Its `config.model` is none of such a model.
+    """
+    shape, options = tuple(description["input_shape"]), plain(description["config"]["model"])
+    return nnx.eval_shape(lambda: models.build(description["model"], options, shape, nnx.Rngs(0)))
+
+
+def with_weights(model: nnx.Module, weights: Mapping[str, Any]) -> Any:
+    """Returns the model with the arrays of `flat_weights` in it."""
+    graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, unflatten_weights(state, weights))
 
 

@@ -141,6 +141,8 @@ def load_dataset(
             `num_instances`.
     """
     name = name or description["config"]["dataset"]
+    if name is None:
+        raise UserError("the run was trained on a table in memory: pass --dataset, and --split=all for every row of it")
     table = runs.saved_table_options(description)
     dataset = data.load(name, split, columns=runs.saved_columns(description), table=table)
     expected = tuple(description["input_shape"])

@@ -15,6 +15,11 @@ from posterior_matching.errors import OptionError
 Arrays = dict[str, np.ndarray]
 
 
+def default_batch_size(num_rows: int) -> int:
+    """Returns how many of a device's training rows go into a step: about an eighth, a power of 2 from 8 to 256."""
+    return min(num_rows, 2 ** min(max(num_rows // 8, 8).bit_length() - 1, 8))
+
+
 class EpochOrder:
     """An endless ordering of the rows 0..num_rows-1: one permutation per epoch, drawn from (seed, stream, epoch).
 

@@ -18,6 +18,7 @@ from posterior_matching import config as configs
 from posterior_matching import data, models, runs
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape
+from posterior_matching.training.batching import default_batch_size
 from posterior_matching.training.corruption import CorruptionOptions
 from posterior_matching.training.experiment import Batch, Experiment, Phase, Terms, TrainingOptions
 from posterior_matching.training.loop import fit
@@ -145,7 +146,10 @@ class Family:
         Raises:
             UserError: The options, the data and the pretrained part are incompatible.
         """
-        shape, options, config = train_set.input_shape, parsed.options, parsed.config
+        shape, options, config, training = train_set.input_shape, parsed.options, parsed.config, parsed.training
+        if training.batch_size is None:
+            batch_size = default_batch_size(len(train_set) // jax.device_count())
+            config, training = config | {"batch_size": batch_size}, dataclasses.replace(training, batch_size=batch_size)
         generator = getattr(options, "mask_generator", None)
         if generator:
             generator.check(mask_shape(shape))
@@ -155,7 +159,7 @@ class Family:
             config = config | {"model": own | pretrained.config}
         else:
             config = config | {"model": self._resolved(config["model"], train_set)}
-        rngs = nnx.Rngs(parsed.training.seed)
+        rngs = nnx.Rngs(training.seed)
 
         def build() -> nnx.Module:
             model = models.build(self.name, config["model"], shape, rngs)
@@ -163,19 +167,19 @@ class Family:
                 setattr(model, pretrained.base.part, pretrained.part)
             return model
 
-        setup = Setup(options, parsed.training, train_set, validation_set, build)
+        setup = Setup(options, training, train_set, validation_set, build)
         trainable = pretrained.base.trainable() if pretrained else nnx.Param
         with configs.naming("config"):
             if isinstance(options, CorruptionOptions):
                 options.check(shape)
             phases = self.phases(setup) if self.phases else [self._only_phase(setup, trainable)]
-            if (others := sum(phase.steps or 0 for phase in phases[:-1])) >= parsed.training.steps:
+            if (others := sum(phase.steps or 0 for phase in phases[:-1])) >= training.steps:
                 raise OptionError("steps", f"must exceed the {others} steps of the phases before the last")
             if self.check:
                 self.check(options, phases[-1].model, train_set)
         return Experiment(
             config=config,
-            options=parsed.training,
+            options=training,
             phases=phases,
             train_set=train_set,
             validation_set=validation_set,

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,10 @@ from posterior_matching.training.log import TrainingLog
 from posterior_matching.training.step import CompiledPhase
 
 _MAX_STEPS_PER_DISPATCH = 1000
+
+
+class InterruptedRunError(UserError):
+    """Training was interrupted, and saved first."""
 
 
 def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
@@ -57,7 +62,7 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
             elif saves or interrupted:
                 trainer.save(best=False)
             if interrupted and step < options.steps and not trainer.has_converged():
-                raise UserError(f"interrupted: saved at step {step}; resume with --run_dir={run.path}")
+                raise InterruptedRunError(f"interrupted: saved at step {step}; resume with --run_dir={run.path}")
     if jax.process_index() == 0:
         done = "nothing to do" if first_step >= trainer.step else "done"
         print(f"{done}: step {trainer.step} of {options.steps}; run directory: {run.path}")
@@ -206,6 +211,9 @@ def _arrays(dataset: data.Dataset) -> Arrays:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM and Ctrl-C into a flag that the loop checks between dispatches; a second Ctrl-C kills."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may, and gets signals
+        yield lambda: False
+        return
     received = []
 
     def receive(number, _frame):
