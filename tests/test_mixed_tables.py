@@ -310,7 +310,7 @@ def test_numpy_and_bool_masks_give_what_jax_masks_give():
 @pytest.mark.parametrize(
     ("x", "b", "problem"),
     [
-        (X, B[:, :3], r"b has shape \(4, 3\), the model takes \[B, 4\]"),
+        (X, B[:, :3], r"b has shape \(4, 3\), but the model takes \[B, 4\]"),
         (X, B[:1], r"b has shape \(1, 4\)"),
         (X, B[0], r"b has shape \(4,\)"),
         (X[:, :3], B[:, :3], r"x has shape \(4, 3\)"),

@@ -15,7 +15,7 @@ def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Ar
 
     Args:
         p: p(x | z), a distribution with one independent entry per feature and batch shape `[..., B, *data_shape]`.
-        x: `[B, d]` or `[B, H, W, C]`; unobserved values have no influence, whatever they are.
+        x: `[B, d]` or `[B, H, W, C]`; unobserved values have no influence, even if not finite.
         b: Mask, `[B, d]` or `[B, H, W, 1]`; ones for log p(x | z).
 
     Returns:

@@ -265,7 +265,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """The terms of the training objective.
 
         Args:
-            x: `[B, H, W, C]`, whole numbers 0..num_levels - 1.
+            x: `[B, H, W, C]`, integers 0..num_levels - 1.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
         """
@@ -340,7 +340,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         A weight is p(x_o | z) prod_l p(z_l | z_<l) / q(z_l | z_<l, ...) over all blocks.
 
         Args:
-            x: `[B, H, W, C]`, whole numbers 0..num_levels - 1.
+            x: `[B, H, W, C]`, integers 0..num_levels - 1.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Samples of z for each of the two estimates.
             key: Random key.
