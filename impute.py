@@ -1,9 +1,9 @@
-"""The holes of a file of rows, filled by a PM-VAE that was trained on a table with the same columns.
+"""Fills the missing cells of a file of rows with a PM-VAE that was trained on a table with the same columns.
 
     python impute.py --run_dir runs/mine --input mine.csv --output filled.csv --train
     python impute.py --run_dir runs/mine --input new.csv --output new_filled.csv --num_imputations 5
 
-All other cells leave as they came.
+All other cells are unchanged.
 """
 
 from configs import pm_vae_table

@@ -225,25 +225,25 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
         flags.DEFINE_float,
         "Let the sampling policy evaluate as many features together as fit into this many gigabytes on each device.",
     ),
-    "input": (flags.DEFINE_string, "Fill the holes of the rows in this file."),
+    "input": (flags.DEFINE_string, "Fill the missing cells of this file of rows."),
     "output": (
         flags.DEFINE_string,
-        "Write the filled rows to this file; of several imputations of NAME.csv, to NAME_1.csv, NAME_2.csv and so on.",
+        "Write the filled rows to this file, NAME.csv; several imputations go to NAME_1.csv, NAME_2.csv and so on.",
     ),
     "num_imputations": (flags.DEFINE_integer, "Write this many completed copies, which differ in their draws."),
     "kind": (
         flags.DEFINE_string,
-        "Fill with 'point' estimates (means, and the likeliest categories) or with 'draws' from p(x_u | x_o); by "
+        "Fill with 'point' estimates (means, and the most likely categories) or with 'draws' from p(x_u | x_o); by "
         "default with draws if there are several copies.",
     ),
     "unknown_categories": (
         flags.DEFINE_string,
-        "Take categories that the run does not know for an 'error' or for 'missing'.",
+        "Treat categories that the run does not know as an 'error' or as 'missing'.",
     ),
     "train": (
         flags.DEFINE_bool,
         "If the run directory holds no run yet, train the default config on the input first; --config.table.KEY=VALUE "
-        "says how to read it, and --config.KEY=VALUE changes any other key.",
+        "sets how to read it, and --config.KEY=VALUE changes any other key.",
     ),
     "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
 }
@@ -254,7 +254,7 @@ def evaluation_main(evaluate: Callable[..., Any], config: ConfigDict | None = No
 
     Args:
         evaluate: A function whose parameters are all in `_EVALUATION_FLAGS`, except `config`.
-        config: A default config whose keys are flags too; `evaluate` gets those that were given as its `config`,
+        config: A default config whose keys become flags too; `evaluate` gets those that were given as its `config`,
             `{"table.drop": ("id",), ...}`.
         own_help: Help texts, by flag name, that replace the common ones.
     """

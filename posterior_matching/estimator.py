@@ -1,7 +1,7 @@
-"""Posterior Matching in scikit-learn's conventions, and the default config of a table.
+"""Posterior Matching with scikit-learn's conventions, and the default config for tables.
 
 imputer = PosteriorMatchingImputer().fit(frame)
-filled = imputer.transform(frame)           # every hole filled: means, and the likeliest categories
+filled = imputer.transform(frame)           # all cells filled: means, and the most likely categories
 copies = imputer.sample(frame, 5)           # multiple imputation: draws of p(x_u | x_o)
 imputer.log_prob(frame, given=["age"], of=["income"])
 """
@@ -42,31 +42,31 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
     Fitted on a DataFrame: DataFrames in, DataFrames out, with their dtypes, indices and observed cells; fitted on an
     array: arrays out. Columns are
     real, integer or categorical (texts, booleans, pandas categories, and what `categorical` declares), see
-    `data.kinds`. Constant and empty columns are set aside, dropped ones carried through; an empty column stays empty.
-    Of the rows given to `fit`, nine tenths are trained on and one tenth decides when training stops.
+    `data.kinds`. Constant and empty columns are set aside, dropped ones passed through; an empty column stays empty.
+    Of the rows given to `fit`, nine tenths are used for training and one tenth to decide when training stops.
 
-    What is wrong with the input is a `ValueError` of one line.
+    Invalid input raises a one-line `ValueError`.
 
     Args:
-        categorical: Columns whose numbers are codes, or whose texts are many. Here and below: names; of an array,
-            indices.
-        real: Columns of numbers that look like codes or row numbers, and are quantities.
-        log: Positive columns to model on a logarithmic scale: imputations are positive.
-        quantile: Columns to model by their ranks: imputations stay between the smallest and the largest value.
-        drop: Columns to carry through as they are.
+        categorical: Columns to treat as categories although they hold numeric codes or many different texts. Here and
+            below, columns are given by name or, for arrays, by index.
+        real: Columns to treat as quantities although they look like codes or row numbers.
+        log: Positive columns to model on a logarithmic scale; imputations are positive.
+        quantile: Columns to model by their ranks; imputations stay between the smallest and the largest value.
+        drop: Columns to pass through unchanged.
         missing_values: Values that mean missing, besides NaN and the usual spellings: `(-200, "?")`.
-        unknown_categories: What becomes of categories that `fit` has not seen: "error", or "missing".
-        kind: What `transform` fills holes with: "point" estimates, or "draws" of p(x_u | x_o).
+        unknown_categories: How to treat categories that `fit` has not seen: as an "error" or as "missing".
+        kind: What `transform` fills in: "point" estimates, or "draws" of p(x_u | x_o).
         num_samples: Draws of z that a point estimate averages.
         batch_size: Rows filled at once.
         config: Changes to `table_config`: `{"steps": 1000, "model": {"latent_dim": 4}}`.
         run_dir: A run directory to train in, resumed if it holds this run; None: a temporary one.
-        random_state: Seed of training and imputations: an int, a `RandomState`, or None for another one in every fit.
-        verbose: Whether to show how training proceeds.
+        random_state: Seed of training and imputations: an int, a `RandomState`, or None for a new seed in every fit.
+        verbose: Whether to show the progress of training.
 
     Attributes:
         model_: The trained `models.vae.PosteriorMatchingVAE`.
-        columns_: What its columns are, see `data.Columns`.
+        columns_: Its columns, see `data.Columns`.
         description_: The run's `config.json`.
         n_iter_: Step of the weights in use.
         n_features_in_: Number of columns given to `fit`.
@@ -107,7 +107,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002
-        """Trains on the rows of `X`, a DataFrame or array `[N, d]` of at least 10 rows, with holes or without."""
+        """Trains on the rows of `X`, a DataFrame or array `[N, d]` of at least 10 rows; cells may be missing."""
         with _value_errors():
             self._check_parameters()
             seed = self.random_state
@@ -134,17 +134,17 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         return self
 
     def transform(self, X: Any) -> Any:
-        """Returns `X`, a DataFrame or array `[N, d]`, with its holes filled as `kind` says."""
+        """Returns `X`, a DataFrame or array `[N, d]`, with missing cells filled according to `kind`."""
         with _value_errors():
             table, x = self._encoded(X)
             filled = self._imputer.point(x) if self.kind == "point" else next(self._imputer.draws(x, 1))
             return self._like(X, self.columns_.fill(table, filled))
 
     def sample(self, X: Any, n: int = 1) -> list[Any]:
-        """Returns `n` copies of `X` with its holes filled by draws of p(x_u | x_o): multiple imputation.
+        """Returns `n` copies of `X` with missing cells filled by draws of p(x_u | x_o): multiple imputation.
 
-        The holes of a row are drawn together. Equal rows of a copy get equal draws; for several draws given the same
-        cells take several copies.
+        The missing cells of a row are drawn jointly. Equal rows of a copy get equal draws; for several draws given the
+        same cells, use several copies.
         """
         with _value_errors():
             if not isinstance(n, int | np.integer) or n < 1:
@@ -153,12 +153,12 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             return [self._like(X, self.columns_.fill(table, filled)) for filled in self._imputer.draws(x, int(n))]
 
     def score_samples(self, X: Any, units: Units = "standardised", num_samples: int = 512) -> np.ndarray:
-        """Estimates log p(x_o) of every row, of all its cells that are not missing.
+        """Estimates log p(x_o) of every row, over all cells that are not missing.
 
         Args:
             X: DataFrame or array `[N, d]`.
             units: Whether densities of quantities are per standardised unit or per unit of the table, see `log_prob`.
-            num_samples: Importance samples per row. The estimate is a little too low on average, less so with more.
+            num_samples: Importance samples per row. The estimate is biased slightly downwards, less so with more.
 
         Returns:
             `[N]` float64, nats.
@@ -179,8 +179,8 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
     ) -> np.ndarray:
         """Estimates log p(x_of | x_given) of every row by importance sampling.
 
-        Cells that are missing are neither scored nor conditioned on. Categorical columns contribute
-        log-probabilities, quantities log-densities.
+        Missing cells are neither scored nor conditioned on. Categorical columns contribute log-probabilities,
+        quantities log-densities.
 
         Args:
             X: DataFrame or array `[N, d]`.
@@ -229,8 +229,8 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
 
         Args:
             run_dir: Made by `save`, `train_pm_vae.py` or `impute.py --train`.
-            checkpoint: "best" or "latest"; None: what the run's config says.
-            **parameters: Of the constructor.
+            checkpoint: "best" or "latest"; None: the one named in the run's config.
+            **parameters: Parameters of the constructor.
         """
         with _value_errors():
             description = runs.read_description(run_dir, "pm_vae")
@@ -277,7 +277,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         return table, self.columns_.encode(table, self.unknown_categories)
 
     def _table(self, X: Any, reset: bool) -> Table:
-        """Checks `X` as scikit-learn's estimators do, and reads it."""
+        """Checks `X` like scikit-learn's estimators, and reads it."""
         least = _MIN_ROWS if reset else 1
         if isinstance(X, pd.DataFrame):
             validate_data(self, X, skip_check_array=True, reset=reset)
@@ -297,7 +297,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         return read_table(source, TableOptions(**options, missing_values=tuple(self.missing_values)))
 
     def _names(self, X: Any, columns: Sequence[str | int]) -> list[str]:
-        """Returns the names that `columns_` has for columns given by name or index."""
+        """Returns the names in `columns_` of columns given by name or index."""
         if isinstance(columns, str):
             raise UserError(f"columns are given as a list, not as {columns!r}: ['{columns}']")
         known = getattr(self, "feature_names_in_", None)
@@ -353,7 +353,7 @@ def _check_log_prob(units: Units, num_samples: configs.Count) -> None:
 
 @contextlib.contextmanager
 def _value_errors() -> Iterator[None]:
-    """Turns what is wrong with the input into the exception that scikit-learn expects, in terms of its parameters."""
+    """Turns a UserError into the ValueError that scikit-learn expects, in terms of the estimator's parameters."""
     try:
         yield
     except UserError as error:
@@ -365,7 +365,7 @@ def _value_errors() -> Iterator[None]:
 
 
 def train_on(table: Table, config: Any, run_dir: str | os.PathLike[str]) -> None:
-    """Trains a PM-VAE on a table that has been read, or resumes that.
+    """Trains a PM-VAE on a table in memory, or resumes training it.
 
     Args:
         table: The rows.
@@ -373,7 +373,7 @@ def train_on(table: Table, config: Any, run_dir: str | os.PathLike[str]) -> None
         run_dir: The run directory, resumed if it holds this run.
 
     Raises:
-        UserError: The config, the table or the run directory does not fit.
+        UserError: The config, the table or the run directory is invalid, or they do not match.
     """
     parsed = FAMILY.parse(config)
     columns = None
@@ -405,17 +405,17 @@ def impute(
     seed: configs.Seed = 0,
     config: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
-    """Fills the holes of a file of rows, see `imputation.impute_file`, perhaps with a model trained on it first.
+    """Fills the missing cells of a file of rows, see `imputation.impute_file`, after training on it if requested.
 
     Args:
         run_dir: Run directory of a PM-VAE trained on a table with these columns.
         input: The file.
-        output: Where the filled file goes.
+        output: The filled file.
         train: If `run_dir` holds no run yet, train `table_config` on the input; if that was interrupted, resume it.
-        num_imputations: How many completed copies to write.
+        num_imputations: Number of completed copies to write.
         kind: "point" estimates or "draws" of p(x_u | x_o); None: draws if there are several, else point estimates.
-        unknown_categories: What becomes of categories that the run does not know.
-        checkpoint: "best" or "latest"; None: what the run's config says.
+        unknown_categories: How to treat categories that the run does not know.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
         batch_size: Rows at once.
         num_samples: Draws of z that a point estimate averages.
         seed: Random seed of the imputations.
@@ -425,7 +425,7 @@ def impute(
         The files written.
 
     Raises:
-        UserError: The run, the file or the options do not fit; no output is written then.
+        UserError: The run, the file or the options do not match; in that case no output is written.
     """
     arguments = dict(locals())
     configs.check(impute, arguments)
@@ -456,7 +456,7 @@ def impute(
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config with changes to its keys; a group of another `name` takes the place of the old one."""
+    """Returns a config with changes to its keys; a group with another `name` replaces the old one."""
     result = dict(config)
     for key, value in changes.items():
         old = result.get(key)
@@ -467,7 +467,7 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
-    """Returns the default config of a table, all but `config.table`.
+    """Returns the default config for a table, without `config.table`.
 
     Args:
         num_rows: Rows to train on.

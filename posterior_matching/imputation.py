@@ -1,4 +1,4 @@
-"""Filling the holes of tables with a trained PM-VAE, and log-densities of any of their columns given any others."""
+"""Fills the missing cells of tables with a trained PM-VAE, and scores any of their columns given any others."""
 
 import contextlib
 import functools
@@ -28,8 +28,8 @@ _CHUNK_ROWS = 65_536
 class Imputer:
     """A trained PM-VAE that fills rows.
 
-    The random numbers of a row are a function of the seed and of what the row holds, and every batch has the same
-    size. So the same row gets the same numbers whatever rows are around it, and equal rows get equal ones.
+    The random numbers of a row depend only on the seed and the row's contents, and every batch has the same size. A row
+    therefore gets the same imputations regardless of the rows around it, and equal rows get equal ones.
 
     Args:
         model: The model.
@@ -43,13 +43,13 @@ class Imputer:
         self._key, self._batch_size, self._num_samples = jax.random.key(seed), batch_size, num_samples
 
     def point(self, x: np.ndarray) -> np.ndarray:
-        """Returns rows `[N, d]` with their holes (NaN) filled by point estimates: means, and the likeliest category."""
+        """Returns rows `[N, d]` with NaN filled by point estimates: means, and the most likely categories."""
         return self._filled(x, _point, self._num_samples, self._key)
 
     def draws(self, x: np.ndarray, num_imputations: int) -> Iterator[np.ndarray]:
-        """Yields copies of rows `[N, d]` with their holes (NaN) filled by draws of p(x_u | x_o), one after the other.
+        """Yields copies of rows `[N, d]`, one at a time, with NaN filled by draws of p(x_u | x_o).
 
-        Copy i does not depend on how many there are.
+        Copy i does not depend on the number of copies.
         """
         for i in range(num_imputations):
             yield self._filled(x, _draw, 1, jax.random.fold_in(self._key, i))
@@ -58,7 +58,7 @@ class Imputer:
         """Estimates log p(x_of | x_given) of rows by importance sampling, per standardised unit.
 
         Args:
-            x: `[N, d]`, NaN where missing: such values are neither scored nor conditioned on.
+            x: `[N, d]`, NaN where missing; missing values are neither scored nor conditioned on.
             given: `[d]` bool, the columns conditioned on.
             of: `[d]` bool, the columns scored, except where they are also given.
             num_samples: Draws of z for each of the two estimates.
@@ -79,7 +79,7 @@ class Imputer:
         return filled
 
     def _over_batches(self, fn: "_RowFunction", num_samples: int, key: jax.Array, x: np.ndarray, b: np.ndarray) -> Any:
-        x = np.nan_to_num(np.asarray(x, np.float32)) + 0.0  # no -0.0, which has bytes of its own
+        x = np.nan_to_num(np.asarray(x, np.float32)) + 0.0  # no -0.0, whose bytes differ
         hashes = np.array([zlib.crc32(m.tobytes(), zlib.crc32(r.tobytes())) for r, m in zip(x, b, strict=True)])
         parts = []
         for start in range(0, len(x), self._batch_size):
@@ -90,13 +90,13 @@ class Imputer:
         return np.concatenate(parts)
 
 
-# model, key, row [1, d] without NaN, masks [1, ...], number of samples -> what to return of the row
+# model, key, row [1, d] without NaN, masks [1, ...], number of samples -> the row's result
 _RowFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _compiled(fn, graphdef, num_samples, state, key, hashes, x, b):
-    """Maps a function over rows, each with a key of its own. Models of one architecture share the compiled program."""
+    """Maps a function over rows, each with its own key. Models of one architecture share the compiled program."""
     model = nnx.merge(graphdef, state)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
     return jax.vmap(lambda key, x, b: fn(model, key, x[None], b[None], num_samples)[0])(keys, x, b)
@@ -128,18 +128,18 @@ def impute_file(
     num_samples: Count = 64,
     seed: Seed = 0,
 ) -> list[pathlib.Path]:
-    """Fills the holes of a file of rows, in memory that does not grow with their number.
+    """Fills the missing cells of a file of rows, in memory that does not grow with their number.
 
-    All other cells leave as they came.
+    All other cells are unchanged.
 
     Args:
         run_dir: Run directory of a PM-VAE trained on a table with these columns.
         input: The file, see `tables.read_table`.
-        output: Where the filled file goes; of several imputations, `NAME_1.csv`, `NAME_2.csv`, ... for `NAME.csv`.
-        num_imputations: How many completed copies to write.
+        output: The filled file, `NAME.csv`; several imputations go to `NAME_1.csv`, `NAME_2.csv`, ...
+        num_imputations: Number of completed copies to write.
         kind: "point" estimates or "draws" of p(x_u | x_o); None: draws if there are several, else point estimates.
-        unknown_categories: What becomes of categories that the run does not know.
-        checkpoint: "best" or "latest"; None: what the run's config says.
+        unknown_categories: How to treat categories that the run does not know.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
         batch_size: Rows at once.
         num_samples: Draws of z that a point estimate averages.
         seed: Random seed.
@@ -148,12 +148,12 @@ def impute_file(
         The files written.
 
     Raises:
-        UserError: The run, the file or the options do not fit; nothing is written then.
+        UserError: The run, the file or the options do not match; in that case nothing is written.
     """
     check(impute_file, dict(locals()))
     kind = kind or ("draws" if num_imputations > 1 else "point")
     if kind == "point" and num_imputations > 1:
-        raise UserError(f"num_imputations={num_imputations} with kind=point: copies would be equal, use kind=draws")
+        raise UserError(f"num_imputations={num_imputations} with kind=point: all copies would be equal, use kind=draws")
     description = runs.read_description(run_dir, "pm_vae")
     columns = runs.saved_columns(description)
     if columns is None:

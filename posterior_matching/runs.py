@@ -318,7 +318,7 @@ def abstract_model(description: Mapping[str, Any]) -> nnx.Module:
     """Returns the model that a `config.json` describes, with shapes for weights.
 
     Raises:
-        OptionError: Its `config.model` is none of such a model.
+        OptionError: Its `config.model` does not describe such a model.
     """
     shape, options = tuple(description["input_shape"]), plain(description["config"]["model"])
     return nnx.eval_shape(lambda: models.build(description["model"], options, shape, nnx.Rngs(0)))

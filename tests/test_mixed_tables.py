@@ -310,7 +310,7 @@ def test_numpy_and_bool_masks_give_what_jax_masks_give():
 @pytest.mark.parametrize(
     ("x", "b", "problem"),
     [
-        (X, B[:, :3], r"b has shape \(4, 3\), the model takes \[B, 4\]"),
+        (X, B[:, :3], r"b has shape \(4, 3\), but the model takes \[B, 4\]"),
         (X, B[:1], r"b has shape \(1, 4\)"),
         (X, B[0], r"b has shape \(4,\)"),
         (X[:, :3], B[:, :3], r"x has shape \(4, 3\)"),
@@ -348,7 +348,7 @@ def test_training_noise_spares_categories_and_what_is_missing():
 
 
 def test_options_that_do_not_fit_the_columns():
-    with pytest.raises(OptionError, match=r"model.cardinalities has 3 entries, the data have shape \(4,\)"):
+    with pytest.raises(OptionError, match=r"model.cardinalities has 3 entries, but the data have shape \(4,\)"):
         make(cardinalities=(0, 2, 0))
     with pytest.raises(OptionError, match=r"model.likelihood.name must be Columns: the data have categorical columns"):
         make(likelihood={"name": "IdentityGaussian"})

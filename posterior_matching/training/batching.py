@@ -16,7 +16,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def default_batch_size(num_rows: int) -> int:
-    """Returns how many of a device's training rows go into a step: about an eighth, a power of 2 from 8 to 256."""
+    """Returns the batch size for `num_rows` training rows per device: about an eighth, a power of 2 from 8 to 256."""
     return min(num_rows, 2 ** min(max(num_rows // 8, 8).bit_length() - 1, 8))
 
 

@@ -38,7 +38,7 @@ class CorruptionOptions:
         return add_noise(x, batch.available, key_noise, self.noise_std, cardinalities)
 
     def check(self, input_shape: tuple[int, ...]) -> None:
-        """Raises OptionError if data that are no images are to be distorted."""
+        """Raises OptionError if data other than images are to be distorted."""
         if self.distortion_std and len(input_shape) != 3:
             raise OptionError("distortion_std", f"is for images, but the data have shape {input_shape}")
 

@@ -27,7 +27,7 @@ class TrainingOptions:
 
     seed: Steps
     steps: Count
-    batch_size: Count | None  # per device; None: found from the number of rows, see `batching.default_batch_size`
+    batch_size: Count | None  # per device; None: set from the number of rows, see `batching.default_batch_size`
     validation_every: Count
     log_every: Count
     checkpoint_every: Count | None  # in addition to every validation

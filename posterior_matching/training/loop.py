@@ -26,7 +26,7 @@ _MAX_STEPS_PER_DISPATCH = 1000
 
 
 class InterruptedRunError(UserError):
-    """Training was interrupted, and saved first."""
+    """Training was interrupted, after saving."""
 
 
 def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
@@ -210,7 +210,7 @@ def _arrays(dataset: data.Dataset) -> Arrays:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM and Ctrl-C into a flag that the loop checks between dispatches; a second Ctrl-C kills."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may, and gets signals
+    if threading.current_thread() is not threading.main_thread():  # only the main one receives signals
         yield lambda: False
         return
     received = []
