@@ -30,6 +30,23 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     return float(ratio.mean()) if ratio.size else float("nan")
 
 
+def category_accuracy(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
+    """Accuracy of imputed categories: per column, the share of scored entries that are right; averaged over columns.
+
+    Args:
+        x: True categories `[N, d]`; NaN = missing.
+        imputation: `[N, d]`.
+        scored: `[N, d]`, 1 where the value was unobserved; missing values are never scored.
+
+    Returns:
+        The accuracy, in [0, 1]. NaN if nothing is scored.
+    """
+    scored = np.asarray(scored, bool) & ~np.isnan(x)
+    count = scored.sum(0)
+    right = (scored & (np.nan_to_num(x) == imputation)).sum(0)
+    return float((right[count > 0] / count[count > 0]).mean()) if count.any() else float("nan")
+
+
 def finite_mean(values: np.ndarray) -> tuple[float, int]:
     """Returns the mean of the finite values (NaN if there are none) and the number of others."""
     values = np.asarray(values, np.float64)
