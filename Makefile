@@ -32,6 +32,7 @@ demo: install  ## train a PM-VAE on scikit-learn's digits, evaluate it and save 
 test: install  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: install  ## check style and formatting
+lint: install  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

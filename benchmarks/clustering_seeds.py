@@ -1,10 +1,11 @@
-"""Trains VaDE and PM-VaDE with several seeds, and prints every one beside k-means and a Gaussian mixture on PCA.
+"""Trains VaDE and PM-VaDE with several seeds and compares them with k-means and Gaussian mixtures on PCA.
 
     python benchmarks/clustering_seeds.py [--dataset digits] [--num_seeds 5] [--folder runs/clustering_seeds]
 
-Trains what `configs/vade_<dataset>.py` and `configs/pm_vade_<dataset>.py` say, in run directories under `folder`, where
-interrupted runs go on. All clusterings are fitted to the training split, and scored on the test split: the share of
-examples with the label of their cluster, under the best assignment of clusters to labels. Labels choose nothing.
+Trains `configs/vade_<dataset>.py` and `configs/pm_vade_<dataset>.py` in run directories under `folder`, resuming
+interrupted runs. All clusterings are fitted to the training split and scored on the test split by the share of
+examples that have the label of their cluster, under the best assignment of clusters to labels. Labels are used for
+nothing else.
 """
 
 import importlib
@@ -17,7 +18,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
@@ -27,10 +27,11 @@ import train_vade
 from posterior_matching import cli, data, masking, runs
 from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.examples import ExampleMap
+from posterior_matching.models.vade import PosteriorMatchingVADE
 
-_DATASET = flags.DEFINE_string("dataset", "digits", "Dataset, which has labels and the two configs.")
-_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Seeds 0, 1, ... of everything.", lower_bound=1)
-_FOLDER = flags.DEFINE_string("folder", "runs/clustering_seeds", "Where the run directories go.")
+_DATASET = flags.DEFINE_string("dataset", "digits", "A labelled dataset that has both configs.")
+_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Number of seeds: 0, 1, ...", lower_bound=1)
+_FOLDER = flags.DEFINE_string("folder", "runs/clustering_seeds", "Folder for the run directories.")
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the pixels observed
 
@@ -64,8 +65,9 @@ def train(family: str, script, seed: int, **changes: str) -> str:
 
 
 def baselines(train_set: data.Dataset, test_set: data.Dataset, seed: int) -> dict[str, float]:
-    """k-means on pixels, and the better known Gaussian mixtures on 10 principal components."""
+    """Accuracy of k-means on pixels and of Gaussian mixtures on 10 principal components."""
     train, test = (d.x.reshape(len(d), -1) / d.max_value for d in (train_set, test_set))
+    assert train_set.label is not None  # digits have labels
     clusters = len(np.unique(train_set.label))
     kmeans = KMeans(clusters, n_init=10, random_state=seed).fit(train)
     found = {"k-means": kmeans.predict(test)}
@@ -77,11 +79,13 @@ def baselines(train_set: data.Dataset, test_set: data.Dataset, seed: int) -> dic
 
 
 def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
-    """VaDE on whole examples, and PM-VaDE on what Bernoulli masks leave of them."""
+    """Accuracy of VaDE on complete examples and of PM-VaDE under Bernoulli masks."""
     model = runs.load_model(run_dir, "pm_vade")
     shape = masking.mask_shape(test_set.input_shape)
 
-    def predict(model: nnx.Module, key: jax.Array, x: jax.Array, available: jax.Array) -> dict[str, jax.Array]:
+    def predict(
+        model: PosteriorMatchingVADE, key: jax.Array, x: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
         found = {"VaDE": model.predict_cluster(x[None], 50, key=key)[0]}
         for share in SHARES:
             b = jax.random.bernoulli(key, share, (1, *shape)) * available
@@ -95,6 +99,7 @@ def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
 
 def accuracy(test_set: data.Dataset, cluster: np.ndarray) -> float:
     """Clustering accuracy on the test split."""
+    assert test_set.label is not None  # digits have labels
     return clustering_scores(test_set.label, cluster)["clustering_accuracy"]
 
 

@@ -3,16 +3,17 @@
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py [--config.key=value ...] [--seconds 20]
 
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, the
-floating-point operations per step that XLA counts in the compiled program, the rate at which they are done, and the
-rate of a large matrix product measured in the same run. All are medians. The share of the two rates is what to compare
-between machines. (Strided transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies. It
-counts the body of a loop once: the share of lookahead configs, which loop over features, is higher than printed.)
+floating-point operations per step that XLA counts in the compiled program, their rate, and the rate of a large matrix
+product measured in the same run. All rates are medians. To compare machines, use the ratio of the two rates. (On CPUs,
+strided transposed convolutions run at stride one, and XLA counts the multiplications by zero. It counts a loop body
+once, so the true share of lookahead configs, which loop over features, is higher than printed.)
 """
 
 import pathlib
 import resource
 import sys
 import time
+from typing import Any
 
 import psutil
 
@@ -25,6 +26,7 @@ from absl import flags
 
 from benchmarks import synthetic
 from posterior_matching import cli, parallel
+from posterior_matching.errors import UserError
 from posterior_matching.training import loop
 from posterior_matching.training.step import CompiledPhase
 
@@ -35,9 +37,11 @@ _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bou
 def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
+    if config.batch_size is None:
+        raise UserError("the batch size of this config depends on the data: set --config.batch_size")
     rows = 4 * config.batch_size * jax.device_count()
     dataset = synthetic.dataset(config.dataset, rows)
-    experiment = synthetic.experiment(pathlib.Path(cli.config_path()).stem, config, dataset)
+    experiment = synthetic.experiment(cli.config_name(), config, dataset)
     options = experiment.options
     phase = CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
     state, frozen = parallel.replicate(phase.initial_state())
@@ -45,20 +49,22 @@ def main() -> None:
     share = rows // jax.device_count()
     arrays = {"x": dataset.x} | ({} if dataset.label is None else {"label": dataset.label})
     arrays = parallel.shard({k: a.reshape(jax.local_device_count(), share, *a.shape[1:]) for k, a in arrays.items()})
-    indices = np.arange(per_dispatch * options.batch_size, dtype=np.int32) % share
+    indices = np.arange(per_dispatch * config.batch_size, dtype=np.int32) % share
     indices = np.broadcast_to(
-        indices.reshape(1, per_dispatch, -1), (jax.local_device_count(), per_dispatch, options.batch_size)
+        indices.reshape(1, per_dispatch, -1), (jax.local_device_count(), per_dispatch, config.batch_size)
     )
 
     start = time.perf_counter()
-    step = phase.train.lower(state, frozen, arrays, indices).compile()
+    train: Any = phase.train  # a pmapped function
+    step = train.lower(state, frozen, arrays, indices).compile()
     compile_seconds = time.perf_counter() - start
     state, metrics = jax.block_until_ready(step(state, frozen, arrays, indices))
     first_step_seconds = time.time() - psutil.Process().create_time()
     step_flops = step.cost_analysis()["flops"]  # XLA counts the body of a loop over steps once
 
-    # The machine may be shared: every sample of the step stands between two samples of the matrix product.
-    rates, matrix_rates = [], [matrix_product_flops_per_second()]
+    # The machine may be shared, so every measurement of the step lies between two of the matrix product.
+    rates: list[float] = []
+    matrix_rates = [matrix_product_flops_per_second()]
     end = time.perf_counter() + _SECONDS.value
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0
@@ -76,7 +82,7 @@ def main() -> None:
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(f"device                 {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"config                 {cli.config_path()}, batch {options.batch_size} per device")
+    print(f"config                 {cli.config_path()}, batch {config.batch_size} per device")
     print(f"steps per second       {rate:.4g}  ({spread(rates)})")
     print(f"steps per dispatch     {per_dispatch}")
     print(f"time to first step     {first_step_seconds:.1f} s from process start")
@@ -91,7 +97,7 @@ def main() -> None:
 
 
 def spread(values: list[float], unit: float = 1.0) -> str:
-    """Returns how many values there are, and the least and the greatest."""
+    """Formats the number of values, their minimum and their maximum."""
     return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
 
 

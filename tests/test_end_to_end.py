@@ -143,13 +143,14 @@ def evaluated(folder, trained):
 
 @pytest.fixture(scope="module")
 def table(folder):
-    """The user's own table, with missing values: `own.csv`, and 30 of its rows without a header in `other.csv`."""
+    """The user's own table, with missing values: `own.csv`, and 30 of its rows, columns permuted, in `other.csv`."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(200, 3)) @ rng.normal(size=(3, 3)) * [1.0, 10.0, 100.0] + [0.0, 50.0, -1000.0]
     values[rng.uniform(size=values.shape) < 0.2] = np.nan
     lines = [",".join("" if np.isnan(v) else repr(float(v)) for v in row) for row in values]
     (folder / "own.csv").write_text("\n".join(["height,width,depth", *lines]) + "\n")
-    (folder / "other.csv").write_text("\n".join(lines[:30]) + "\n")
+    permuted = [",".join(reversed(line.split(","))) for line in ["height,width,depth", *lines[:30]]]
+    (folder / "other.csv").write_text("\n".join(permuted) + "\n")
 
 
 # Same numbers --------------------------------------------------------------------------------------------------------
@@ -364,7 +365,7 @@ def test_own_csv_with_missing_values(folder):
 
     description = runs.read_description(folder / "csv")
     assert description["input_shape"] == [3]
-    columns = data.Columns.from_json(description["standardisation"])
+    columns = data.Columns.from_json(description["columns"])
     assert columns == data.load(str(folder / "own.csv"), "train").columns
 
     results = json.loads((folder / "csv" / "uci_results" / "results.json").read_text())

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.arrays import Compilations
 
+from helpers.arrays import Compilations
 from posterior_matching import parallel
 
 TREE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": (np.int32(7), jnp.ones(()))}

@@ -17,8 +17,8 @@ LIBRARY = [path.relative_to(ROOT) for path in sorted((ROOT / "posterior_matching
 # The floors of the house, from the roof down: a module may import from lower floors and from its own room.
 FLOORS = [
     ["script"],
-    ["cli"],
-    ["training", "evaluation"],
+    ["cli", "estimator"],
+    ["training", "evaluation", "imputation"],
     ["runs", "acquisition"],
     ["models"],
     ["masking", "data", "numerics"],

@@ -1,6 +1,7 @@
-"""Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any of its datasets."""
+"""Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any dataset."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from posterior_matching import data
 from posterior_matching.config import Count, Seed, check
 from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
-from posterior_matching.evaluation.metrics import nrmse
+from posterior_matching.evaluation.metrics import category_accuracy, nrmse
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
 from posterior_matching.models.vae import PosteriorMatchingVAE
@@ -32,23 +33,27 @@ def evaluate(
 ) -> Results:
     """Evaluates a PM-VAE and writes `uci_results/` in its run directory.
 
-    Written are `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, of images, `imputations.png`.
+    The folder holds `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, for images,
+    `imputations.png`.
+
+    The NRMSE is over real columns, the accuracy over categorical ones. Log-likelihoods are per standardised unit of the
+    real columns; for a table of the user's own, `ac_ll_table_nats` and `log_p_x_table_nats` are per unit of the table.
 
     Args:
         run_dir: The run directory.
         dataset: The dataset; None: the one the run was trained on.
         split: Its split.
-        checkpoint: "best" or "latest"; None: what the run's config names.
-        mask_generator: What is observed, see `Evaluation.masks`.
-        num_instances: Evaluate only the first examples; None: all.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        mask_generator: The generator of the masks, see `Evaluation.masks`.
+        num_instances: Evaluate only this many examples, from the first; None: all.
         batch_size: Examples at once on each device.
         num_samples: Samples of z per example and estimate.
         num_trials: Trials, each with its own masks.
-        seed: Of masks and samples.
+        seed: Random seed of masks and samples.
         baselines: Also score mean, kNN and iterative imputation on the same masks.
 
     Raises:
-        UserError: An argument is wrong, or does not fit the run.
+        UserError: An argument is wrong, or does not match the run.
     """
     arguments = check(evaluate, dict(locals()))
     run = open_run(run_dir, "pm_vae", dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)
@@ -62,7 +67,7 @@ def evaluate(
         likelihood = model.is_log_prob(x, b, num_samples, key=key_likelihood, available=available)
         return {
             "b": b[0],
-            "imputation": model.impute(x, b, num_samples, key=key_impute).mean(0)[0],
+            "imputation": model.point(x, b, num_samples, key=key_impute)[0],
             "ac_ll": likelihood.log_p_xu_given_xo[0],
             "log_p_x": likelihood.log_p_x[0],
             "ess_x": likelihood.ess_x[0],
@@ -72,21 +77,42 @@ def evaluate(
     evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, batch_size)
     x, available = (np.asarray(a) for a in data.decode(run.dataset.x, run.dataset.max_value))
     truth = np.where(available == 1, x, np.nan)
-    imputers = rivals.fit(run.training_rows()) if baselines else {}
+    columns = run.dataset.columns
+    cardinalities = columns.cardinalities if columns else ()
+    imputers = rivals.fit(run.training_rows(), cardinalities=cardinalities) if baselines else {}
+    # For densities per unit of the table: sum over columns of log |d standardised / d table units|.
+    log_slopes = np.where(available == 1, columns.log_det_jacobian(x), 0.0) if columns else None
     results = Results(run.path / "uci_results", len(run.dataset), arguments)
 
     for trial in with_log(range(num_trials), "trial"):
         found = evaluate_all(jax.random.fold_in(jax.random.key(seed), trial), f"trial {trial + 1}")
-        results.add(nrmse=nrmse(truth, found["imputation"], 1 - found["b"]))
+        results.add(**_errors(truth, found["imputation"], 1 - found["b"], cardinalities))
         results.add_mean(ac_ll_nats=found["ac_ll"], log_p_x_nats=found["log_p_x"])
+        if log_slopes is not None:
+            unobserved = (log_slopes * (1 - found["b"])).sum(1)  # over columns
+            results.add_mean(ac_ll_table_nats=found["ac_ll"] + unobserved)
+            results.add_mean(log_p_x_table_nats=found["log_p_x"] + log_slopes.sum(1))
         results.add_mean(effective_sample_size_x=found["ess_x"], effective_sample_size_xo=found["ess_xo"])
         if run.dataset.name == "mixture":
             exact = data.mixture_log_prob(x, np.ones_like(x)) - data.mixture_log_prob(x, found["b"])
             results.add(ac_ll_exact_nats=exact.mean())
         for name, imputation in rivals.impute(imputers, truth, found["b"]):
-            results.add(**{f"nrmse_{name}": nrmse(truth, imputation, 1 - found["b"])})
+            errors = _errors(truth, imputation, 1 - found["b"], cardinalities)
+            results.add(**{f"{metric}_{name}": value for metric, value in errors.items()})
 
-    results.write(nrmse=results.trials("nrmse"), ac_lls=results.trials("ac_ll_nats"))
+    nrmses = {"nrmse": results.trials("nrmse")} if not cardinalities or 0 in cardinalities else {}
+    results.write(**nrmses, ac_lls=results.trials("ac_ll_nats"))
     if x.ndim == 4:
         results.draw_imputations(trained, x, generator)
     return results
+
+
+def _errors(
+    truth: np.ndarray, imputation: np.ndarray, scored: np.ndarray, cardinalities: Sequence[int]
+) -> dict[str, float]:
+    """Returns the NRMSE of the real columns, and the accuracy of the categorical ones."""
+    if not any(cardinalities):
+        return {"nrmse": nrmse(truth, imputation, scored)}
+    real = np.array(cardinalities) == 0
+    errors = {"accuracy": category_accuracy(truth[:, ~real], imputation[:, ~real], scored[:, ~real])}
+    return errors | ({"nrmse": nrmse(truth[:, real], imputation[:, real], scored[:, real])} if real.any() else {})

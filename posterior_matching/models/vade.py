@@ -8,11 +8,13 @@ from flax import nnx
 
 from posterior_matching.config import Config, Count, Units, call
 from posterior_matching.errors import OptionError
+from posterior_matching.masking import checked, existing, observed_only
 from posterior_matching.models import distributions
+from posterior_matching.models.columns import Cardinalities
 from posterior_matching.models.distributions import ExplicitDistribution, Mixture
 from posterior_matching.models.likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Shape
-from posterior_matching.models.vae import VAE, PartialPosterior
+from posterior_matching.models.vae import VAE, Imputing, PartialPosterior
 
 
 class VaDETerms(NamedTuple):
@@ -37,10 +39,12 @@ class VADE(VAE):
         posterior: Head config of q(z | x); a DiagonalGaussian.
         decoder: Network config.
         likelihood: Head config of p(x | z).
+        cardinalities: See `VAE`.
+        availability: See `VAE`.
         rngs: Source of initial weights.
 
     Raises:
-        UserError: An option is out of range, or the posterior another distribution.
+        UserError: An option is out of range, or the posterior is another distribution.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class VADE(VAE):
         posterior: Config,
         decoder: Config,
         likelihood: Config,
+        cardinalities: Cardinalities = (),
+        availability: bool = False,
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -62,19 +68,23 @@ class VADE(VAE):
             posterior=posterior,
             decoder=decoder,
             likelihood=likelihood,
+            cardinalities=cardinalities,
+            availability=availability,
             rngs=rngs,
         )
         if not isinstance(self.posterior_head, distributions.DiagonalGaussian):
             raise OptionError("posterior", "must be a DiagonalGaussian in a VaDE")
         self.num_clusters = num_clusters
-        # Zero until `initialise_prior`: what they should be depends on the pretrained encoder.
+        # Zero until `initialise_prior`, since good values depend on the pretrained encoder.
         self.logits = nnx.Param(jnp.zeros(num_clusters))
         self.means = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
         self.log_scales = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
 
-    def posterior(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> ExplicitDistribution:
-        """q(z | x) for `x: [B, *input_shape]`, a diagonal Gaussian over `[B, e]`."""
-        return self.posterior_head(self.encoder(x, rngs))
+    def posterior(
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, *, available: jax.Array | None = None
+    ) -> ExplicitDistribution:
+        """q(z | x), a diagonal Gaussian over `[B, e]`; see `VAE.posterior`."""
+        return self.posterior_head(self._encode(x, rngs, available))
 
     def initialise_prior(self, weights: jax.Array, means: jax.Array, variances: jax.Array) -> None:
         """Sets the mixture: weights `[K]`, means `[K, e]`, variances `[K, e]` (not standard deviations)."""
@@ -104,15 +114,15 @@ class VADE(VAE):
         Args:
             x: `[B, *input_shape]`, finite; missing values are zeros.
             key: Random key of z.
-            corrupted_x: What the encoder sees in place of x while training: x with noise or distortions. The decoder
-                still reconstructs x, so z learns to ignore them; the ELBO stays a bound on log p(x). None: x.
+            corrupted_x: The encoder's input during training, x with noise or distortions. The decoder still
+                reconstructs x, so z learns to ignore them; the ELBO remains a bound on log p(x). None: x.
             available: Mask of the values that exist in the data, `[B, d]` or `[B, H, W, 1]`; None: all.
             rngs: Dropout streams, while training.
         """
-        q = self.posterior(x if corrupted_x is None else corrupted_x, rngs)
+        q = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available)
         z = q.sample(key)  # reparameterised
-        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) in place of log p(z). They are equal:
-        # by Bayes' rule every bracket is log p(z).
+        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) in place of log p(z). They are equal,
+        # because every bracket is log p(z) by Bayes' rule.
         return VaDETerms(
             reconstruction_ll=self._reconstruction_ll(z, x, available, rngs),
             kl=q.log_prob(z) - self.prior().log_prob(z),
@@ -127,30 +137,43 @@ class VADE(VAE):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """log p(x | z) in nats, `[B]`, where z is the mean of q(z | x): the objective of pretraining. See `terms`."""
-        z = self.posterior(x if corrupted_x is None else corrupted_x, rngs).mean
+        z = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available).mean
         return self._reconstruction_ll(z, x, available, rngs)
 
-    def cluster_probs(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x)."""
-        return self.responsibilities(self.posterior(x).sample(key, (num_samples,))).mean(0)
+    def cluster_probs(
+        self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
+    ) -> jax.Array:
+        """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x).
 
-    def predict_cluster(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        Args:
+            x: `[B, *input_shape]`.
+            num_samples: See above.
+            key: Random key.
+            available: Mask of the values that exist; None: all that are not NaN.
+        """
+        available = existing(x) if available is None else available
+        z = self.posterior(observed_only(x, available), available=available).sample(key, (num_samples,))
+        return self.responsibilities(z).mean(0)
+
+    def predict_cluster(
+        self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
+    ) -> jax.Array:
         """Returns the most probable cluster of every example, int32 `[B]`; see `cluster_probs`."""
-        return self.cluster_probs(x, num_samples, key=key).argmax(-1)
+        return self.cluster_probs(x, num_samples, key=key, available=available).argmax(-1)
 
     def _reconstruction_ll(self, z, x, available, rngs):
         everywhere = jnp.ones_like(x) if available is None else jnp.broadcast_to(available, x.shape)
         return log_prob_of_observed(self.decode(z, rngs), x, everywhere)
 
 
-class PosteriorMatchingVADE(nnx.Module):
+class PosteriorMatchingVADE(Imputing):
     """A VaDE that also clusters and imputes partially observed examples, through z ~ q(z | x_o).
 
     Args:
         input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
         vade: The options of `VADE`.
         partial_posterior: Head config of q(z | x_o).
-        partial_encoder: Network config of q(z | x_o); None: as the VaDE's encoder, with weights of its own.
+        partial_encoder: Network config of q(z | x_o); None: the same as the VaDE's encoder, with separate weights.
         rngs: Source of initial weights.
     """
 
@@ -169,42 +192,54 @@ class PosteriorMatchingVADE(nnx.Module):
             latent_dim=self.vade.latent_dim,
             encoder=partial_encoder or vade["encoder"],
             head=partial_posterior,
+            cardinalities=self.vade.cardinalities,
             rngs=rngs,
         )
 
-    def matching_ll(self, x: jax.Array, b: jax.Array, key: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+    @property
+    def decoding(self) -> VAE:
+        """The VaDE."""
+        return self.vade
+
+    def matching_ll(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        key: jax.Array,
+        *,
+        available: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
         """log q(z | x_o) in nats, `[B]`, for one z ~ q(z | x): the Posterior Matching objective (paper, equation 4).
 
         Args:
-            x: `[B, *input_shape]`, finite.
+            x: `[B, *input_shape]`, finite; missing values are zeros.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
+            available: Mask of the values that exist in the data; None: all.
             rngs: Dropout streams of the partial posterior, while training.
         """
-        z = jax.lax.stop_gradient(self.vade.posterior(x).sample(key))
+        z = jax.lax.stop_gradient(self.vade.posterior(x, available=available).sample(key))
         return self.partial_posterior(x, b, rngs).log_prob(z)
 
-    def predict_cluster(self, x: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """As `VADE.predict_cluster`."""
-        return self.vade.predict_cluster(x, num_samples, key=key)
+    def predict_cluster(
+        self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
+    ) -> jax.Array:
+        """See `VADE.predict_cluster`."""
+        return self.vade.predict_cluster(x, num_samples, key=key, available=available)
 
     def partial_cluster_probs(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """q(c | x_o), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x_o)."""
-        z = self.partial_posterior(x, b).sample(key, (num_samples,))
-        return self.vade.responsibilities(z).mean(0)
+        x, b = checked(x, b, self.vade.input_shape)
+        return self.vade.responsibilities(self._latents(x, b, num_samples, key)).mean(0)
 
     def partial_predict_cluster(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """Returns the most probable cluster given x_o, int32 `[B]`.
 
         Args:
-            x: `[B, *input_shape]`; values where b = 0 have no influence (but must be finite).
+            x: `[B, *input_shape]`; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             num_samples: Draws of z ~ q(z | x_o).
             key: Random key.
         """
         return self.partial_cluster_probs(x, b, num_samples, key=key).argmax(-1)
-
-    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """As `PosteriorMatchingVAE.impute`: `[num_samples, B, *input_shape]`, the observed values copied."""
-        z = self.partial_posterior(x, b).sample(key, (num_samples,))
-        return jnp.where(b == 1, x, self.vade.decode_mean(z))

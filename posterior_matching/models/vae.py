@@ -1,4 +1,4 @@
-"""The VAE, and Posterior Matching: a second encoder q(z | x_o) that gives it every conditional p(x_u | x_o)."""
+"""The VAE, and Posterior Matching: a second encoder q(z | x_o), which gives it every conditional p(x_u | x_o)."""
 
 import math
 from collections.abc import Callable
@@ -9,15 +9,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posterior_matching.config import Config, Units, build
-from posterior_matching.masking import partial_input, partial_input_shape
+from posterior_matching.errors import OptionError
+from posterior_matching.masking import checked, existing, mask_shape, observed_only, partial_input
 from posterior_matching.models import distributions
+from posterior_matching.models.columns import (
+    Cardinalities,
+    IndependentColumns,
+    column_features,
+    column_partial_input,
+    column_partial_input_shape,
+    column_values,
+    features_shape,
+    is_real,
+)
 from posterior_matching.models.distributions import (
     LATENT_HEADS,
     LIKELIHOOD_HEADS,
     Distribution,
     ExplicitDistribution,
 )
-from posterior_matching.models.likelihood import ConditionalLogProb, importance_log_prob, log_prob_of_observed
+from posterior_matching.models.likelihood import (
+    ConditionalLogProb,
+    ImportanceEstimate,
+    importance_log_prob,
+    log_prob_of_observed,
+)
 from posterior_matching.models.networks import NETWORKS, Shape
 
 
@@ -31,7 +47,12 @@ class VAE(nnx.Module):
         posterior: Head config of q(z | x); one of `distributions.LATENT_HEADS` with a closed-form KL.
         decoder: Network config.
         likelihood: Head config of p(x | z); one of `distributions.LIKELIHOOD_HEADS`.
+        cardinalities: For a table with categorical columns, see `models.columns`; training sets it from the data.
+        availability: Whether q(z | x) sees which values of x exist; otherwise missing ones look like zeros.
         rngs: Source of initial weights.
+
+    Raises:
+        OptionError: An option is out of range, or does not match the data or the other options.
     """
 
     def __init__(
@@ -43,10 +64,20 @@ class VAE(nnx.Module):
         posterior: Config,
         decoder: Config,
         likelihood: Config,
+        cardinalities: Cardinalities = (),
+        availability: bool = False,
         rngs: nnx.Rngs,
     ):
+        if cardinalities and input_shape != (len(cardinalities),):
+            raise OptionError(
+                "cardinalities", f"has {len(cardinalities)} entries, but the data have shape {input_shape}"
+            )
+        if any(cardinalities) and likelihood.get("name") != "Columns":
+            raise OptionError("likelihood.name", "must be Columns: the data have categorical columns")
         self.latent_dim = latent_dim
-        self.encoder = build(NETWORKS, encoder, "encoder", input_shape=input_shape, rngs=rngs)
+        self.input_shape, self.cardinalities, self.availability = input_shape, cardinalities, availability
+        encoder_shape = (column_partial_input_shape if availability else features_shape)(input_shape, cardinalities)
+        self.encoder = build(NETWORKS, encoder, "encoder", input_shape=encoder_shape, rngs=rngs)
         self.posterior_head = build(
             LATENT_HEADS,
             posterior,
@@ -62,6 +93,7 @@ class VAE(nnx.Module):
             "likelihood",
             features_shape=self.decoder.output_shape,
             data_shape=input_shape,
+            cardinalities=cardinalities,
             rngs=rngs,
         )
 
@@ -69,9 +101,23 @@ class VAE(nnx.Module):
         """p(z) = N(0, I) over `[e]`."""
         return distributions.standard_normal(self.latent_dim)
 
-    def posterior(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> Distribution:
-        """q(z | x) for `x: [B, *input_shape]`, a distribution over `[B, e]`."""
-        return self.posterior_head(self.encoder(x, rngs))
+    def posterior(
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, *, available: jax.Array | None = None
+    ) -> Distribution:
+        """q(z | x), a distribution over `[B, e]`.
+
+        Args:
+            x: `[B, *input_shape]`, finite; missing values are zeros.
+            rngs: Dropout streams, while training.
+            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`, if the VAE sees it; None: all.
+        """
+        return self.posterior_head(self._encode(x, rngs, available))
+
+    def _encode(self, x: jax.Array, rngs: nnx.Rngs | None, available: jax.Array | None) -> jax.Array:
+        if not self.availability:
+            return self.encoder(column_features(x, self.cardinalities), rngs)
+        available = jnp.ones((len(x), *mask_shape(self.input_shape))) if available is None else available
+        return self.encoder(column_partial_input(x, available, self.cardinalities), rngs)
 
     def decode(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> ExplicitDistribution:
         """p(x | z) for `z: [B, e]`: independent features, batch shape `[B, *input_shape]`."""
@@ -85,8 +131,27 @@ class VAE(nnx.Module):
         return log_prob_of_observed(p, x, b).reshape(s, n)
 
     def decode_mean(self, z: jax.Array, chunk_size: int = 128) -> jax.Array:
-        """E[x | z], `[S, B, *input_shape]`, for `z: [S, B, e]`, decoding `chunk_size` samples at once."""
-        return jax.lax.map(lambda z: self.decode(z).mean, z, batch_size=chunk_size)
+        """E[features of x | z], `[S, B, *input_shape]` or, with categories, `[S, B, width]`, for `z: [S, B, e]`.
+
+        The features of categories are their probabilities. Decodes `chunk_size` samples at once.
+        """
+
+        def mean(z: jax.Array) -> jax.Array:
+            p = self.decode(z)
+            return p.mean_features if isinstance(p, IndependentColumns) else p.mean
+
+        return jax.lax.map(mean, z, batch_size=chunk_size)
+
+    def decode_draw(self, z: jax.Array, key: jax.Array, means: bool = False, chunk_size: int = 128) -> jax.Array:
+        """Draws x ~ p(x | z), `[S, B, *input_shape]`, for `z: [S, B, e]`; with `means`, only categories are drawn."""
+
+        def draw(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            z, key = inputs
+            p = self.decode(z)
+            x = p.sample(key)
+            return jnp.where(is_real(self.cardinalities), p.mean, x) if means else x
+
+        return jax.lax.map(draw, (z, jax.random.split(key, len(z))), batch_size=chunk_size)
 
 
 class PartialPosterior(nnx.Module):
@@ -97,13 +162,23 @@ class PartialPosterior(nnx.Module):
         latent_dim: Dimensions of z.
         encoder: Network config.
         head: Head config; any of `distributions.LATENT_HEADS`.
+        cardinalities: See `models.columns`.
         rngs: Source of initial weights.
     """
 
-    def __init__(self, *, input_shape: Shape, latent_dim: int, encoder: Config, head: Config, rngs: nnx.Rngs):
-        self.encoder = build(
-            NETWORKS, encoder, "partial_encoder", input_shape=partial_input_shape(input_shape), rngs=rngs
-        )
+    def __init__(
+        self,
+        *,
+        input_shape: Shape,
+        latent_dim: int,
+        encoder: Config,
+        head: Config,
+        cardinalities: Cardinalities = (),
+        rngs: nnx.Rngs,
+    ):
+        self.cardinalities = cardinalities
+        observed_shape = column_partial_input_shape(input_shape, cardinalities)
+        self.encoder = build(NETWORKS, encoder, "partial_encoder", input_shape=observed_shape, rngs=rngs)
         self.head = build(
             LATENT_HEADS,
             head,
@@ -115,19 +190,28 @@ class PartialPosterior(nnx.Module):
 
     def __call__(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> Distribution:
         """q(z | x_o) over `[B, e]` for `x: [B, *input_shape]` and mask `b` (1 = observed)."""
-        return self.head(self.encoder(partial_input(x, b), rngs))
+        return self.head(self.encoder(column_partial_input(x, b, self.cardinalities), rngs))
 
     def with_feature(self, x: jax.Array, b: jax.Array, i: jax.Array) -> Callable[[jax.Array], Distribution]:
         """Returns the function from values of feature i, `[B, C]`, to q(z | x_o, x_i) over `[B, e]`.
 
-        Only feature i of the encoder's input depends on the value, and the encoder's first layer is affine. So the
-        layer is applied to `[x * b, b]` once, and every value adds its multiple of what the layer makes of feature i.
+        Only feature i of the encoder's input depends on the value, and the encoder's first layer is affine. The layer
+        is therefore applied to `[x * b, b]` once, and every value adds its multiple of feature i's contribution.
 
         Args:
             x: `[B, *input_shape]`, or one example `[1, *input_shape]` for all values.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. Examples that have feature i observed keep their value.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. If feature i is already observed, it keeps its value.
             i: Index of a mask entry.
         """
+        if any(self.cardinalities):  # one-hot: not affine in the category's index
+            at_i = jnp.arange(b.shape[-1]) == i
+            with_i = jnp.where(at_i, 1.0, b)
+
+            def encoded_again(value: jax.Array) -> Distribution:
+                values = jnp.where(at_i & (b == 0), value, x)
+                return self(values, jnp.broadcast_to(with_i, values.shape))
+
+            return encoded_again
         base = self.encoder.first(partial_input(x, b))
         added = self._added_by_feature(i, x.shape[1:], b.shape[1:])
         unobserved = 1.0 - b.reshape(len(b), -1)[:, i, None]  # [B, 1]
@@ -139,9 +223,9 @@ class PartialPosterior(nnx.Module):
         return posterior
 
     def _added_by_feature(self, i: jax.Array, input_shape: Shape, mask_shape: Shape) -> jax.Array:
-        """What a unit of each channel of feature i, and a unit of its mask, add to the first layer: `[C + 1, ...]`.
+        """What one unit of each channel of feature i, and one of its mask, add to the first layer: `[C + 1, ...]`.
 
-        (`jax.linearize` would give the same, but `numerics.convolution` has reverse-mode derivatives only.)
+        (`jax.linearize` would give the same, but `numerics.convolution` only has reverse-mode derivatives.)
         """
         mask = jnp.zeros(math.prod(mask_shape)).at[i].set(1.0).reshape(1, *mask_shape)
         channels = math.prod(input_shape) // mask.size
@@ -168,18 +252,75 @@ class VAETerms(NamedTuple):
         return -(self.reconstruction_ll - beta * self.kl) - matching_coef * self.matching_ll
 
 
-class PosteriorMatchingVAE(nnx.Module):
-    """A VAE that answers every conditional p(x_u | x_o) through z ~ q(z | x_o).
+class Imputing(nnx.Module):
+    """Imputation with z ~ q(z | x_o), for models with a `partial_posterior` and a VAE to decode z."""
+
+    partial_posterior: PartialPosterior
+
+    @property
+    def decoding(self) -> VAE:
+        """The VAE."""
+        raise NotImplementedError
+
+    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Imputes with decoder means for z ~ q(z | x_o); categories are drawn. Observed values are copied.
+
+        The imputations vary by z but not by the noise of p(x | z), which `draw` adds.
+
+        Args:
+            x: `[B, *input_shape]`; values where b = 0 have no influence, and may be NaN.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
+            num_samples: Imputations per example.
+            key: Random key.
+
+        Returns:
+            `[num_samples, B, *input_shape]`.
+
+        Raises:
+            UserError: See `masking.checked`.
+        """
+        x, b = checked(x, b, self.decoding.input_shape)
+        if any(self.decoding.cardinalities):
+            key_z, key_x = jax.random.split(key)
+            imputations = self.decoding.decode_draw(self._latents(x, b, num_samples, key_z), key_x, means=True)
+        else:
+            imputations = self.decoding.decode_mean(self._latents(x, b, num_samples, key))
+        return jnp.where(b == 1, x, imputations)
+
+    def draw(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Draws x_u ~ p(x_u | x_o), including the noise of p(x | z); otherwise like `impute`."""
+        x, b = checked(x, b, self.decoding.input_shape)
+        key_z, key_x = jax.random.split(key)
+        draws = self.decoding.decode_draw(self._latents(x, b, num_samples, key_z), key_x)
+        return jnp.where(b == 1, x, draws)
+
+    def point(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Estimates x_u, `[B, *input_shape]`: E[x_u | x_o] over `num_samples` draws of z, observed values copied.
+
+        For categories it is the most probable one, with probabilities averaged over z. Otherwise like `impute`.
+        """
+        x, b = checked(x, b, self.decoding.input_shape)
+        mean = self.decoding.decode_mean(self._latents(x, b, num_samples, key)).mean(0)
+        return jnp.where(b == 1, x, column_values(mean, self.decoding.cardinalities))
+
+    def _latents(self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array) -> jax.Array:
+        return self.partial_posterior(x, b).sample(key, (num_samples,))
+
+
+class PosteriorMatchingVAE(Imputing):
+    """A VAE that models every conditional p(x_u | x_o) through z ~ q(z | x_o).
 
     Args:
         input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        latent_dim: Of the `VAE`, as are the four below.
+        latent_dim: See `VAE`.
         encoder: See `VAE`.
         posterior: See `VAE`.
         decoder: See `VAE`.
         likelihood: See `VAE`.
-        partial_encoder: Network config of q(z | x_o); None: as the encoder, with weights of its own.
-        partial_posterior: Head config of q(z | x_o); None: as the posterior, with weights of its own.
+        cardinalities: See `VAE`.
+        availability: See `VAE`.
+        partial_encoder: Network config of q(z | x_o); None: the same as the encoder, with separate weights.
+        partial_posterior: Head config of q(z | x_o); None: the same as the posterior, with separate weights.
         rngs: Source of initial weights.
     """
 
@@ -194,6 +335,8 @@ class PosteriorMatchingVAE(nnx.Module):
         likelihood: Config,
         partial_encoder: Config | None = None,
         partial_posterior: Config | None = None,
+        cardinalities: Cardinalities = (),
+        availability: bool = False,
         rngs: nnx.Rngs,
     ):
         self.vae = VAE(
@@ -203,6 +346,8 @@ class PosteriorMatchingVAE(nnx.Module):
             posterior=posterior,
             decoder=decoder,
             likelihood=likelihood,
+            cardinalities=cardinalities,
+            availability=availability,
             rngs=rngs,
         )
         self.partial_posterior = PartialPosterior(
@@ -210,8 +355,14 @@ class PosteriorMatchingVAE(nnx.Module):
             latent_dim=latent_dim,
             encoder=encoder if partial_encoder is None else partial_encoder,
             head=posterior if partial_posterior is None else partial_posterior,
+            cardinalities=cardinalities,
             rngs=rngs,
         )
+
+    @property
+    def decoding(self) -> VAE:
+        """The VAE."""
+        return self.vae
 
     def terms(
         self,
@@ -233,7 +384,7 @@ class PosteriorMatchingVAE(nnx.Module):
             stop_gradients: Stop the matching term's gradient at z, so that it does not train the VAE.
             rngs: Dropout streams, while training.
         """
-        q = self.vae.posterior(x, rngs)
+        q = self.vae.posterior(x, rngs, available=available)
         z = q.sample(key)  # reparameterised
         p = self.vae.decode(z, rngs)
         target = jax.lax.stop_gradient(z) if stop_gradients else z
@@ -243,21 +394,6 @@ class PosteriorMatchingVAE(nnx.Module):
             # Posterior Matching: q(z | x_o) by maximum likelihood on samples of q(z | x).
             matching_ll=self.partial_posterior(x, b, rngs).log_prob(target),
         )
-
-    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Draws imputations: decoder means for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
-
-        Args:
-            x: `[B, *input_shape]`; values where b = 0 have no influence (but must be finite).
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            num_samples: Imputations per example.
-            key: Random key.
-
-        Returns:
-            `[num_samples, B, *input_shape]`.
-        """
-        z = self.partial_posterior(x, b).sample(key, (num_samples,))
-        return jnp.where(b == 1, x, self.vae.decode_mean(z))
 
     def is_log_prob(
         self,
@@ -272,26 +408,72 @@ class PosteriorMatchingVAE(nnx.Module):
         """Importance-samples log p(x) with proposal q(z | x) and log p(x_o) with proposal q(z | x_o).
 
         Args:
-            x: `[B, *input_shape]`, finite.
+            x: `[B, *input_shape]`.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             num_samples: Samples of z for each of the two estimates.
             key: Random key.
-            available: Mask of the values that exist in the data; None: all. Others are never scored.
-            chunk_size: Most samples per example held at once.
+            available: Mask of the values that exist in the data; None: all that are not NaN. Others are never scored.
+            chunk_size: Maximum samples per example held at once.
+
+        Raises:
+            UserError: See `masking.checked`.
         """
-        available = jnp.ones_like(b) if available is None else available
-
-        def estimate(proposal, mask, key):
-            def log_joint(z):
-                return self.vae.log_prob_given(z, x, mask) + self.vae.prior().log_prob(z)
-
-            return importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
-
-        b = b * available
+        x, b = checked(x, b, self.vae.input_shape)
+        available = existing(x) if available is None else jnp.asarray(available)
+        x, b = observed_only(x, available), b * available
         key_x, key_xo = jax.random.split(key)
-        full = estimate(self.vae.posterior(x), available, key_x)
-        observed = estimate(self.partial_posterior(x, b), b, key_xo)
-        return ConditionalLogProb.of(full, observed)
+        q = self.vae.posterior(x, available=available)
+        full = self._importance_log_prob(q, x, available, num_samples, key_x, chunk_size)
+        q = self.partial_posterior(x, b)
+        return ConditionalLogProb.of(full, self._importance_log_prob(q, x, b, num_samples, key_xo, chunk_size))
+
+    def log_prob_of(
+        self,
+        x: jax.Array,
+        b_target: jax.Array,
+        b_given: jax.Array,
+        num_samples: int,
+        *,
+        key: jax.Array,
+        chunk_size: int = 128,
+    ) -> jax.Array:
+        """Estimates log p(x_t | x_o), `[B]`, in nats, for any target features x_t given any others.
+
+        It is log p(x_t, x_o) - log p(x_o), each importance-sampled with the partial posterior as proposal, so it is
+        consistent as the number of samples grows. Real columns have densities per unit of `x` (standardised, for the
+        user's own table; `data.Columns.log_det_jacobian` converts them to the table's units), categories probabilities.
+
+        Args:
+            x: `[B, *input_shape]`; values in neither mask have no influence, and may be NaN.
+            b_target: Mask of x_t, `[B, d]` or `[B, H, W, 1]`; values that are also given are left out.
+            b_given: Mask of x_o, the same shape; zeros for log p(x_t).
+            num_samples: Samples of z for each of the two estimates.
+            key: Random key.
+            chunk_size: Maximum samples per example held at once.
+
+        Raises:
+            UserError: See `masking.checked`.
+        """
+        x, given = checked(x, b_given, self.vae.input_shape)
+        x, target = checked(x, b_target, self.vae.input_shape)
+
+        def estimate(b: jax.Array, key: jax.Array) -> jax.Array:
+            q = self.partial_posterior(x, b)
+            estimated = self._importance_log_prob(q, x, b, num_samples, key, chunk_size).log_prob
+            return jnp.where(b.reshape(len(b), -1).any(-1), estimated, 0.0)  # log p of nothing is 0
+
+        key_both, key_given = jax.random.split(key)
+        return estimate(jnp.maximum(target, given), key_both) - estimate(given, key_given)
+
+    def _importance_log_prob(
+        self, proposal: Distribution, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array, chunk_size: int
+    ) -> ImportanceEstimate:
+        """Estimates log p(x_o) for mask `b`."""
+
+        def log_joint(z: jax.Array) -> jax.Array:
+            return self.vae.log_prob_given(z, x, b) + self.vae.prior().log_prob(z)
+
+        return importance_log_prob(log_joint, proposal, key, num_samples, chunk_size)
 
     def expected_info_gains(
         self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, features_at_once: int = 1
@@ -306,11 +488,12 @@ class PosteriorMatchingVAE(nnx.Module):
             b: Its mask, `[d]` or `[H, W, 1]`.
             num_samples: Imputations to average over.
             key: Random key.
-            features_at_once: Features to look at together; memory grows with it, the result does not depend on it.
+            features_at_once: Features to evaluate together; memory grows with it, the result does not depend on it.
 
         Returns:
             `[b.size]`, one entry per mask entry, -inf where observed.
         """
+        x, b = (a[0] for a in checked(x[None], b[None], self.vae.input_shape))
         key_impute, key_now, key_then = jax.random.split(key, 3)
         imputations = self.impute(x[None], b[None], num_samples, key=key_impute)
         imputations = imputations.reshape(num_samples, b.size, -1)  # [S, features, C]

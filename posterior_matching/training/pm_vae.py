@@ -1,4 +1,4 @@
-"""The PM-VAE family: here and not in its script, since `estimator.py` trains it from an installed package too."""
+"""The PM-VAE family. It is not in its script because `estimator.py` trains it from an installed package, too."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from posterior_matching.training.pretrained import Base
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The keys of a PM-VAE config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to PM-VAE configs, documented in `configs/common.py`."""
 
     noise_std: NonNegative
     mask_generator: MaskOption
@@ -27,7 +27,9 @@ class Options:
 
 def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     """Negative ELBO plus the Posterior Matching loss."""
-    x = add_noise(batch.x, batch.available, rngs.noise(), options.noise_std) if batch.training else batch.x
+    x = batch.x
+    if batch.training:
+        x = add_noise(x, batch.available, rngs.noise(), options.noise_std, model.vae.cardinalities)
     b = options.mask_generator(rngs.mask(), batch.available.shape) * batch.available
     terms = model.terms(
         x,
@@ -56,7 +58,7 @@ FAMILY = Family(
         "pm_vae",
         dir_key="pretrained_dir",
         part="vae",
-        config_keys=("latent_dim", "encoder", "posterior", "decoder", "likelihood"),
+        config_keys=("latent_dim", "encoder", "posterior", "decoder", "likelihood", "cardinalities", "availability"),
         required=False,
     ),
 )

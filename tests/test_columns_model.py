@@ -1,0 +1,207 @@
+"""Mixed columns: features against loops, the likelihood head against SciPy, integration and its own samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+from scipy.special import log_softmax, softmax
+
+from posterior_matching.errors import OptionError
+from posterior_matching.masking import partial_input
+from posterior_matching.models.columns import (
+    MIN_SCALE,
+    Columns,
+    column_features,
+    column_partial_input,
+    column_values,
+    features_shape,
+)
+
+KEY = jax.random.key(0)
+MIXED = (0, 3, 2, 0, 3, 1)  # the same cardinality apart, and a column of one category
+REAL = np.array(MIXED) == 0
+
+
+def rows(n=4, cardinalities=MIXED, seed=0):
+    rng = np.random.default_rng(seed)
+    columns = [rng.integers(0, k, n) if k else rng.normal(size=n) for k in cardinalities]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def one_hot(row, cardinalities=MIXED):
+    return np.concatenate([np.eye(k)[int(v)] if k else [v] for v, k in zip(row, cardinalities, strict=True)])
+
+
+def head(num_components=1, cardinalities=MIXED, seed=0, scale=1.0):
+    """A head with random parameters, biases too."""
+    made = Columns((3,), (len(cardinalities),), num_components, cardinalities=cardinalities, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    nnx.update(made, jax.tree.map(lambda a: jnp.float32(scale * rng.normal(size=a.shape)), nnx.state(made)))
+    return made
+
+
+def features(n=4, seed=1):
+    return jnp.float32(np.random.default_rng(seed).normal(size=(n, 3)))
+
+
+# Features.
+
+
+def test_features_are_the_reals_as_they_are_and_the_categories_one_hot():
+    x = rows()
+    np.testing.assert_array_equal(column_features(x, MIXED), [np.float32(one_hot(row)) for row in x])
+    assert features_shape((6,), MIXED) == column_features(x, MIXED).shape[1:] == (11,)
+
+
+def test_partial_input_is_the_features_of_what_is_observed_then_the_mask():
+    x, b = rows(), np.float32(np.random.default_rng(1).integers(0, 2, (4, 6)))
+    spread = np.stack([one_hot(np.zeros(6)) for _ in x])  # of the right width
+    for n, row in enumerate(x):
+        blocks = [one_hot(row[j : j + 1], (k,)) * b[n, j] for j, k in enumerate(MIXED)]
+        spread[n] = np.concatenate(blocks)
+    np.testing.assert_array_equal(column_partial_input(x, b, MIXED), np.concatenate([spread, b], axis=1))
+
+
+@pytest.mark.parametrize("cardinalities", [(), (0, 0, 0)])
+def test_real_columns_are_seen_as_they_always_were(cardinalities):
+    x, b = rows(5, (0, 0, 0)), np.float32(np.random.default_rng(1).integers(0, 2, (5, 3)))
+    assert column_features(x, cardinalities) is x
+    assert column_values(x, cardinalities) is x
+    assert features_shape((3,), cardinalities) == (3,)
+    np.testing.assert_array_equal(column_partial_input(x, b, cardinalities), partial_input(x, b))
+
+
+def test_rows_come_back_from_their_features_and_the_most_probable_category_from_probabilities():
+    x = rows(20)
+    np.testing.assert_array_equal(column_values(column_features(x, MIXED), MIXED), x)
+    doubtful = jnp.array([[0.3, 0.3, 0.2, 0.5, 0.6, 0.4, -1.0, 0.1, 0.4, 0.5, 1.0]])
+    np.testing.assert_allclose(column_values(doubtful, MIXED), [[0.3, 2, 0, -1.0, 2, 0]])
+
+
+# The head.
+
+
+def parameters(made, given):
+    """By column: its slice of the linear layer's output, found without the head's own bookkeeping."""
+    output = np.asarray(given @ made.linear.kernel[...] + made.linear.bias[...], np.float64)
+    k = made.num_components
+    start, found = 0, {}
+    for cardinality in sorted(set(MIXED)):  # one group after the other
+        for j in np.flatnonzero(np.array(MIXED) == cardinality):
+            size = cardinality or (1 if k == 1 else 3 * k)
+            found[int(j)] = output[:, start : start + size]
+            start += size
+    assert start == output.shape[1]
+    return found
+
+
+def real_pdf(made, j, found, n, x):
+    """SciPy's density of real column j given example n."""
+    if made.num_components == 1:
+        scale = np.exp(float(made.log_scale[...][[0, 3].index(j)])) + MIN_SCALE
+        return scipy.stats.norm.pdf(x, found[j][n, 0], scale)
+    logits, loc, scale = np.split(found[j][n], 3)
+    scale = np.logaddexp(0, scale) + MIN_SCALE
+    return scipy.stats.norm.pdf(np.asarray(x)[..., None], loc, scale) @ softmax(logits)
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_log_prob_is_scipys_column_by_column(num_components):
+    made, x = head(num_components), rows()
+    given = features()
+    found = parameters(made, given)
+    log_prob = made(given).log_prob(jnp.asarray(x))
+    assert log_prob.shape == x.shape
+    for n, j in np.ndindex(*x.shape):
+        if MIXED[j]:
+            expected = log_softmax(found[j][n])[int(x[n, j])]
+        else:
+            expected = np.log(real_pdf(made, j, found, n, x[n, j]))
+        np.testing.assert_allclose(log_prob[n, j], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_every_column_is_normalised(num_components):
+    p = head(num_components)(features(1))
+    grid = np.linspace(-40, 40, 40_001, dtype=np.float32)
+    density = np.exp(p.log_prob(jnp.tile(grid[:, None, None], (1, 1, 6))))[:, 0]
+    np.testing.assert_allclose(np.trapezoid(density[:, REAL], grid, axis=0), 1.0, atol=1e-3)
+    for j, k in enumerate(MIXED):
+        if k:
+            values = np.zeros((k, 1, 6), np.float32)
+            values[:, 0, j] = np.arange(k)
+            np.testing.assert_allclose(np.exp(p.log_prob(jnp.asarray(values)))[:, 0, j].sum(), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_samples_follow_the_density(num_components):
+    made, count = head(num_components), 20_000
+    given = features(2)
+    found = parameters(made, given)
+    x = np.asarray(made(given).sample(KEY, (count,)))
+    assert x.shape == (count, 2, 6) and x.dtype == np.float32
+    for n, j in np.ndindex(2, 6):
+        if MIXED[j]:
+            counts = np.bincount(x[:, n, j].astype(int), minlength=MIXED[j])
+            expected = softmax(found[j][n]) * count
+            assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected) + 1e-6)
+        else:
+            grid = np.linspace(-40, 40, 40_001)
+            cdf = np.cumsum(real_pdf(made, j, found, n, grid)) * (grid[1] - grid[0])
+            test = scipy.stats.kstest(x[:, n, j], lambda v, cdf=cdf, grid=grid: np.interp(v, grid, cdf))
+            assert test.statistic < 2.3 / np.sqrt(count)  # p = 5e-5
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_mean_features_are_the_mean_of_the_samples_features(num_components):
+    p, count = head(num_components)(features(2)), 20_000
+    drawn = np.asarray(column_features(p.sample(KEY, (count,)), MIXED), np.float64)
+    error = drawn.std(axis=0) / np.sqrt(count)
+    assert np.all(np.abs(drawn.mean(axis=0) - p.mean_features) <= 5 * error + 1e-5)
+
+
+def test_the_point_estimate_is_the_mean_of_a_real_column_and_the_mode_of_a_category():
+    made, given = head(), features()
+    found, point = parameters(made, given), made(given).mean
+    for n, j in np.ndindex(4, 6):
+        np.testing.assert_allclose(point[n, j], found[j][n].argmax() if MIXED[j] else found[j][n, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 100.0])  # logits of hundreds, scales at the floor
+def test_log_prob_and_its_gradient_are_finite(num_components, scale):
+    made, x = head(num_components, scale=scale), 100 * rows()
+    x[:, ~REAL] = rows()[:, ~REAL]
+    graphdef, state = nnx.split(made)
+
+    def total(state):
+        return nnx.merge(graphdef, state)(features()).log_prob(jnp.asarray(x)).sum()
+
+    value, gradient = jax.value_and_grad(total)(state)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_every_real_column_has_a_scale_of_its_own_and_a_floor():
+    made = head()
+    assert made.log_scale.shape == (2,)
+    made.log_scale[...] = jnp.array([-100.0, 0.0])
+    p = made(features(1))
+    at_mean = p.log_prob(p.mean)[0, REAL]
+    np.testing.assert_allclose(at_mean, scipy.stats.norm.logpdf(0, scale=[MIN_SCALE, 1 + MIN_SCALE]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("cardinalities", [(), (0, 0), (4, 2)])
+def test_tables_of_one_kind_only(cardinalities):
+    made = Columns((3,), (2,), cardinalities=cardinalities, rngs=nnx.Rngs(0))
+    assert all(leaf.size for leaf in jax.tree.leaves(nnx.state(made)))  # checkpoints hold no empty arrays
+    p = made(features())
+    draw = p.sample(KEY)
+    assert draw.shape == p.log_prob(draw).shape == p.mean.shape == (4, 2)
+
+
+def test_the_head_is_for_tables():
+    with pytest.raises(OptionError, match=r"Columns is for tables, but the data have shape \(8, 8, 1\)"):
+        Columns((3,), (8, 8, 1), rngs=nnx.Rngs(0))
