@@ -36,10 +36,11 @@ _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bou
 def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
-    rows = 4 * config.batch_size * jax.device_count()
+    rows = 4 * (config.batch_size or 256) * jax.device_count()
     dataset = synthetic.dataset(config.dataset, rows)
     experiment = synthetic.experiment(cli.config_name(), config, dataset)
     options = experiment.options
+    assert options.batch_size is not None
     phase = CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
     state, frozen = parallel.replicate(phase.initial_state())
     per_dispatch = loop.max_steps_per_dispatch(options)
