@@ -39,10 +39,10 @@ _MIN_ROWS = 10  # one of them for validation
 class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Imputes columns of any kind with a PM-VAE, and estimates likelihoods of any of them given any others.
 
-    Fitted on a DataFrame: DataFrames in, DataFrames out, with their dtypes, indices and observed cells; fitted on an
-    array: arrays out. Columns are
-    real, integer or categorical (texts, booleans, pandas categories, and what `categorical` declares), see
-    `data.kinds`. Constant and empty columns are set aside, dropped ones passed through; an empty column stays empty.
+    Fitted on a DataFrame, it takes and returns DataFrames, with their dtypes, indices and observed cells; fitted on an
+    array, it returns arrays. Columns are real, integer or categorical (texts, booleans, pandas categories, and those in
+    `categorical`), see `data.kinds`. Constant and empty columns are set aside and dropped ones passed through; an empty
+    column stays empty.
     Of the rows given to `fit`, nine tenths are used for training and one tenth to decide when training stops.
 
     Invalid input raises a one-line `ValueError`.
