@@ -1,4 +1,4 @@
-"""Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any of its datasets.
+"""Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any dataset.
 
     python eval_pm_vae_uci.py --run_dir runs/digits --num_samples 64 --num_trials 2 --baselines
 

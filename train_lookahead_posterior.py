@@ -1,4 +1,4 @@
-"""Trains lookahead posteriors on a trained PM-VAE, which is frozen: what to observe next, in one forward pass.
+"""Trains lookahead posteriors on a trained, frozen PM-VAE; they choose what to observe next in one forward pass.
 
 python train_lookahead_posterior.py --config configs/lookahead_digits.py --config.pm_vae_dir=RUN [--run_dir DIR]
 """
@@ -20,17 +20,17 @@ from posterior_matching.training.pretrained import Base
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The keys of a lookahead config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to lookahead configs, documented in `configs/common.py`."""
 
     mask_generator: MaskOption
     model_samples: Count
     lookahead_subsample: Count
     target: Literal["conditional", "marginal"]
-    RENAMED: ClassVar = {"spread": "'target': 'remaining' is called 'conditional', and 'total' 'marginal'"}
+    RENAMED: ClassVar = {"spread": "'target', with 'conditional' for 'remaining' and 'marginal' for 'total'"}
 
 
 def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
-    """Negative log-probability of samples of the posteriors that lookahead posteriors stand for."""
+    """Negative log-probability under the lookahead posteriors, at samples of the posteriors they approximate."""
     lookahead_ll = model.log_prob_of_samples(
         batch.x,
         options.mask_generator(rngs.mask(), batch.available.shape) * batch.available,
@@ -45,7 +45,7 @@ def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Optio
 
 
 def check(options: Options, model: LookaheadPosterior, train_set: Dataset) -> None:
-    """Raises OptionError if more features are to be looked at than the data have."""
+    """Raises OptionError if `lookahead_subsample` exceeds the number of features."""
     del train_set
     if options.lookahead_subsample > model.num_features:
         raise OptionError("lookahead_subsample", f"must be at most {model.num_features}, the number of features")

@@ -1,8 +1,8 @@
-"""Trains the partially observed posterior of a trained VaDE, so that it clusters and imputes from x_o alone.
+"""Trains the partially observed posterior of a trained VaDE, so that it can cluster and impute from x_o alone.
 
     python train_pm_vade.py --config configs/pm_vade_digits.py --config.vade_dir=RUN [--config.key=value ...]
 
-The VaDE is frozen. Labels are used for nothing but the scores at validation.
+The VaDE is frozen. Labels are used only for validation scores.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from posterior_matching.training.pretrained import Base
 
 @dataclasses.dataclass(frozen=True)
 class Options(CorruptionOptions):
-    """The keys of a PM-VaDE config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to PM-VaDE configs, documented in `configs/common.py`."""
 
     mask_generator: MaskOption
 
 
 def loss(model: PosteriorMatchingVADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     """The Posterior Matching loss; the VaDE is frozen."""
-    x = options.corrupt(batch, rngs, model.vade.cardinalities)  # both posteriors see the same
+    x = options.corrupt(batch, rngs, model.vade.cardinalities)  # the same for both posteriors
     b = options.mask_generator(rngs.mask(), batch.available.shape) * batch.available
     matching_ll = model.matching_ll(
         x, b, rngs.sample(), available=batch.available, rngs=rngs if batch.training else None

@@ -1,8 +1,8 @@
-"""Trains a VAE that answers every conditional p(x_u | x_o) by Posterior Matching.
+"""Trains a VAE that models every conditional p(x_u | x_o) by Posterior Matching.
 
     python train_pm_vae.py --config configs/pm_vae_digits.py [--config.key=value ...] [--run_dir DIR]
 
-With `--config.pretrained_dir=RUN` the VAE of that run is copied and frozen; only q(z | x_o) trains.
+With `--config.pretrained_dir=RUN` the VAE of that run is copied and frozen, and only q(z | x_o) is trained.
 """
 
 import dataclasses

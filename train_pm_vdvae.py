@@ -1,4 +1,4 @@
-"""Trains a hierarchical VAE of images that answers every conditional p(x_u | x_o): Posterior Matching in a VDVAE.
+"""Trains a hierarchical VAE of images that models every conditional p(x_u | x_o): Posterior Matching in a VDVAE.
 
 python train_pm_vdvae.py --config configs/pm_vdvae_digits.py [--config.key=value ...] [--run_dir DIR]
 """
@@ -21,7 +21,7 @@ from posterior_matching.training.family import Batch, Family, Terms
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The key of a PM-VDVAE config in addition to those of every family."""
+    """The key specific to PM-VDVAE configs."""
 
     mask_generator: MaskOption
 
@@ -64,11 +64,11 @@ def pictures(model: PosteriorMatchingVDVAE, x: jax.Array, b: jax.Array) -> dict[
 
 
 def check(options: Options, model: PosteriorMatchingVDVAE, train_set: Dataset) -> None:
-    """Raises OptionError if the model counts other pixel values than the data have."""
+    """Raises OptionError if the model and the data differ in the number of pixel values."""
     del options
     if train_set.max_value not in (1.0, model.num_levels - 1.0):
         values = f"the pixels of {train_set.name} have {train_set.max_value + 1:.0f} values"
-        problem = f"is {model.num_levels}, but {values}: bits per dimension would not be theirs"
+        problem = f"is {model.num_levels}, but {values}: bits per dimension would be wrong"
         raise OptionError("model.num_levels", problem)
 
 

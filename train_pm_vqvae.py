@@ -1,4 +1,4 @@
-"""Gives a trained VQ-VAE its conditionals p(x_u | x_o): a PixelCNN over its codes learns q(z | x_o).
+"""Trains q(z | x_o), a PixelCNN over the codes of a trained VQ-VAE, which gives it the conditionals p(x_u | x_o).
 
     python train_pm_vqvae.py --config configs/pm_vqvae_digits.py --config.vqvae_dir=RUN [--run_dir DIR]
 
@@ -22,7 +22,7 @@ from posterior_matching.training.pretrained import Base
 
 @dataclasses.dataclass(frozen=True)
 class Options(CorruptionOptions):
-    """The keys of a PM-VQVAE config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to PM-VQVAE configs, documented in `configs/common.py`."""
 
     mask_generator: MaskOption
 

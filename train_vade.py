@@ -1,8 +1,8 @@
-"""Trains VaDE: pretraining as an autoencoder, a mixture fitted to all training latents, then the ELBO; one run.
+"""Trains VaDE in one run: pretraining as an autoencoder, a mixture fit to all training latents, then the ELBO.
 
     python train_vade.py --config configs/vade_digits.py [--config.key=value ...] [--run_dir DIR]
 
-Labels are used for nothing but the scores at validation; data without labels train as well.
+Labels are used only for validation scores; unlabelled data work too.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True)
 class Options(CorruptionOptions):
-    """The keys of a VaDE config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to VaDE configs, documented in `configs/common.py`."""
 
     restarts: Annotated[int, Field(ge=1, le=1000)]
     pretraining: Annotated[Pretraining, PlainValidator(functools.partial(call, Pretraining))]
 
 
 def autoencoder_loss(restarts: Restarts, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
-    """Negative log p(x | z) at the posterior mean z, of every restart."""
+    """Negative log p(x | z) of all restarts, with z the posterior mean."""
     ll = restarts.autoencoder_ll(
         batch.x,
         corrupted_x=options.corrupt(batch, rngs, restarts.models[0].cardinalities),
@@ -75,13 +75,13 @@ def loss(model: VADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
 
 
 def phases(setup: Setup) -> list[Phase]:
-    """Pretraining of all restarts as autoencoders; then the ELBO, from the restart of best ELBO with its mixture."""
+    """Pretrains all restarts as autoencoders, then trains the ELBO from the restart whose initial ELBO is best."""
     options: Options = setup.options
     pretraining = options.pretraining
     models: list[VADE] = [setup.build() for _ in range(options.restarts)]
     clusters, examples = models[0].num_clusters, len(setup.train_set)
     if clusters > examples:
-        raise OptionError("model.num_clusters", f"is {clusters}, there are only {examples} training examples")
+        raise OptionError("model.num_clusters", f"is {clusters}, but there are only {examples} training examples")
 
     def begin(restarts: Restarts) -> tuple[VADE, dict[str, float]]:
         model, mixture, numbers = choose(

@@ -1,4 +1,4 @@
-"""Trains a VQ-VAE, the first half of a PM-VQVAE.
+"""Trains a VQ-VAE, the first stage of a PM-VQVAE.
 
 python train_vqvae.py --config configs/vqvae_digits.py [--config.key=value ...] [--run_dir DIR]
 """
@@ -20,11 +20,11 @@ from posterior_matching.training.family import Batch, Family, Terms
 
 @dataclasses.dataclass(frozen=True)
 class Options(CorruptionOptions):
-    """The keys of a VQ-VAE config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to VQ-VAE configs, documented in `configs/common.py`."""
 
 
 def loss(model: VQVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
-    """Negative log-likelihood plus the loss of the quantiser."""
+    """Negative log-likelihood plus the quantiser loss."""
     x = options.corrupt(batch, rngs)
     terms = model.terms(x, update_codebook=batch.training, axis_name=parallel.AXIS)
     values = {
@@ -40,7 +40,7 @@ def loss(model: VQVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
 
 
 def summarise(means: dict[str, np.ndarray], num_examples: int) -> dict[str, Any]:
-    """Replaces the share of every code over the validation data by perplexity and number of codes ever used."""
+    """Replaces the usage of each code over the validation data with the perplexity and the number of codes used."""
     del num_examples
     usage = means.pop("code_usage")
     used = usage[usage > 0]

@@ -1,9 +1,9 @@
-"""Measures what one decision of each acquisition policy costs, on random weights and data of the dataset's shape.
+"""Measures the cost of one decision of each acquisition policy, on random weights and data of the dataset's shape.
 
     python benchmarks/acquisition_speed.py --config configs/lookahead_mnist16.py [--num_samples 50] [--batch_size 4]
 
-A decision is the choice of the next feature of one example: the gains of all its features. Prints seconds per decision
-and their ratio, medians of interleaved repetitions.
+A decision is the choice of the next feature of one example, from the gains of all its features. Prints the time per
+decision and the ratio of the two, as medians over interleaved repetitions.
 """
 
 import pathlib
@@ -24,8 +24,8 @@ from posterior_matching import acquisition, cli, data, masking
 
 _CONFIG = cli.config_flag("the lookahead experiment to measure")
 _SAMPLES = flags.DEFINE_integer("num_samples", 50, "Imputations per example.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Examples at once.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Examples processed at once.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Number of repetitions.", lower_bound=1)
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
 
     names = ("sampling", "lookahead")
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(-1, _REPEATS.value):  # the first time compiles
+    for repeat in range(-1, _REPEATS.value):  # the first repetition compiles
         for name in names:
             start, count = time.perf_counter(), 0
             while count == 0 or (repeat >= 0 and time.perf_counter() - start < 0.5):

@@ -1,10 +1,11 @@
-"""Trains VaDE and PM-VaDE with several seeds, and prints every one beside k-means and a Gaussian mixture on PCA.
+"""Trains VaDE and PM-VaDE with several seeds and compares them with k-means and Gaussian mixtures on PCA.
 
     python benchmarks/clustering_seeds.py [--dataset digits] [--num_seeds 5] [--folder runs/clustering_seeds]
 
-Trains what `configs/vade_<dataset>.py` and `configs/pm_vade_<dataset>.py` say, in run directories under `folder`, where
-interrupted runs go on. All clusterings are fitted to the training split, and scored on the test split: the share of
-examples with the label of their cluster, under the best assignment of clusters to labels. Labels choose nothing.
+Trains `configs/vade_<dataset>.py` and `configs/pm_vade_<dataset>.py` in run directories under `folder`, resuming
+interrupted runs. All clusterings are fitted to the training split and scored on the test split by the share of
+examples that have the label of their cluster, under the best assignment of clusters to labels. Labels are used for
+nothing else.
 """
 
 import importlib
@@ -28,9 +29,9 @@ from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.models.vade import PosteriorMatchingVADE
 
-_DATASET = flags.DEFINE_string("dataset", "digits", "Dataset, which has labels and the two configs.")
-_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Seeds 0, 1, ... of everything.", lower_bound=1)
-_FOLDER = flags.DEFINE_string("folder", "runs/clustering_seeds", "Where the run directories go.")
+_DATASET = flags.DEFINE_string("dataset", "digits", "A labelled dataset that has both configs.")
+_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Number of seeds: 0, 1, ...", lower_bound=1)
+_FOLDER = flags.DEFINE_string("folder", "runs/clustering_seeds", "Folder for the run directories.")
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the pixels observed
 
@@ -64,7 +65,7 @@ def train(family: str, script, seed: int, **changes: str) -> str:
 
 
 def baselines(train_set: data.Dataset, test_set: data.Dataset, seed: int) -> dict[str, float]:
-    """k-means on pixels, and the better known Gaussian mixtures on 10 principal components."""
+    """Accuracy of k-means on pixels and of Gaussian mixtures on 10 principal components."""
     train, test = (d.x.reshape(len(d), -1) / d.max_value for d in (train_set, test_set))
     assert train_set.label is not None  # digits have labels
     clusters = len(np.unique(train_set.label))
@@ -78,7 +79,7 @@ def baselines(train_set: data.Dataset, test_set: data.Dataset, seed: int) -> dic
 
 
 def neural(run_dir: str, test_set: data.Dataset) -> dict[str, float]:
-    """VaDE on whole examples, and PM-VaDE on what Bernoulli masks leave of them."""
+    """Accuracy of VaDE on complete examples and of PM-VaDE under Bernoulli masks."""
     model = runs.load_model(run_dir, "pm_vade")
     shape = masking.mask_shape(test_set.input_shape)
 

@@ -1,9 +1,8 @@
-"""Measures how fast a PM-VQVAE imputes, and what remembering earlier positions saves. Untrained weights, random images.
+"""Measures how fast a PM-VQVAE imputes with and without the sampler's cache, on untrained weights and random images.
 
     python benchmarks/imputation_speed.py --config configs/pm_vqvae_mnist.py [--batch_size 4] [--num_samples 10]
 
-Prints imputations per second with the sampler as it is, and with one that computes the whole grid anew for every
-position.
+Prints imputations per second with the actual sampler and with one that recomputes the whole grid for every position.
 """
 
 import pathlib
@@ -24,8 +23,8 @@ from posterior_matching import cli, data, masking
 from posterior_matching.models.pixel_cnn import PixelCNN
 
 _CONFIG = cli.config_flag("a config of a PM-VQVAE")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images.", lower_bound=1)
-_SAMPLES = flags.DEFINE_integer("num_samples", 10, "Imputations of each.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Number of images.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("num_samples", 10, "Imputations per image.", lower_bound=1)
 
 
 def main() -> None:
@@ -52,12 +51,12 @@ def main() -> None:
         f"config                   {cli.config_path()}, {_BATCH_SIZE.value} images, {_SAMPLES.value} imputations each"
     )
     print(f"imputations per second   {count / seconds['remembering']:.4g}")
-    print(f"every position anew      {count / seconds['anew']:.4g}")
+    print(f"without the cache        {count / seconds['anew']:.4g}")
     print(f"ratio                    {seconds['anew'] / seconds['remembering']:.3g}")
 
 
 def sample_anew(network: PixelCNN, condition: jax.Array, key: jax.Array) -> jax.Array:
-    """Draws code grids `[B, H, W]`, the plain way: all logits for every position."""
+    """Draws code grids `[B, H, W]` naively, computing all logits for every position."""
     height, width = network.grid
 
     def draw(codes, inputs):
@@ -71,7 +70,7 @@ def sample_anew(network: PixelCNN, condition: jax.Array, key: jax.Array) -> jax.
 
 
 def time_call(fn, *arguments, repeats: int = 3) -> float:
-    """Least seconds of a call, after one that compiles."""
+    """Seconds of the fastest of `repeats` calls, after one that compiles."""
     jax.block_until_ready(fn(*arguments))
     seconds = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Experiments on random data of the right shape: what benchmarks measure and tests build, without any download."""
+"""Experiments on random data of the right shape, for benchmarks and tests; nothing is downloaded."""
 
 import functools
 import importlib
@@ -53,17 +53,17 @@ def families() -> dict[str, Family]:
 
 
 def family(config_name: str) -> Family:
-    """The family of `configs/<config_name>.py`: the longest name that the file's name begins with."""
+    """The family of `configs/<config_name>.py`: the one with the longest name that is a prefix of the file's."""
     return families()[max((name for name in families() if config_name.startswith(name)), key=len)]
 
 
 def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Experiment:
-    """What `configs/<config_name>.py`, perhaps changed to `config`, trains; on an untrained base if it needs one."""
+    """The experiment of `configs/<config_name>.py` with this `config`, on an untrained base if it needs one."""
     chosen = family(config_name)
     base, pretrained = chosen.base, None
     if base and base.required:
         name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
         base_config = importlib.import_module(f"configs.{name}").get_config().model.to_dict()
         part = models.build(base.model, plain(base_config), rows.input_shape, nnx.Rngs(0))
-        pretrained = Pretrained(base, part, {base.part: base_config}, config.dataset, rows.input_shape)
+        pretrained = Pretrained(base, part, {base.part: base_config}, rows.name, rows.input_shape)
     return chosen.experiment(chosen.parse(config), rows, rows, pretrained)

@@ -3,10 +3,10 @@
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py [--config.key=value ...] [--seconds 20]
 
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, the
-floating-point operations per step that XLA counts in the compiled program, the rate at which they are done, and the
-rate of a large matrix product measured in the same run. All are medians. The share of the two rates is what to compare
-between machines. (Strided transposed convolutions run on CPUs at stride one; XLA counts the zeros this multiplies. It
-counts the body of a loop once: the share of lookahead configs, which loop over features, is higher than printed.)
+floating-point operations per step that XLA counts in the compiled program, their rate, and the rate of a large matrix
+product measured in the same run. All rates are medians. To compare machines, use the ratio of the two rates. (On CPUs,
+strided transposed convolutions run at stride one, and XLA counts the multiplications by zero. It counts a loop body
+once, so the true share of lookahead configs, which loop over features, is higher than printed.)
 """
 
 import pathlib
@@ -59,7 +59,7 @@ def main() -> None:
     first_step_seconds = time.time() - psutil.Process().create_time()
     step_flops = step.cost_analysis()["flops"]  # XLA counts the body of a loop over steps once
 
-    # The machine may be shared: every sample of the step stands between two samples of the matrix product.
+    # The machine may be shared, so every measurement of the step lies between two of the matrix product.
     rates: list[float] = []
     matrix_rates = [matrix_product_flops_per_second()]
     end = time.perf_counter() + _SECONDS.value
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def spread(values: list[float], unit: float = 1.0) -> str:
-    """Returns how many values there are, and the least and the greatest."""
+    """Formats the number of values, their minimum and their maximum."""
     return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
 
 

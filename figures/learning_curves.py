@@ -1,4 +1,4 @@
-"""Draws the loss of runs against the step, from their metrics.jsonl.
+"""Plots the losses of runs against the step, from their metrics.jsonl.
 
 python figures/learning_curves.py --run_dir runs/a --run_dir runs/b --output figures/learning_curves.png
 """
@@ -20,7 +20,7 @@ from posterior_matching import cli, runs
 from posterior_matching.errors import UserError
 
 _RUN_DIRS = flags.DEFINE_multi_string("run_dir", None, "a run directory; give it once for each run", required=True)
-_OUTPUT = flags.DEFINE_string("output", "learning_curves.png", "Where the picture goes.")
+_OUTPUT = flags.DEFINE_string("output", "learning_curves.png", "The file to write.")
 
 _COLUMNS = 3
 
@@ -29,19 +29,19 @@ def read_losses(run_dir: str) -> dict[str, np.ndarray]:
     """Returns `step`, `train_loss` and `val_loss` of every validation of a run, `[V]` each.
 
     Raises:
-        UserError: Not a run directory, or nothing was validated yet.
+        UserError: It is not a run directory, or has no validation yet.
     """
     runs.read_description(run_dir)
     path = pathlib.Path(run_dir) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if not rows:
         raise UserError(f"{run_dir} has no validation in metrics.jsonl yet: train it longer (config.validation_every)")
-    # A validation at the end of a pretraining has no training loss beside it.
+    # The validation at the end of pretraining has no training loss.
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in ("step", "train_loss", "val_loss")}
 
 
 def draw(run_dirs: list[str]) -> plt.Figure:
-    """Draws one picture with a panel for each run."""
+    """Draws a figure with one panel per run."""
     losses = [read_losses(run_dir) for run_dir in run_dirs]
     num_rows = -(-len(losses) // _COLUMNS)
     figure, axes = plt.subplots(num_rows, _COLUMNS, figsize=(9, 2.1 * num_rows), squeeze=False)
@@ -62,7 +62,7 @@ def draw(run_dirs: list[str]) -> plt.Figure:
 
 
 def main() -> None:
-    """Draws what the flags say, and writes it."""
+    """Draws the figure and writes it."""
     figure = draw(_RUN_DIRS.value)
     try:
         figure.savefig(_OUTPUT.value, dpi=100)

@@ -1,4 +1,4 @@
-"""Draws the figure of the README: what Posterior Matching is, with the images and latents of a trained run.
+"""Draws the README's figure, which explains Posterior Matching with the images and latents of a trained run.
 
 python figures/method.py --run_dir runs/demo --output figures/method.png
 """
@@ -22,14 +22,14 @@ from posterior_matching.errors import UserError
 from posterior_matching.evaluation.examples import open_run
 
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "run directory of train_pm_vae.py, on images", required=True)
-_OUTPUT = flags.DEFINE_string("output", "method.png", "Where the figure goes.")
-_EXAMPLE = flags.DEFINE_integer("example", 2, "Which test image.")
+_OUTPUT = flags.DEFINE_string("output", "method.png", "The file to write.")
+_EXAMPLE = flags.DEFINE_integer("example", 2, "Index of the test image.")
 
 _POSTERIOR, _PARTIAL = "tab:red", "tab:blue"
 
 
 def draw(run_dir: str, example: int) -> plt.Figure:
-    """Draws the figure, about test image number `example` of a PM-VAE run on images."""
+    """Draws the figure for test image number `example` of a PM-VAE run on images."""
     run = open_run(run_dir, "pm_vae")
     model, dataset, x = run.model, run.dataset, run.x
     if len(dataset.input_shape) != 3:
@@ -45,7 +45,7 @@ def draw(run_dir: str, example: int) -> plt.Figure:
     partial = np.asarray(model.partial_posterior(image, b).sample(key, (300,)))[:, 0]  # [S, e]
     posterior = np.asarray(model.vae.posterior(image).sample(key, (300,)))[:, 0]
     imputations = np.asarray(model.impute(image, b, 4, key=jax.random.key(1)))[:, 0]
-    # The plane in which the latent codes of the test set vary most.
+    # The plane of greatest variance of the test set's latent codes.
     codes = np.asarray(model.vae.posterior(x).mean)
     plane = np.linalg.svd(codes - codes.mean(0), full_matrices=False)[2][:2].T
 
@@ -115,7 +115,7 @@ def draw(run_dir: str, example: int) -> plt.Figure:
 
 
 def main() -> None:
-    """Draws what the flags say, and writes it."""
+    """Draws the figure and writes it."""
     figure = draw(_RUN_DIR.value, _EXAMPLE.value)
     try:
         figure.savefig(_OUTPUT.value, dpi=150, facecolor="white")

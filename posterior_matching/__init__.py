@@ -1,4 +1,4 @@
-"""Posterior Matching: a VAE that answers every conditional p(x_u | x_o)."""
+"""Posterior Matching: VAEs that model every conditional p(x_u | x_o)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ _HOMES = {"load_model": "posterior_matching.runs"}
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: JAX and Flax take seconds to import.
+    # Imported on first use, since JAX and Flax take seconds to import.
     if name not in _HOMES:
         raise AttributeError(f"module 'posterior_matching' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""Greedy active feature acquisition: observe the feature that tells most about z, again and again (section 4.3).
+"""Greedy active feature acquisition: repeatedly observe the feature most informative about z (section 4.3).
 
 A policy scores the features of one example, `policy(model, x, b, num_samples, key) -> [num_features]`, one entry per
 mask entry, -inf where observed. It sees nothing of x but x_o.
@@ -14,7 +14,7 @@ from flax import nnx
 from posterior_matching.models.columns import is_real
 from posterior_matching.models.lookahead import LookaheadPosterior
 
-# Gains closer than this to the greatest are ties, in nats: far above rounding errors, far below what matters.
+# Gains this close to the largest, in nats, are ties: far above rounding errors, far below any relevant difference.
 TIE = 1e-5
 
 Policy = Callable[[LookaheadPosterior, jax.Array, jax.Array, int, jax.Array], jax.Array]
@@ -23,7 +23,7 @@ Policy = Callable[[LookaheadPosterior, jax.Array, jax.Array, int, jax.Array], ja
 def sampling_policy(
     model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array, features_at_once: int = 1
 ) -> jax.Array:
-    """Expected information gains in nats from `num_samples` imputations, each feature revealed in each."""
+    """Expected information gains in nats, from revealing each feature in each of `num_samples` imputations."""
     return model.pm_vae.expected_info_gains(x, b, num_samples, key=key, features_at_once=features_at_once)
 
 
@@ -51,11 +51,11 @@ POLICIES: dict[str, Policy] = {"sampling": sampling_policy, "lookahead": lookahe
 def features_that_fit(
     model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, memory_budget_gb: float
 ) -> int:
-    """How many features the sampling policy may look at together, for a batch, within a memory budget; at least 1.
+    """The number of features that the sampling policy can evaluate together for a batch within a memory budget, >= 1.
 
     Args:
         model: The model.
-        x: A batch as one device gets it, `[B, *input_shape]`; only its shape counts.
+        x: A batch for one device, `[B, *input_shape]`; only its shape matters.
         b: Its masks.
         num_samples: Imputations per example.
         memory_budget_gb: Gigabytes (1e9 bytes) for the features' intermediate results.
@@ -65,14 +65,14 @@ def features_that_fit(
         return jax.vmap(lambda x, b: sampling_policy(model, x, b, num_samples, jax.random.key(0)))(x, b)
 
     memory = nnx.jit(gains).lower(model, x, b).compile().memory_analysis()
-    if memory is None:  # a backend that cannot tell
+    if memory is None:  # a backend that does not report it
         return 1
     one_feature_gb = memory.temp_size_in_bytes / 1e9
     return max(1, min(b[0].size, int(memory_budget_gb / one_feature_gb)))
 
 
 class Trajectory(NamedTuple):
-    """An acquisition, of one example; entry t of each array is the state with t features acquired."""
+    """The acquisition of one example; entry t of each array is the state with t features acquired."""
 
     action: jax.Array  # [T] int32, the feature chosen next (flat mask entry); -1: none left
     probabilities: jax.Array  # [T, num_features], softmax of the policy's gains
@@ -83,10 +83,10 @@ class Trajectory(NamedTuple):
 
 
 def greedy_action(gains: jax.Array) -> jax.Array:
-    """The feature of greatest gain, the first of those within `TIE` of it; -1 if all are -inf.
+    """The feature of largest gain, or the first within `TIE` of it; -1 if all gains are -inf.
 
     Args:
-        gains: `[num_features]`, -inf for what cannot be chosen.
+        gains: `[num_features]`, -inf for features that cannot be chosen.
     """
     best = gains.max()
     return jnp.where(jnp.isneginf(best), -1, jnp.argmax(gains >= best - TIE))
@@ -102,7 +102,7 @@ def acquire(
     num_steps: int,
     num_samples: int,
 ) -> Trajectory:
-    """Acquires features of one example greedily, from none observed.
+    """Acquires features of one example greedily, starting with none observed.
 
     All policies impute with the same random numbers, so that the same mask has the same error.
 

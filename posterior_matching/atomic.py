@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Everything the project writes, it writes through here."""
+"""Atomic writes: a file is either complete or absent. Write every file of the project with these functions."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary path next to `path`, and moves it there once the block has succeeded.
 
     If the block raises, `path` stays as it was and the temporary file is removed. The temporary name is unique, so
-    that processes writing the same file do not disturb each other, and keeps the suffix, which some writers look at.
+    processes writing the same file do not disturb each other, and keeps the suffix, which some writers depend on.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}{''.join(path.suffixes[-2:])}")

@@ -1,4 +1,4 @@
-"""What all scripts share on the command line: flags, one-line errors with exit status 1, JAX's compilation cache."""
+"""The command line of all scripts: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
 import inspect
 import os
@@ -21,11 +21,11 @@ from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 
 FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # flags defined here are those of the script that asks for them, in --help too
+flags.disclaim_key_flags()  # flags defined here count as the script's own, in --help too
 
 
 def train_main(family: Family) -> None:
-    """Runs a training script: `--config FILE [--config.key=value ...] [--run_dir DIR]`, and flags for several hosts."""
+    """Runs a training script: `--config FILE [--config.key=value ...] [--run_dir DIR]`, and multi-host flags."""
     example = f"configs/{family.name}_digits.py"
     config = config_flag(f"The experiment, for example {example}; --config.KEY=VALUE changes one of its keys.")
     run_dir = flags.DEFINE_string(
@@ -60,13 +60,13 @@ def config_flag(meaning: str) -> flags.FlagHolder:
 
 
 def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], None] = lambda: None) -> None:
-    """Parses the flags and calls `main`; a UserError or a bad flag ends as one line on stderr and exit status 1.
+    """Parses the flags and calls `main`; a UserError or a bad flag prints one line to stderr and exits with status 1.
 
     Args:
-        main: What the script does.
-        exact: Multiply matrices in float32, as evaluations do: accelerators by default round the factors to 8 or 11
-            bits, which is faster and good enough to train with. JAX_DEFAULT_MATMUL_PRECISION overrides either.
-        join: Joins the other processes of a run over several, before anything asks JAX for its devices.
+        main: The body of the script.
+        exact: Multiply matrices in float32, as evaluations do. By default accelerators round the factors to 8 or 11
+            bits, which is faster and accurate enough for training. JAX_DEFAULT_MATMUL_PRECISION overrides this.
+        join: Joins the other processes of a distributed run, before JAX is first asked for its devices.
     """
 
     def guarded(arguments: list[str]) -> None:
@@ -93,7 +93,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     config = None if path is None else _read_config(path)
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     try:
-        return FLAGS(arguments)  # imports the config: without this it would leave a __pycache__ beside it
+        return FLAGS(arguments)  # imports the config, which would leave a __pycache__ next to it
     except flags.UnrecognizedFlagError as error:
         _fail(f"unknown flag --{error.flagname}: {_nearest_flag(error.flagname)}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -103,14 +103,14 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _read_config(path: str) -> ConfigDict:
-    """Returns the config that the file makes; ends with one line if it makes none, before ml_collections tries."""
+    """Returns the config that a file defines, or exits with one line, where ml_collections would be less clear."""
     if not pathlib.Path(path).is_file():
         _fail(f"config file '{path}' does not exist: --config takes a file such as configs/pm_vae_digits.py")
     try:
         config = runpy.run_path(path)["get_config"]()
     except KeyError as error:
         _fail(f"cannot read the config {path}: it has no {error}")
-    except Exception as error:  # whatever is wrong with the user's Python
+    except Exception as error:  # anything can go wrong in the user's Python
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         _fail(f"cannot read the config {path}{line}: {type(error).__name__}: {error}".replace("\n", " "))
     if not isinstance(config, ConfigDict):
@@ -119,9 +119,9 @@ def _read_config(path: str) -> ConfigDict:
 
 
 def _missing_flag(error: Exception) -> str | None:
-    """Says which required flag is missing; None if the error is another."""
+    """Names the required flag that is missing; None for any other error."""
     missing = re.match(r"flag --(\w+)=None: Flag --\1 must have a value", str(error))
-    # Flags that may be given several times have a second line of help.
+    # Flags that can be repeated have a second line of help.
     return missing and f"missing flag --{missing[1]}: {FLAGS[missing[1]].help.splitlines()[0].rstrip(';')}"
 
 
@@ -131,7 +131,7 @@ def _nearest_flag(name: str) -> str:
 
 
 def _override_problem(arguments: list[str], config: ConfigDict | None) -> str | None:
-    """Says in one line which `--config.key=value` is wrong; None if none is."""
+    """Describes the wrong `--config.key=value` in one line; None if there is none."""
     for argument in arguments:
         if config is None or not argument.startswith("--config."):
             continue
@@ -160,7 +160,7 @@ def _fail(message: object) -> NoReturn:
 
 
 def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str | None:
-    """Returns the file that `--config` names, None without that flag."""
+    """Returns the file named by `--config`; None without that flag."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument in ("--config", "-config"):
             return following
@@ -175,7 +175,7 @@ def config_name() -> str:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the second start of a script takes seconds."""
+    """Caches compiled programs on disk, so that a script starts within seconds from the second time on."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -183,7 +183,7 @@ def _use_compilation_cache() -> None:
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
-# The flags of all evaluations, one for each parameter of an `evaluate` function: how it is defined, and its help.
+# The flags of all evaluations, one per parameter of an `evaluate` function: its definer and its help.
 _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
     "run_dir": (flags.DEFINE_string, "Evaluate the run in this directory (required)."),
     "dataset": (
@@ -193,14 +193,17 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
     "split": (flags.DEFINE_string, "Evaluate on this split of the dataset; 'all' takes every row of your own file."),
     "checkpoint": (
         flags.DEFINE_string,
-        "Load this checkpoint, 'best' or 'latest'; by default what config.evaluate_checkpoint of the run says.",
+        "Load this checkpoint, 'best' or 'latest'; by default the one set by the run's config.evaluate_checkpoint.",
     ),
     "mask_generator": (
         flags.DEFINE_string,
         "Draw masks from this generator, given with its options as in UniformMaskGenerator:bounds=0.0,0.2 or "
-        "SquareMaskGenerator:size=4; 'config' takes the generator the run was trained with.",
+        "SquareMaskGenerator:size=4; 'config' uses the generator the run was trained with.",
     ),
-    "num_instances": (flags.DEFINE_integer, "Evaluate only this many examples, the first ones; by default all."),
+    "num_instances": (
+        flags.DEFINE_integer,
+        "Evaluate only this many examples, from the start of the split; by default all.",
+    ),
     "batch_size": (
         flags.DEFINE_integer,
         "Process this many examples at once on each device; the results do not depend on it.",
@@ -222,28 +225,59 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
         flags.DEFINE_float,
         "Let the sampling policy evaluate as many features together as fit into this many gigabytes on each device.",
     ),
+    "input": (flags.DEFINE_string, "Fill the missing cells of this file of rows."),
+    "output": (
+        flags.DEFINE_string,
+        "Write the filled rows to this file, NAME.csv; several imputations go to NAME_1.csv, NAME_2.csv and so on.",
+    ),
+    "num_imputations": (flags.DEFINE_integer, "Write this many completed copies, which differ in their draws."),
+    "kind": (
+        flags.DEFINE_string,
+        "Fill with 'point' estimates (means, and the most likely categories) or with 'draws' from p(x_u | x_o); by "
+        "default with draws if there are several copies.",
+    ),
+    "unknown_categories": (
+        flags.DEFINE_string,
+        "Treat categories that the run does not know as an 'error' or as 'missing'.",
+    ),
+    "train": (
+        flags.DEFINE_bool,
+        "If the run directory holds no run yet, train the default config on the input first; --config.table.KEY=VALUE "
+        "sets how to read it, and --config.KEY=VALUE changes any other key.",
+    ),
     "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
 }
 
 
-def evaluation_main(evaluate: Callable[..., Any], **own_help: str) -> None:
-    """Runs an evaluation script that has one flag for every parameter of `evaluate`, with the parameter's default.
+def evaluation_main(evaluate: Callable[..., Any], config: ConfigDict | None = None, **own_help: str) -> None:
+    """Runs a script that has one flag for every parameter of `evaluate`, with the parameter's default.
 
     Args:
-        evaluate: An evaluation whose parameters are all in `_EVALUATION_FLAGS`.
-        own_help: By name, the help of flags whose meaning is particular to this script.
+        evaluate: A function whose parameters are all in `_EVALUATION_FLAGS`, except `config`.
+        config: A default config whose keys become flags too; `evaluate` gets those that were given as its `config`,
+            `{"table.drop": ("id",), ...}`.
+        own_help: Help texts, by flag name, that replace the common ones.
     """
     values = {}
+    if config is not None:
+        if problem := _override_problem([a for a in sys.argv if "=" in a], config):
+            _fail(problem)  # ml_collections would raise
+        config_flags.DEFINE_config_dict("config", config, "Changes to the default config.", lock_config=True)
     for name, parameter in inspect.signature(evaluate).parameters.items():
+        if name == "config":
+            continue
         define, text = _EVALUATION_FLAGS[name]
         required = parameter.default is inspect.Parameter.empty
         default = list(parameter.default) if define is flags.DEFINE_list else parameter.default
         values[name] = define(name, None if required else default, own_help.get(name, text), required=required)
 
     def main() -> None:
+        arguments = {name: value.value for name, value in values.items()}
+        if config is not None:
+            arguments["config"] = config_flags.get_override_values(FLAGS["config"])
         try:
-            evaluate(**{name: value.value for name, value in values.items()})
+            evaluate(**arguments)
         except KeyboardInterrupt:
-            raise UserError("interrupted: no results were written") from None
+            raise UserError("interrupted: nothing was written") from None
 
     run(main, exact=True)

@@ -3,7 +3,7 @@
     residual_blocks: Blocks = 2
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-The annotation says type and range, and pydantic checks them. A key that nothing declares is an error, never ignored.
+The annotation gives the type and range, which pydantic checks. An undeclared key is an error, never ignored.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Steps = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**31)]
 Units = Annotated[int, Field(ge=1, le=65_536)]  # of a layer: channels, hidden units, dimensions of z
-Blocks = Annotated[int, Field(ge=0, le=1000)]  # layers on top of each other
+Blocks = Annotated[int, Field(ge=0, le=1000)]  # stacked layers
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -37,16 +37,16 @@ _STRICT = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 def call(fn: Callable[..., Any], options: Config, where: str = "", **context: Any) -> Any:
-    """Calls `fn(**options, **context)` after checking that `fn` declares every option, with this type and range.
+    """Calls `fn(**options, **context)` after checking every option against the type and range that `fn` declares.
 
     Args:
         fn: A function or class whose parameters are named and annotated.
         options: Values by parameter name.
         where: The name of the group, for messages: `encoder`, or `config` for a whole config.
-        context: Values that code, not the user, provides (input shapes, `rngs`).
+        context: Values provided by the code rather than the user (input shapes, `rngs`).
 
     Raises:
-        OptionError: An option is unknown, missing, of another type or out of range; or `fn` refuses it.
+        OptionError: An option is unknown, missing, of the wrong type or out of range; or `fn` rejects it.
     """
     with naming(where):
         return fn(**_checked(fn, options, context.keys()), **context)
@@ -63,7 +63,7 @@ def check(fn: Callable[..., Any], arguments: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Puts the name of a group in front of options that the block finds wrong."""
+    """Prefixes the name of a group to the option in an OptionError raised by the block."""
     try:
         yield
     except OptionError as error:
@@ -73,7 +73,7 @@ def naming(where: str) -> Iterator[None]:
 def build(registry: Mapping[str, Callable[..., Any]], options: Config, where: str = "", **context: Any) -> Any:
     """Builds the object that `options["name"]` names from the other options.
 
-    Context that the builder does not take is left out, so that every head of a model can be offered `rngs`.
+    Context that the builder does not accept is dropped, so `rngs` can be passed for every head of a model.
 
     Raises:
         OptionError: The name is missing or not in `registry`, or see `call`.
@@ -83,7 +83,7 @@ def build(registry: Mapping[str, Callable[..., Any]], options: Config, where: st
     name = options.get("name")
     if name is None:
         raise OptionError("name", f"missing key '{{}}': one of {', '.join(sorted(registry))}").within(where)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise OptionError("name", f"unknown {{}} '{name}': {nearest(str(name), registry)}").within(where)
     taken = _parameters(registry[name])
     context = {key: value for key, value in context.items() if key in taken}
@@ -93,7 +93,7 @@ def build(registry: Mapping[str, Callable[..., Any]], options: Config, where: st
 def parse(options: Config, *option_types: type) -> tuple[Any, ...]:
     """Distributes the top level of a config over dataclasses of options and returns an instance of each.
 
-    A dataclass may name the options it once had in a class variable `RENAMED: {old: what it is now}`.
+    A dataclass may list renamed options in a class variable `RENAMED: {old name: hint at the new one}`.
 
     Raises:
         OptionError: A key belongs to none of them, is missing, or has a wrong value.
@@ -119,7 +119,7 @@ def plain(config: Any) -> dict[str, Any]:
     """Returns a config as nested dicts of JSON values, lists as tuples, independent of the original.
 
     Raises:
-        UserError: A value is none that JSON knows.
+        UserError: A value cannot be represented in JSON.
     """
 
     def convert(value: Any, where: str) -> Any:
@@ -135,7 +135,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def flatten(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested groups as one: `{"config.optimizer.eps": 1e-8, ...}`; sequences as JSON."""
+    """Flattens nested groups into one: `{"config.optimizer.eps": 1e-8, ...}`; sequences become JSON."""
     if isinstance(options, Mapping):
         groups = [flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in options.items()]
         return {key: value for group in groups for key, value in group.items()}
@@ -159,7 +159,7 @@ def _checked(fn: Callable[..., Any], options: Config, context: typing.Collection
 def _check(adapter: pydantic.TypeAdapter, name: str, value: Any) -> Any:
     try:
         return adapter.validate_python(value)
-    except OptionError as error:  # of an option that is built from a group of its own
+    except OptionError as error:  # of an option that is itself built from a group
         raise error.within(name) from None
     except pydantic.ValidationError as invalid:
         first = invalid.errors(include_url=False)[0]
@@ -172,7 +172,7 @@ def _check(adapter: pydantic.TypeAdapter, name: str, value: Any) -> Any:
 @functools.cache
 def _adapter(fn: Callable[..., Any], name: str) -> pydantic.TypeAdapter:
     hint = typing.get_type_hints(_signature_of(fn), include_extras=True).get(name, Any)
-    # pydantic wants dataclasses, which options of their own build, without a configuration.
+    # pydantic takes no configuration for dataclasses.
     return pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(_bare(hint)) else _STRICT)
 
 
@@ -187,5 +187,5 @@ def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _signature_of(fn: Callable[..., Any]) -> Callable[..., Any]:
-    # A class is asked for its __init__: the metaclass of Flax modules hides the signature of the class itself.
+    # For a class, its __init__: the metaclass of Flax modules hides the signature of the class itself.
     return fn.__init__ if inspect.isclass(fn) else fn

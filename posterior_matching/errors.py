@@ -1,11 +1,11 @@
-"""The exceptions that reach users as a single line."""
+"""Exceptions that are shown to users as a single line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Its message is one line: what is wrong, and the remedy.
+    """A mistake that the user can fix. Its message is one line: the problem and the remedy.
 
     Scripts print it and exit with status 1, without a stack trace.
     """
@@ -15,12 +15,12 @@ class OptionError(UserError):
     """A wrong option.
 
     The code that takes an option raises this with the option's own name; the code that read it from a group of options
-    puts the name of the group in front (`within`). So a model can be configured from anywhere.
+    prefixes the name of the group (`within`). A model therefore need not know where in a config its options are.
 
     Args:
         option: Its name, such as `latent_dim`.
-        problem: What is wrong with it: "must be at least 1, not 0". A "{}" stands for the name; without one the name
-            comes first.
+        problem: What is wrong with it: "must be at least 1, not 0". A "{}" stands for the name; without one, the
+            message begins with the name.
     """
 
     def __init__(self, option: str, problem: str):

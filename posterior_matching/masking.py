@@ -1,8 +1,8 @@
-"""Mask generators: random choices of what is observed.
+"""Masks of observed values, and their generators.
 
 The mask convention of the whole project: a mask `b` is float32, **1 = observed, 0 = unobserved**. It has the shape of
 the data `x`, except that all colour channels of an image share one mask channel: images [..., H, W, C] have masks
-[..., H, W, 1]. What a model may see of `x` is `x_o = x * b`.
+[..., H, W, 1]. A model only sees `x_o = x * b` of `x`.
 
 A generator is an immutable set of options. `generator(key, shape)` draws masks of the static shape
 [batch, *mask_shape(event_shape)], independent per example, with pure JAX operations: it runs under jit, scan and pmap.
@@ -28,7 +28,7 @@ MASK_GENERATORS: dict[str, type["MaskGenerator"]] = {}
 
 
 def register(cls: type["MaskGenerator"]) -> type["MaskGenerator"]:
-    """Lists a mask generator under its name, for configs and `--mask_generator`."""
+    """Registers a mask generator under its name, for configs and `--mask_generator`."""
     MASK_GENERATORS[cls.__name__] = cls
     return cls
 
@@ -39,7 +39,7 @@ def mask_shape(event_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def observed_only(x: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns x_o: `x` with 0 where `b` is 0, whatever stands there. NaN reaches neither the result nor a gradient."""
+    """Returns x_o: `x` where `b` is 1, and 0 elsewhere. NaN reaches neither the result nor a gradient."""
     return jnp.where(b == 1, x, 0.0)
 
 
@@ -55,10 +55,10 @@ def existing(x: jax.Array) -> jax.Array:
 
 
 def checked(x: Any, b: Any, event_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns examples and masks as arrays that fit a model for examples of `event_shape`.
+    """Returns examples and masks as arrays that match a model for examples of `event_shape`.
 
     Args:
-        x: `[B, *event_shape]`, of NumPy or JAX; not NaN where b = 1.
+        x: `[B, *event_shape]`, NumPy or JAX; not NaN where b = 1.
         b: Mask, `[B, *mask_shape(event_shape)]`, every value 0 or 1 (or bool).
         event_shape: Shape of one example.
 
@@ -70,13 +70,15 @@ def checked(x: Any, b: Any, event_shape: tuple[int, ...]) -> tuple[jax.Array, ja
     for name, array, expected in [("x", x, event_shape), ("b", b, mask_shape(event_shape))]:
         if array.shape != (*x.shape[:1], *expected):
             one = ", ".join(map(str, expected))
-            raise UserError(f"{name} has shape {array.shape}, the model takes [B, {one}], B as many as x has examples")
+            raise UserError(
+                f"{name} has shape {array.shape}, but the model takes [B, {one}], with B the number of examples in x"
+            )
     if not isinstance(b, jax.core.Tracer):
-        observed = np.asarray(b) == 1  # by NumPy, which also computes while JAX traces
+        observed = np.asarray(b) == 1  # with NumPy, which also works while JAX traces
         if not (observed | (np.asarray(b) == 0)).all():
             raise UserError("b is a mask: every value must be 1 (observed) or 0 (unobserved)")
         if not isinstance(x, jax.core.Tracer) and (np.isnan(x) & observed).any():
-            raise UserError("x is NaN where b is 1: what is missing is not observed, set b to 0 there")
+            raise UserError("x is NaN where b is 1: missing values are not observed, so set b to 0 there")
     return x, b
 
 
@@ -86,7 +88,7 @@ def partial_input_shape(event_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class MaskGenerator:
-    """Base of all generators. Subclasses are frozen dataclasses whose fields are their config options."""
+    """Base class of all generators. Subclasses are frozen dataclasses whose fields are their config options."""
 
     images_only: ClassVar[bool] = True
 
@@ -95,13 +97,13 @@ class MaskGenerator:
 
         Args:
             key: A PRNG key.
-            shape: Static, [batch, H, W, 1] for images or [batch, d] for features.
+            shape: A static shape, [batch, H, W, 1] for images or [batch, d] for features.
 
         Returns:
             float32 of that shape, every value 0 or 1.
 
         Raises:
-            UserError: The generator does not fit, see `check`.
+            UserError: The generator does not fit the shape, see `check`.
             ValueError: `shape` has several channels.
         """
         shape = tuple(shape)
@@ -115,11 +117,11 @@ class MaskGenerator:
         raise NotImplementedError
 
     def rules(self, event_shape: tuple[int, ...]) -> Iterator[tuple[bool, str]]:
-        """Yields what the options must fulfil for data of this shape: (whether it holds, the remedy if not)."""
+        """Yields the conditions on the options for data of this shape: (whether it holds, the remedy if not)."""
         raise NotImplementedError
 
     def check(self, event_shape: tuple[int, ...]) -> None:
-        """Checks the options against the shape of one example, of the data or of its mask.
+        """Checks the options against the shape of one example or of its mask.
 
         Raises:
             UserError: They do not fit. The message names the generator, the shape and the remedy.
@@ -219,7 +221,7 @@ class FixedRectangleMaskGenerator(MaskGenerator):
         yield fits, "the rectangle [y1:y2, x1:x2] must be non-empty and inside the image"
 
     def draw(self, key, shape):
-        del key  # Nothing is random.
+        del key  # nothing is random
         return _outside_rectangle(shape, self.y1, self.x1, self.y2, self.x2)
 
 
@@ -243,7 +245,7 @@ class SquareMaskGenerator(MaskGenerator):
 class RectangleMaskGenerator(MaskGenerator):
     """Leaves a random rectangle unobserved whose share of the image lies in [min_prop, max_prop].
 
-    The distribution is that of two uniform corner pixels, both part of the rectangle, redrawn until the share fits.
+    Its two opposite corners are uniform pixels, both part of the rectangle, redrawn until the share fits.
     """
 
     min_prop: float = 0.3
@@ -253,8 +255,8 @@ class RectangleMaskGenerator(MaskGenerator):
         """Returns the heights and widths that fit and their probabilities, numpy arrays of equal length.
 
         Of the L^2 ordered pairs of pixels on an axis, L span 1 pixel and 2 (L - l + 1) span l > 1 pixels, equally
-        many at each position. So redrawing until the share fits is a categorical distribution over the sizes that
-        fit, then a uniform position.
+        many at each position. Redrawing until the share fits therefore gives a categorical distribution over the sizes
+        that fit, and then a uniform position.
         """
         height, width = (np.arange(1, length + 1) for length in event_shape[:2])
         pairs = [np.where(size == 1, len(size), 2 * (len(size) - size + 1)) for size in (height, width)]
@@ -278,8 +280,8 @@ class RectangleMaskGenerator(MaskGenerator):
 def _cubic_weights(start: jax.Array, length: int, cells: int, size: int) -> jax.Array:
     """Weights of bicubic interpolation (Keys, a = -1/2) in a window of `cells` values resized to `size` pixels.
 
-    Pixels and cells have their centres at half integers, and at the ends weights are normalised over the cells that
-    exist, as in PIL and `jax.image.resize`. `start`, int [batch], is the first of the `length` pixels of the window.
+    Pixels and cells have their centres at half integers, and at the borders weights are normalised over the existing
+    cells, as in PIL and `jax.image.resize`. `start`, int [batch], is the first of the window's `length` pixels.
 
     Returns:
         float32 [batch, length, k]: column j is for the cell floor((start + 1/2) * cells / size - 1/2) - 1 + j.
@@ -302,8 +304,8 @@ class RandomPatternMaskGenerator(MaskGenerator):
     The pattern is uniform noise of `resolution * max_size` cells a side, resized bicubically to `max_size` pixels a
     side, unobserved below `density`. A window is redrawn until its unobserved share is within 0.05 of `density`.
 
-    Every window has its own pattern, of which only the few cells under the window are drawn. For one example this is
-    the distribution of a window of a whole pattern; examples are independent, as windows of one pattern are not.
+    Every window has its own pattern, of which only the few cells under the window are drawn. Each example has the same
+    distribution as a window of a whole pattern, but examples are independent, unlike windows of one pattern.
     """
 
     max_size: int = 10000
@@ -314,7 +316,7 @@ class RandomPatternMaskGenerator(MaskGenerator):
         side = max(event_shape[:2])
         valid = self.max_size >= side and 1 <= self._cells <= self.max_size and 0 <= self.density <= 1
         yield valid, f"max_size must be at least {side}, resolution in [1 / max_size, 1] and density in [0, 1]"
-        # Redrawing must end. It does not if, say, the pattern is so fine that all windows have one share, a wrong one.
+        # Redrawing must end. It does not if, say, the pattern is so fine that all windows have the same, wrong share.
         fits = self._any_accepted(*event_shape[:2])
         yield fits, "none of 128 windows has an unobserved share within 0.05 of density, change density or resolution"
 
@@ -332,7 +334,7 @@ class RandomPatternMaskGenerator(MaskGenerator):
         return int(self.resolution * self.max_size)
 
     def _windows(self, key, batch, height, width):
-        """Draws windows without regard to their share: bool [batch, height, width], True = observed."""
+        """Draws windows regardless of their share: bool [batch, height, width], True = observed."""
         corner_key, noise_key = jax.random.split(key)
         ends = jnp.array([[self.max_size - height + 1], [self.max_size - width + 1]])
         y, x = jax.random.randint(corner_key, (2, batch), 0, ends)
@@ -360,7 +362,7 @@ class RandomPatternMaskGenerator(MaskGenerator):
 class MixtureMaskGenerator(MaskGenerator):
     """Picks one of `generators` per example, with probabilities proportional to `weights` (non-negative)."""
 
-    images_only: ClassVar[bool] = False  # Its parts know.
+    images_only: ClassVar[bool] = False  # decided by its parts
     generators: tuple[MaskGenerator, ...]
     weights: tuple[float, ...]
 
@@ -378,14 +380,14 @@ class MixtureMaskGenerator(MaskGenerator):
 
 
 class SquareImageMixture(MaskGenerator):
-    """Base of the mixtures for square images of side `dim`, which is an option or a constant."""
+    """Base class of the mixtures for square images of side `dim`, which is an option or a constant."""
 
     @property
     def _side(self) -> int:
         return cast(Any, self).dim  # a field or a constant of the subclass
 
     def mixture(self) -> MixtureMaskGenerator:
-        """Returns the mixture that this generator stands for."""
+        """Returns the mixture that this generator draws from."""
         raise NotImplementedError
 
     def rules(self, event_shape):
@@ -480,12 +482,12 @@ def build_mask_generator(config: Config, where: str = "") -> MaskGenerator:
 
     Args:
         config: The generator's name and options; the `generators` of a MixtureMaskGenerator are such configs too.
-        where: What these options are called, for messages: `--mask_generator`.
+        where: The name of these options in messages, such as `--mask_generator`.
 
     Raises:
         OptionError: The name or an option is unknown, or an option without a default is missing.
     """
-    # Lists become tuples: generators are hashable, as jit wants what it compiles.
+    # Lists become tuples, since generators must be hashable under jit.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(config).items()}
     if "generators" in options:
         parts = enumerate(options["generators"])
@@ -501,8 +503,8 @@ def mask_generator_from_spec(spec: str) -> MaskGenerator:
     """Builds a generator from its name and options, as on a command line: `UniformMaskGenerator:bounds=0.0,0.2`.
 
     Args:
-        spec: A key of `MASK_GENERATORS`, then perhaps a colon and options `name=value`, separated by commas. Values are
-            Python literals; a tuple needs no parentheses.
+        spec: A key of `MASK_GENERATORS`, optionally followed by a colon and options `name=value`, separated by commas.
+            Values are Python literals; a tuple needs no parentheses.
 
     Raises:
         UserError: The name or an option is unknown, an option is missing, or a value is wrong.

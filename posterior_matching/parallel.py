@@ -1,4 +1,4 @@
-"""The one home of pmap: one program on every local device of every process, batches split along `AXIS`."""
+"""Data parallelism by pmap: one program on every local device of every process, with batches split along `AXIS`."""
 
 import functools
 from collections.abc import Callable
@@ -12,12 +12,12 @@ Tree = TypeVar("Tree")
 
 
 def initialize(coordinator_address: str, num_processes: int, process_id: int) -> None:
-    """Joins this process to a run over several (call before anything else touches JAX).
+    """Joins this process to a run over several processes; call it before any other use of JAX.
 
     Args:
         coordinator_address: `host:port` of process 0, reachable from all.
-        num_processes: How many processes take part.
-        process_id: Which one this is, from 0.
+        num_processes: The number of processes.
+        process_id: The index of this one, from 0.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
@@ -39,18 +39,18 @@ def _copy() -> Callable[[np.ndarray, Any], Any]:
 
 
 def unreplicate(tree: Any) -> Any:
-    """Returns the first local device's copy, as NumPy arrays of their own memory."""
+    """Returns the first local device's copy, as NumPy arrays that own their memory."""
     return jax.tree.map(lambda a: np.array(a.addressable_data(0))[0], tree)
 
 
 def shard(tree: Tree) -> Tree:
-    """Puts arrays of leading axis [local devices] onto the devices."""
+    """Moves arrays with leading axis [local devices] to the devices."""
     return _identity()(tree)
 
 
 @functools.cache
 def _identity() -> Callable[[Any], Any]:
-    return pmap(lambda tree: tree)  # one for all calls: each pmap compiles for itself
+    return pmap(lambda tree: tree)  # one pmap for all calls, as each compiles separately
 
 
 def local_devices() -> range:
@@ -60,7 +60,7 @@ def local_devices() -> range:
 
 
 def any_process(flag: bool) -> bool:
-    """Returns whether `flag` holds on any process; all processes must ask."""
+    """Returns whether `flag` holds on any process; all processes must call this."""
     if jax.process_count() == 1:
         return flag
     return bool(unreplicate(_any_process()(np.full(jax.local_device_count(), flag, np.int32))))
@@ -72,5 +72,5 @@ def _any_process() -> Callable[[np.ndarray], jax.Array]:
 
 
 def wait_for_all_processes() -> None:
-    """Returns when all processes have come here."""
+    """Returns once all processes have called this."""
     any_process(False)

@@ -1,4 +1,4 @@
-"""How far training and evaluation are: bars on a terminal, plain lines in logs and pipes."""
+"""Progress of training and evaluation: bars on a terminal, plain lines in logs and pipes."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm:
-    """A `tqdm` bar on stderr that refreshes every second; it draws nothing where stderr is no terminal."""
+    """A `tqdm` bar on stderr that refreshes every second; it draws nothing if stderr is not a terminal."""
     return tqdm(
         *arguments,
         disable=not sys.stderr.isatty(),
@@ -24,7 +24,7 @@ def progress_bar(*arguments: Any, **options: Any) -> tqdm:
 
 
 def with_log(items: Sequence[Item], name: str) -> Iterator[Item]:
-    """Yields the items; where stderr is no terminal, one line says when each is done: "trial 2 of 5: 12 s"."""
+    """Yields the items; if stderr is not a terminal, prints a line after each: "trial 2 of 5: 12 s"."""
     for number, item in enumerate(items, start=1):
         start = time.perf_counter()
         yield item

@@ -1,10 +1,10 @@
-"""Run directories: what they hold, how they are made, resumed and loaded. The one home of the checkpoint format.
+"""Run directories: their contents, and how they are created, resumed and loaded. Defines the checkpoint format.
 
 config.json     model, config, input shape, columns, versions; written before the first step
 checkpoints/    latest/ (the last two) and best/ (lowest validation loss): Orbax checkpoints, named by step, of items
-                  model   weights ready for use (EMA where the config has EMA), a flat dict of arrays by path;
+                  model   weights ready for use (EMA if the config has it), a flat dict of arrays by path;
                           absent while the run is pretraining
-                  train   everything else that resuming needs, arrays by path (latest/ only)
+                  train   everything else needed to resume, arrays by path (latest/ only)
                   record  JSON: checksums of all arrays, and metrics not logged yet
 tb/             TensorBoard events
 metrics.jsonl   one JSON object per validation
@@ -33,17 +33,17 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from posterior_matching import atomic, models, parallel
-from posterior_matching.config import call, flatten, plain
+from posterior_matching.config import call, flatten, naming, plain
 from posterior_matching.data import Columns, TableOptions
 from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
 
-# A resumed run may differ in these: they change how long and how a run is watched, not what a step computes.
+# A resumed run may differ in these: they change the length of a run and how it is monitored, not what a step computes.
 _FREE_ON_RESUME = ("steps", "patience", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
 
-_KEPT = {"latest": 2, "best": 1}  # the second latest is there in case the latest is damaged
-_PATIENCE_SECONDS = 10.0  # of a reader whose checkpoint is replaced by a run in progress
+_KEPT = {"latest": 2, "best": 1}  # the second latest, in case the latest is damaged
+_PATIENCE_SECONDS = 10.0  # for how long to retry when a run in progress replaces the checkpoint
 
 
 class Run:
@@ -62,7 +62,7 @@ class Run:
         self._managers: dict[str, ocp.CheckpointManager] = {}
 
     def create(self) -> None:
-        """Makes the directory and writes `config.json`; to be called before anything is saved.
+        """Creates the directory and writes `config.json`; call this before saving anything.
 
         Raises:
             UserError: Another process is training this run, or has trained it since it was opened; or the directory
@@ -77,8 +77,12 @@ class Run:
                 atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
         parallel.wait_for_all_processes()
         self._managers = {name: _manager(self.path, name) for name in _KEPT}
+        self._forget_later_best()
+
+    def _forget_later_best(self) -> None:
+        """Deletes a best checkpoint beyond the latest one: a run that was killed or damaged will get there again."""
         for step in self._managers["best"].all_steps():
-            if step > self.step:  # of a run killed before its latest checkpoint was written: it comes there again
+            if step > self.step:
                 self._managers["best"].delete(step)
 
     def _acquire_lock(self) -> None:
@@ -91,7 +95,7 @@ class Run:
         except NotImplementedError:  # a file system without locks
             pass
         if latest_step(self.path) != self.step:
-            raise UserError(f"{self.path} has been trained by another process just now: start again to resume it")
+            raise UserError(f"{self.path} has just been trained by another process: start again to resume it")
 
     def save(
         self, step: int, model: dict[str, np.ndarray] | None, train: Any, record: Mapping[str, Any], best: bool
@@ -100,17 +104,17 @@ class Run:
 
         Args:
             step: The step.
-            model: Weights ready for use, `flat_weights`; None: there are none yet, the run is pretraining.
-            train: A pytree of everything else that resuming needs.
-            record: JSON values that resuming needs.
-            best: Whether this is the best checkpoint, too.
+            model: Weights ready for use, `flat_weights`; None: there are none yet, since the run is pretraining.
+            train: A pytree of everything else needed to resume.
+            record: JSON values needed to resume.
+            best: Whether this is also the best checkpoint.
 
         Raises:
             UserError: This checkpoint, or the previous one in the background, cannot be written.
         """
         with _writing(self.path):
             weights = {} if model is None else {"model": model}
-            if best:  # on disk before the latest one, which records the loss to beat, begins
+            if best:  # on disk before the latest one, which records the loss to beat, is begun
                 self._managers["best"].save(step, args=_arguments(weights, {}), force=True)
                 self._managers["best"].wait_until_finished()
             arguments = _arguments(weights | {"train": _named_leaves(train)}, record)
@@ -118,15 +122,15 @@ class Run:
         self.step = step
 
     def restore(self, structure: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]]:
-        """Returns what `save` was given as `train` and `record` at the latest checkpoint that is intact.
+        """Returns the `train` and `record` that were saved in the latest intact checkpoint.
 
-        A damaged checkpoint is set aside with a warning, and the one before it taken.
+        A damaged checkpoint is set aside with a warning, and the one before it is used.
 
         Args:
-            structure: The step -> a pytree of the structure, shapes and dtypes of `train` at that step.
+            structure: Maps a step to a pytree with the structure, shapes and dtypes of `train` at that step.
 
         Raises:
-            UserError: No checkpoint is intact, or it holds other arrays.
+            UserError: No checkpoint is intact, or its arrays do not match.
         """
         manager = self._managers["latest"]
         while self.step:
@@ -134,7 +138,7 @@ class Run:
                 if "leaves" in _saved_arrays(manager, self.step, "train"):
                     raise UserError(
                         f"{self.path} was trained by version 0.1, whose training state cannot be resumed: its model "
-                        "can still be evaluated; to train on, choose another --run_dir"
+                        "can still be evaluated; to continue training, choose another --run_dir"
                     )
                 train = structure(self.step)
                 arrays = _restore(manager, self.step, "train", _named_leaves(train))
@@ -144,16 +148,17 @@ class Run:
                 raise
             except _DoesNotFitError as error:
                 raise UserError(f"the latest checkpoint of {self.path} does not fit its config.json: {error}") from None
-            except Exception as error:  # whatever Orbax raises for missing and cut files
+            except Exception as error:  # whatever Orbax raises for missing and truncated files
                 damaged = self.path / "checkpoints" / "latest" / str(self.step)
                 if jax.process_count() > 1:
                     raise UserError(f"the checkpoint {damaged} is damaged ({_reason(error)}): delete it") from error
                 shutil.move(damaged, damaged.parent.parent / f"damaged-{self.step}")
                 manager.reload()
                 self.step = latest_step(self.path)
+                self._forget_later_best()
                 older = f"resuming from step {self.step}" if self.step else "there is no older one"
                 logging.warning("the checkpoint %s is damaged (%s): %s", damaged, _reason(error), older)
-        raise UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir, or delete it to start anew")
+        raise UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir, or delete it to start over")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl`."""
@@ -161,7 +166,7 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drops rows after `step`, which will be written again, and lines that are no rows."""
+        """Drops rows after `step`, which will be written again, and damaged lines."""
         path = self.path / "metrics.jsonl"
         if path.exists() and jax.process_index() == 0:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -187,19 +192,19 @@ def open_run(
     columns: Columns | None = None,
     fingerprint: str | None = None,
 ) -> Run:
-    """Opens a run directory, new or holding this run already; nothing is written before `Run.create`.
+    """Opens a run directory, either new or already holding this run; nothing is written before `Run.create`.
 
     Args:
         run_dir: The directory; None: `runs/<model>-<dataset>-<timestamp>`.
         model: Key of `models.MODELS`.
         config: The resolved config, with `dataset`.
         input_shape: Shape of one example.
-        columns: Of a table of the user's own.
-        fingerprint: Of the same.
+        columns: The columns of the user's own table.
+        fingerprint: The fingerprint of that table.
 
     Raises:
         UserError: The directory holds a run of another model or config, a run without its checkpoints, or something
-            that is no run.
+            other than a run.
     """
     config = json.loads(json.dumps(config))  # as it will be read back: lists for tuples
     if run_dir is None:
@@ -218,7 +223,7 @@ def open_run(
     with _writing(path):
         if (path / "config.json").exists():
             _check_same_run(path, read_description(path), description)
-            unfinished = any((path / "checkpoints" / "latest").glob("*"))  # of a run stopped while it wrote the first
+            unfinished = any((path / "checkpoints" / "latest").glob("*"))  # of a run stopped while writing its first
             if latest_step(path, "best") and not latest_step(path) and not unfinished:
                 raise UserError(
                     f"{run_dir} has been trained, but its latest checkpoint is gone: put checkpoints/latest back, or "
@@ -240,10 +245,10 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
 
     Args:
         run_dir: The run directory.
-        model: The model it must be of (key of `models.MODELS`); None: any.
+        model: The required model (key of `models.MODELS`); None: any.
 
     Raises:
-        UserError: No such directory, not a run directory, or a run of another model.
+        UserError: It does not exist, is not a run directory, or holds a run of another model.
     """
     path = pathlib.Path(run_dir)
     if not path.is_dir():
@@ -277,7 +282,7 @@ def saved_columns(description: Mapping[str, Any]) -> Columns | None:
 
 
 def saved_table_options(description: Mapping[str, Any]) -> TableOptions:
-    """Returns how a run read its table, `config.table`, from its `config.json`."""
+    """Returns the options with which a run read its table, `config.table`, from its `config.json`."""
     return call(TableOptions, plain(description["config"].get("table") or {}), "config.table")
 
 
@@ -286,35 +291,47 @@ def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkp
 
     Args:
         run_dir: The run directory.
-        model: The model it must be of (key of `models.MODELS`); None: any.
-        checkpoint: "best" (lowest validation loss) or "latest"; None: what the run's `config.evaluate_checkpoint` says.
+        model: The required model (key of `models.MODELS`); None: any.
+        checkpoint: "best" (lowest validation loss) or "latest"; None: the run's `config.evaluate_checkpoint`.
 
     Raises:
-        UserError: As `read_description`; or there is no such checkpoint, it is damaged, or it does not fit the run's
-            config.
+        UserError: See `read_description`; or the checkpoint is missing, damaged, or does not match the run's config.
     """
     description = read_description(run_dir, model)
     name = checkpoint or description["config"]["evaluate_checkpoint"]
     if name not in _KEPT:
         raise UserError(f"unknown checkpoint '{name}': 'best' or 'latest'")
 
-    def build() -> nnx.Module:
-        shape = tuple(description["input_shape"])
-        return models.build(description["model"], plain(description["config"]["model"]), shape, nnx.Rngs(0))
-
     try:
-        graphdef, state = nnx.split(nnx.eval_shape(build))
+        with naming("config"):
+            abstract = abstract_model(description)
     except OptionError as error:
         raise UserError(f"{pathlib.Path(run_dir) / 'config.json'} is damaged: {error}") from None
     try:
-        weights = _read_weights(pathlib.Path(run_dir).absolute(), name, flat_weights(state))
+        weights = _read_weights(pathlib.Path(run_dir).absolute(), name, flat_weights(nnx.state(abstract)))
     except _DoesNotFitError as error:
         raise UserError(f"the {name} checkpoint of {run_dir} does not fit its config.json: {error}") from None
+    return with_weights(abstract, weights)
+
+
+def abstract_model(description: Mapping[str, Any]) -> nnx.Module:
+    """Returns the model that a `config.json` describes, with shapes for weights.
+
+    Raises:
+        OptionError: Its `config.model` does not describe such a model.
+    """
+    shape, options = tuple(description["input_shape"]), plain(description["config"]["model"])
+    return nnx.eval_shape(lambda: models.build(description["model"], options, shape, nnx.Rngs(0)))
+
+
+def with_weights(model: nnx.Module, weights: Mapping[str, Any]) -> Any:
+    """Returns the model with the arrays of `flat_weights` in it."""
+    graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, unflatten_weights(state, weights))
 
 
 def _read_weights(path: pathlib.Path, name: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Reads a checkpoint's model; tries again if a run in progress replaces the checkpoint meanwhile."""
+    """Reads a checkpoint's model; tries again if a run in progress has replaced the checkpoint."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         step = latest_step(path, name)
@@ -327,12 +344,12 @@ def _read_weights(path: pathlib.Path, name: str, target: dict[str, Any]) -> dict
             return _restore(manager, step, "model", target)
         except (UserError, _DoesNotFitError):
             raise
-        except Exception as error:  # whatever Orbax raises for missing and cut files
+        except Exception as error:  # whatever Orbax raises for missing and truncated files
             if latest_step(path, name) == step or time.monotonic() > deadline:
                 other = "latest" if name == "best" else "best"
                 raise UserError(
                     f"the {name} checkpoint of {path}, step {step}, is damaged ({_reason(error)}): try the {other} "
-                    "one, or train on, which resumes from the one before"
+                    "one, or resume the run, which falls back to the previous checkpoint"
                 ) from error
         finally:
             manager.close()
@@ -353,7 +370,7 @@ def unflatten_weights(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
+    """Versions of the packages that results depend on."""
     return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpyro", "numpy")}
 
 
@@ -361,7 +378,7 @@ def versions() -> dict[str, str]:
 
 
 class _DoesNotFitError(Exception):
-    """A checkpoint holds other arrays than asked for."""
+    """The arrays of a checkpoint do not match those asked for."""
 
 
 def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
@@ -384,6 +401,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, item: str, target: dict[
     """Returns the arrays of an item, in the order of `target`, after comparing their shapes and checksums."""
     shapes = {name: tuple(array.shape) for name, array in target.items()}
     saved = {name: tuple(array.shape) for name, array in _saved_arrays(manager, step, item).items()}
+    if not saved:
+        raise ValueError(f"{item} is gone")
     if problem := _difference(shapes, saved):
         raise _DoesNotFitError(problem)
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in target.items()}
@@ -418,17 +437,17 @@ def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a damaged checkpoint, in a few words."""
+    """Describes what is wrong with a damaged checkpoint, in a few words."""
     return str(error).partition("\n")[0][:80] if isinstance(error, ValueError) else type(error).__name__
 
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Leaves out what Orbax's threads report, with stack traces, of an error that it also raises."""
+    """Suppresses the stack traces that Orbax's threads print for errors that it also raises."""
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):  # a read or write under way when another failed
+        if "Event loop is closed" not in str(unraisable.exc_value):  # a read or write in progress when another failed
             report(unraisable)
 
     sys.unraisablehook = report_others
@@ -437,7 +456,7 @@ def _silence_orbax() -> None:
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns what the file system refuses into one line."""
+    """Turns file system errors into a one-line UserError."""
     try:
         yield
     except UserError:
@@ -453,7 +472,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def _known_reason(error: Exception) -> str | None:
-    """What a library's C++ code says of a file system's refusal; None if it says nothing of that."""
+    """The file system error in a message from a library's C++ code; None if there is none."""
     for reason in ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded"):
         if reason in str(error):
             return reason
@@ -476,7 +495,7 @@ def _check_same_run(path: pathlib.Path, saved: dict[str, Any], now: dict[str, An
 
 
 def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Names what differs between two flat dicts, in one line; empty if nothing does."""
+    """Lists the differences between two flat dicts in one line; empty if there are none."""
     missing = object()
     parts = []
     for key in sorted(expected.keys() | found.keys()):
@@ -489,5 +508,5 @@ def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill, or damaged
+    except (ValueError, KeyError, TypeError):  # a line truncated by a kill, or damaged
         return float("inf")

@@ -14,13 +14,13 @@ import pytest
 import scipy.stats
 from flax import nnx
 from nbclient import NotebookClient
-from test_lookahead import EXACT, KEY, lookahead_on, masks_and_data, mutual_information
-from test_vae import Exact
 
 from posterior_matching import acquisition, data, models, runs
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.evaluation.results import load_npz
+from test_lookahead import EXACT, KEY, lookahead_on, masks_and_data, mutual_information
+from test_vae import Exact
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["sampling", "lookahead", "random"]

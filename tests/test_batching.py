@@ -100,7 +100,7 @@ def test_a_batch_larger_than_the_data_is_refused():
     TrainingFeed(rows_of(12), batch_size=3, seed=0, memory_budget_gb=1.0)
     with pytest.raises(UserError) as error:
         TrainingFeed(rows_of(11), batch_size=3, seed=0, memory_budget_gb=1.0)
-    assert "config.batch_size to at most 2" in str(error.value) and "11 training examples" in str(error.value)
+    assert "batch_size to at most 2" in str(error.value) and "11 training examples" in str(error.value)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

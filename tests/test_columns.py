@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from test_tables import SHARED, needs_shared
 
 from posterior_matching.data.columns import Columns
 from posterior_matching.data.tables import TableOptions, read_table
 from posterior_matching.errors import UserError
+from test_tables import SHARED, needs_shared
 
 
 def read(source, **options):
@@ -225,7 +225,7 @@ def test_matching_by_name():
     assert "no column 'colour'" in message and "did you mean 'color'?" in message
     assert "not trained on: 'x', 'y'" in fails(columns, frame.assign(x=1, y=2))
     np.testing.assert_array_equal(columns.encode(read(frame.assign(x=1), drop=("x",))), x)
-    assert "has no names, but" in (message := fails(columns, frame.to_numpy())) and "(real, amount" in message
+    assert "has no column names, but" in (message := fails(columns, frame.to_numpy())) and "(real, amount" in message
 
 
 def test_without_names_by_position():

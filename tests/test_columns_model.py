@@ -203,5 +203,5 @@ def test_tables_of_one_kind_only(cardinalities):
 
 
 def test_the_head_is_for_tables():
-    with pytest.raises(OptionError, match=r"Columns is for tables, the data have shape \(8, 8, 1\)"):
+    with pytest.raises(OptionError, match=r"Columns is for tables, but the data have shape \(8, 8, 1\)"):
         Columns((3,), (8, 8, 1), rngs=nnx.Rngs(0))

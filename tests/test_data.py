@@ -406,7 +406,7 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "t.npy").rename(tmp_path / "t.npz")
     assert "cannot read" in fails(tmp_path / "t.npz")
     (tmp_path / "t.xlsx").write_bytes(b"PK")
-    assert "no format that is read: save the table as .csv" in fails(tmp_path / "t.xlsx")
+    assert "an unsupported format: save the table as .csv" in fails(tmp_path / "t.xlsx")
 
 
 @pytest.mark.skipif(not WINE.exists(), reason="the wine quality table is not here")

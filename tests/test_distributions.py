@@ -441,7 +441,7 @@ def test_bernoulli_log_prob_and_gradient_are_exact_even_for_saturated_logits():
 
 
 def test_bernoulli_refuses_a_network_whose_output_is_not_of_the_datas_shape():
-    with pytest.raises(UserError, match=r"\(16, 16, 1\) is not that of the data, \(8, 8, 1\); .*decoder"):
+    with pytest.raises(UserError, match=r"\(16, 16, 1\) differs from the data's, \(8, 8, 1\): .*decoder"):
         Bernoulli((16, 16, 1), (8, 8, 1))
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_vae import ENCODER, KINDS, MLP, Exact, each_kind, example, randomised
 
 import train_lookahead_posterior
 import train_pm_vae
@@ -17,6 +16,7 @@ from configs import common, lookahead_mnist16
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.models.lookahead import LookaheadPosterior
+from test_vae import ENCODER, KINDS, MLP, Exact, each_kind, example, randomised
 
 KEY = jax.random.key(0)
 

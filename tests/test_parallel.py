@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helpers.arrays import Compilations
 from posterior_matching import parallel
 
 TREE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": (np.int32(7), jnp.ones(()))}
@@ -33,6 +34,19 @@ def test_shard_gives_device_d_slice_d():
     owned = {part.device: np.asarray(part.data).reshape(2) for part in sharded.addressable_shards}
     for device, row in zip(jax.local_devices(), x, strict=True):
         np.testing.assert_array_equal(owned[device], row)
+
+
+def test_moving_data_to_the_devices_compiles_once_for_each_shape():
+    for move in (parallel.shard, parallel.replicate):
+        rows = np.arange(44.0).reshape(4, 11)
+        move({"x": rows})
+        compilations = Compilations()
+        for step in range(5):
+            move({"x": rows + step})
+        parallel.wait_for_all_processes()
+        assert len(compilations) == 0
+        move({"x": rows[:, :9]})
+        assert len(compilations) > 0  # the counter counts
 
 
 def test_local_devices_count_as_axis_index_does():

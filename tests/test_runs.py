@@ -8,12 +8,16 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import train_pm_vae
-from configs import common
+from helpers.arrays import assert_same
+from helpers.configs import small
+from helpers.runs import contents, refusal, rows, weights
 from posterior_matching import runs
+from posterior_matching.config import plain
 from posterior_matching.errors import UserError
 from posterior_matching.training import loop
 
@@ -21,21 +25,8 @@ STEPS = 6
 
 
 def make_config(**changes):
-    """A PM-VAE of a few hundred parameters."""
-    config = common.pm_vae_tabular(latent_dim=2, encoder_blocks=0, decoder_blocks=0)
-    for part in ("encoder", "decoder", "partial_encoder"):
-        config.model[part].hidden_units = 4
-    config.model.posterior = {"name": "DiagonalGaussian"}
-    config.model.partial_posterior = {"name": "DiagonalGaussian"}
-    config.update({"dataset": "mixture", "train_split": "test", "batch_size": 4, "steps": STEPS})
-    config.update({"validation_every": 3, "log_every": 3, "seed": 7})
-    for key, value in changes.items():
-        node = config
-        *groups, last = key.split(".")
-        for group in groups:
-            node = node[group]
-        node[last] = value
-    return config.lock()
+    """A PM-VAE of a few hundred parameters, as plain values."""
+    return plain(small("pm_vae_mixture", **{"seed": 7, "log_every": 3, "evaluate_checkpoint": "latest"} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -50,25 +41,10 @@ def run_dir(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "moved")
 
 
-def contents(path):
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
-def refusal(call, *args, **kwargs):
-    with pytest.raises(UserError) as error:
-        call(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def describe(run_dir, **changes):
     path = run_dir / "config.json"
     description = json.loads(path.read_text())
     path.write_text(json.dumps(description | changes))
-
-
-def state_of(model):
-    return {k: np.asarray(v) for k, v in runs.flat_weights(nnx.state(model)).items()}
 
 
 # Contents ------------------------------------------------------------------------------------------------------------
@@ -77,9 +53,9 @@ def state_of(model):
 def test_config_json_says_everything(run_dir):
     description = json.loads((run_dir / "config.json").read_text())
     assert description["model"] == "pm_vae" and description["input_shape"] == [8]
-    assert description["config"] == json.loads(make_config().to_json())
+    assert description["config"] == json.loads(json.dumps(make_config()))
     assert description["config"]["seed"] == 7 and description["num_devices"] == 4
-    assert description["standardisation"] is None
+    assert description["columns"] is None and description["fingerprint"] is None  # not the user's own table
     assert description["versions"]["jax"] == jax.__version__ and {"flax", "optax", "numpy"} <= set(
         description["versions"]
     )
@@ -99,11 +75,11 @@ def test_config_json_is_written_before_the_first_step(tmp_path, monkeypatch):
 
 
 def test_metrics_jsonl_has_one_object_per_validation(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [3, 6]
+    assert [row["step"] for row in rows(run_dir)] == [3, 6]
     terms = {"loss", "elbo_nats", "reconstruction_ll_nats", "kl_nats", "matching_ll_nats"}
     training_only = {"beta", "gradient_norm", "learning_rate"}
-    for row in rows:
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
         expected = {f"train_{name}" for name in terms | training_only} | {f"val_{name}" for name in terms}
         assert set(row) == expected | {"step", "steps_per_second"}
         assert all(np.isfinite(value) for value in row.values()) and row["steps_per_second"] > 0
@@ -118,6 +94,8 @@ def test_nothing_in_a_run_is_a_pickle(run_dir):
     assert len(files) > 5
     for name, content in files.items():
         assert not name.endswith((".pkl", ".pickle"))
+        if not content:
+            continue
         assert b"numpy.core.multiarray" not in content and b"numpy._core.multiarray" not in content
         try:
             operations = [operation.name for operation, _, _ in pickletools.genops(content)]
@@ -145,8 +123,8 @@ def test_the_default_run_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"optimizer.learning_rate": 0.5}, "config.optimizer.learning_rate: 0.001 -> 0.5"),
-        ({"model.latent_dim": 3}, "config.model.latent_dim: 2 -> 3"),
+        ({"optimizer__learning_rate": 0.5}, "config.optimizer.learning_rate: 0.001 -> 0.5"),
+        ({"model__latent_dim": 3}, "config.model.latent_dim: 2 -> 3"),
         ({"seed": 8}, "config.seed: 7 -> 8"),
         ({"batch_size": 5}, "config.batch_size: 4 -> 5"),
         ({"ema_decay": 0.9}, "config.ema_decay: None -> 0.9"),
@@ -225,36 +203,78 @@ def test_a_damaged_config_json(run_dir, text):
     assert contents(run_dir) == before
 
 
+def checkpoint(run_dir, item):
+    """The arrays by name of an item of the latest checkpoint."""
+    path = run_dir / "checkpoints" / "latest" / str(STEPS) / item
+    with ocp.StandardCheckpointer() as checkpointer:
+        return {name: np.asarray(value) for name, value in checkpointer.restore(path).items()}
+
+
+def test_the_arrays_of_a_checkpoint_have_names(run_dir):
+    saved, model = checkpoint(run_dir, "train"), checkpoint(run_dir, "model")
+    assert model.keys() == weights(run_dir).keys() and saved["state.step"] == STEPS and saved["best_loss"].shape == ()
+    for name, value in model.items():  # without EMA, what is evaluated is what is trained
+        np.testing.assert_array_equal(saved[f"state.trainable.{name}.value"], value)
+    moments = {name.rpartition(".mu.")[2].removesuffix(".value") for name in saved if ".mu." in name}
+    assert moments == model.keys() and sum(".opt_state." in name for name in saved) == 2 * len(model) + 1
+
+
+def test_arrays_are_restored_by_name_not_by_position(tmp_path):
+    run = runs.open_run(str(tmp_path / "run"), "pm_vae", make_config(), (8,))
+    run.create()
+    with run.finished_saving():
+        run.save(3, {"w": np.zeros(1)}, {"a": np.zeros(2), "b": np.ones(2)}, {"n": 1}, best=False)
+    reordered = {"b": np.empty(2), "a": np.empty(2)}
+    restored, record = run.restore(lambda _: reordered)
+    assert_same(restored, {"b": np.ones(2), "a": np.zeros(2)})
+    assert record == {"n": 1}
+    message = refusal(run.restore, lambda _: {"a": np.empty(2), "c": np.empty(2)})
+    assert "does not fit its config.json: b: absent -> (2,); c: (2,) -> absent" in message
+
+
+def test_the_training_state_of_version_0_1_is_refused_but_its_model_loads(run_dir):
+    """It saved arrays by position, as a list of leaves."""
+    step = run_dir / "checkpoints" / "latest" / str(STEPS)
+    shutil.rmtree(step / "train")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(step / "train", {"leaves": [np.zeros(3), np.ones(2)], "best_loss": np.float64(0.0)})
+    before = weights(run_dir)
+    message = refusal(train_pm_vae.train, make_config(steps=12), str(run_dir))
+    assert "was trained by version 0.1" in message and str(run_dir) in message and "choose another --run_dir" in message
+    assert_same(weights(run_dir), before)
+
+
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_moved_run_loads(finished, run_dir):
     model = runs.load_model(run_dir, "pm_vae")
-    expected = state_of(runs.load_model(finished))
-    jax.tree.map(np.testing.assert_array_equal, state_of(model), expected)
+    expected = weights(finished)
+    assert_same(weights(model), expected)
     imputed = model.impute(np.zeros((2, 8), np.float32), np.ones((2, 8), np.float32), 3, key=jax.random.key(0))
     assert imputed.shape == (3, 2, 8)
 
 
 def test_best_and_latest(run_dir):
     run = runs.open_run(str(run_dir), "pm_vae", make_config(), (8,))
-    weights = state_of(runs.load_model(run_dir))
+    before = weights(run_dir)
     run.create()
     with run.finished_saving():
-        run.save(100, {k: v + 1 for k, v in weights.items()}, {"any": np.ones(1)}, best=False)
+        run.save(100, {k: v + 1 for k, v in before.items()}, {"any": np.ones(1)}, {}, best=False)
     for chosen, shift in ((None, 1), ("latest", 1), ("best", 0)):  # this config evaluates the latest
-        found = state_of(runs.load_model(run_dir, "pm_vae", chosen))
-        jax.tree.map(lambda a, b, s=shift: np.testing.assert_array_equal(a, b + s), found, weights)
+        loaded = weights(runs.load_model(run_dir, "pm_vae", chosen))
+        assert_same(loaded, {k: v + shift for k, v in before.items()})
     description = json.loads((run_dir / "config.json").read_text())
     describe(run_dir, config=description["config"] | {"evaluate_checkpoint": "best"})
-    jax.tree.map(np.testing.assert_array_equal, state_of(runs.load_model(run_dir)), weights)
+    assert_same(weights(run_dir), before)
 
 
 def test_missing_runs_and_checkpoints(run_dir, tmp_path):
     assert "nowhere does not exist" in refusal(runs.load_model, tmp_path / "nowhere")
     assert "is not a run directory" in refusal(runs.load_model, tmp_path)
     assert "unknown checkpoint 'last'" in refusal(runs.load_model, run_dir, checkpoint="last")
-    shutil.rmtree(run_dir / "checkpoints" / "latest" / str(STEPS))
+    for step in (run_dir / "checkpoints" / "latest").iterdir():
+        shutil.rmtree(step)
     assert "holds no latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
     shutil.rmtree(run_dir / "checkpoints")
     assert "holds no best checkpoint" in refusal(runs.load_model, run_dir, checkpoint="best")
@@ -282,15 +302,74 @@ def test_a_config_that_does_not_fit_the_checkpoint(run_dir):
     assert "config.model.laten_dim" in refusal(runs.load_model, run_dir)
 
 
-def test_a_damaged_checkpoint(run_dir):
-    files = [p for p in (run_dir / "checkpoints" / "latest").rglob("*") if p.is_file() and "model" in str(p)]
-    for path in files:
-        path.write_bytes(path.read_bytes()[:10])
-    assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+def files_of(run_dir, item):
+    """The files of an item of the latest checkpoint, the largest first."""
+    files = (run_dir / "checkpoints" / "latest" / str(STEPS) / item).rglob("*")
+    return sorted((path for path in files if path.is_file()), key=lambda path: -path.stat().st_size)
+
+
+def test_flipped_bytes_never_load_as_other_weights(run_dir):
+    before, refused = weights(run_dir), 0
+    for path in files_of(run_dir, "model"):
+        size = path.stat().st_size
+        for position in np.random.default_rng(0).integers(size, size=min(size, 8)):
+            flip(path, position)
+            try:
+                assert_same(weights(run_dir), before)
+            except UserError as error:
+                assert "\n" not in str(error) and "latest checkpoint" in str(error)
+                refused += 1
+            flip(path, position)
+    assert refused > 8
+    assert_same(weights(run_dir), before)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:10])
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: flip(path, path.stat().st_size // 2), lambda path: path.unlink()])
+@pytest.mark.parametrize("item", ["model", "train", "record"])
+def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_before(run_dir, item, damage):
+    assert [runs.latest_step(run_dir, name) for name in ("latest", "best")] == [6, 6]
+    assert sorted(int(p.name) for p in (run_dir / "checkpoints" / "latest").iterdir()) == [3, 6]
+    undisturbed = weights(run_dir)
+    for path in files_of(run_dir, item):
+        damage(path)
+    if item == "model":
+        assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
+        return  # resuming reads what trains
+    train_pm_vae.train(make_config(), str(run_dir))
+    assert_same(weights(run_dir), undisturbed)
+    assert [row["step"] for row in rows(run_dir)] == [3, 6]
+
+
+def test_damaged_metrics_do_not_stop_a_resume(run_dir):
+    with open(run_dir / "metrics.jsonl", "a", encoding="latin-1") as file:
+        file.write("\n".join(["", "{", "7", '{"val_loss": 1.0}', '{"step": "six"}', "\x00\xff", "[]", '{"step":']))
+    train_pm_vae.train(make_config(steps=9), str(run_dir))
+    assert [row["step"] for row in rows(run_dir)] == [3, 6, 9]
+
+
+def test_a_run_whose_latest_checkpoint_is_gone_is_refused_not_begun_again(run_dir):
+    shutil.rmtree(run_dir / "checkpoints" / "latest")
+    before = contents(run_dir)
+    message = refusal(train_pm_vae.train, make_config(), str(run_dir))
+    assert "its latest checkpoint is gone: put checkpoints/latest back, or choose another --run_dir" in message
+    assert contents(run_dir) == before
 
 
 def test_two_processes_do_not_train_the_same_run(tmp_path):
-    holder = "import fcntl, os, sys; folder = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(folder, fcntl.LOCK_EX); "
+    holder = "import filelock, sys; lock = filelock.FileLock(sys.argv[1] + '/.lock'); lock.acquire(); "
     holder += "print('holds', flush=True); sys.stdin.read()"
     run_dir = tmp_path / "run"
     train_pm_vae.train(make_config(steps=3), str(run_dir))

@@ -219,7 +219,7 @@ def test_data_prepared_as_tfrecord():
     whole = paths[1].read_bytes()
     for damaged in (whole[:-5], whole[: len(whole) // 2], b"\xff" * 100, b"", whole[:12] + b"\xff" * 50 + whole[62:]):
         paths[1].write_bytes(damaged)
-        with pytest.raises(UserError, match="prepare it anew") as error:
+        with pytest.raises(UserError, match="prepare it again") as error:
             data.load("gas", "train")
         assert "\n" not in str(error.value)
 

@@ -450,7 +450,7 @@ def test_the_vade_is_frozen_and_the_run_complete_without_it(trained, tmp_path):
     [
         ({"restarts": 0}, r"config\.restarts must be at least 1, not 0"),
         ({"noise_std": -1.0}, r"config\.noise_std must not be negative"),
-        ({"dataset": "mixture"}, r"config\.distortion_std is for images, the data have shape \(8,\)"),
+        ({"dataset": "mixture"}, r"config\.distortion_std is for images, but the data have shape \(8,\)"),
         ({"steps": 6}, r"config\.steps must exceed the 6 steps of pretraining, it is 6"),
     ],
 )

@@ -96,7 +96,7 @@ def test_block_strings():
         ({"compute_dtype": "float16"}, r"must be float32 or bfloat16, not 'float16'"),
         ({"latent_dim": 0}, r"config\.model\.latent_dim must be at least 1, not 0"),
         ({"num_levels": 1}, r"config\.model\.num_levels must be at least 2"),
-        ({"channels": 2}, r"square images of 1 or 3 channels, the data have shape \(4, 4, 2\)"),
+        ({"channels": 2}, r"square images of 1 or 3 channels, but the data have shape \(4, 4, 2\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

@@ -1,4 +1,4 @@
-"""Datasets by name, as arrays in host memory (`load`), and the step from stored rows to model input (`decode`).
+"""Datasets by name, as arrays in host memory (`load`), and the decoding of stored rows to model input (`decode`).
 
 | name | rows | from |
 |---|---|---|
@@ -53,12 +53,12 @@ class Dataset:
 
     Attributes:
         name: The name or path given to `load`.
-        split: The split as the dataset itself calls it.
+        split: The dataset's own name for the split.
         x: [N, H, W, C] uint8 or float32 images in [0, `max_value`], or [N, d] float32 features with NaN = missing.
         label: [N] int32 class labels, or None.
         max_value: The pixel value that means 1: 255 for uint8 images, 16 for `digits`; 1 for images already in [0, 1]
             and for features.
-        columns: What the d features of the user's own table are; None for every other dataset.
+        columns: Descriptions of the d features of the user's own table; None for every other dataset.
         fingerprint: SHA-256 of the user's own file or frame; None for every other dataset.
     """
 
@@ -90,13 +90,13 @@ def load(
     """Loads one split of a dataset, downloading and preparing TFDS data on first use.
 
     Args:
-        name: A name of the table above, or the path of a file (see `tables.read_table`), or a DataFrame.
+        name: A name from the table above, or the path of a file (see `tables.read_table`), or a DataFrame.
         split: `train`, `validation` or `test`, whatever the dataset calls them: `validation` is its `val` or
-            `validation`, or else its `test`. Other strings go to TFDS (`train[:90%]`). `all` is every row of an own
-            table, in its order.
-        columns: For an own table, those of the run to evaluate; by default the table's own.
-        table: How to read an own table.
-        unknown_categories: What becomes of categories that the run does not know.
+            `validation`, or else its `test`. Other strings are passed to TFDS (`train[:90%]`). `all` is every row of
+            the user's own table, in order.
+        columns: For the user's own table, the columns of the run to evaluate; by default inferred from the table.
+        table: How to read the user's own table.
+        unknown_categories: How to treat categories that the run does not know.
 
     Raises:
         UserError: The name, split or file is unknown or malformed, or the data cannot be downloaded.
@@ -105,7 +105,7 @@ def load(
         return split_table(_read(name, table, columns), (split,), columns, unknown_categories)[0]
     name = str(name)
     if Path(name).is_file():
-        raise UserError(f"'{name}' is a file of no format that is read: save the table as .csv, .parquet or .npy")
+        raise UserError(f"'{name}' is a file of an unsupported format: save the table as .csv, .parquet or .npy")
     if columns is not None:
         raise UserError(f"dataset '{name}' has its own units, but this run was trained on a table: pass a file")
     if name not in builtin.DATASETS:
@@ -119,17 +119,17 @@ def load(
 
 
 def fingerprint(name: str | None) -> str | None:
-    """Returns the SHA-256 of a user's own file; None for other datasets, and for a file that is not there."""
+    """Returns the SHA-256 of a user's own file; None for other datasets, and for missing files."""
     path = Path(name or "")
     return tables.file_fingerprint(path) if name and tables.is_table(name) and path.is_file() else None
 
 
 def load_for_training(config: Mapping[str, Any], columns: Columns | None = None) -> tuple[Dataset, Dataset]:
-    """Loads the training and the validation part that an experiment's config names; reads a file once.
+    """Loads the training and validation splits that an experiment's config names, reading a file only once.
 
     Args:
-        config: With `dataset`, `train_split`, `validation_split` and perhaps `table` (see `TableOptions`).
-        columns: Of an own table, those of the run to build on; by default they are decided now.
+        config: With `dataset`, `train_split`, `validation_split` and optionally `table` (see `TableOptions`).
+        columns: For the user's own table, the columns of the run to build on; by default inferred from the table.
 
     Raises:
         UserError: `config.dataset` is not set, or see `load`.
@@ -157,12 +157,12 @@ def split_table(
     columns: Columns | None = None,
     unknown_categories: Literal["error", "missing"] = "error",
 ) -> tuple[Dataset, ...]:
-    """Turns a table into datasets, one for each split: 80/10/10 with a fixed seed, unless the file has its own parts.
+    """Turns a table into datasets, one per split: 80/10/10 with a fixed seed, unless the file has its own parts.
 
     Args:
         table: The rows.
-        splits: Of `train`, `validation` (`val`), `test` and `all`.
-        columns: Those of a run; None: decided by the table, its training part standardised.
+        splits: Any of `train`, `validation` (`val`), `test` and `all`.
+        columns: The columns of a run; None: inferred from the table, and standardised on its training part.
         unknown_categories: See `Columns.encode`.
 
     Raises:
@@ -196,8 +196,8 @@ def decode(x: "np.ndarray | jax.Array", max_value: float) -> tuple["jax.Array", 
         max_value: `Dataset.max_value`.
 
     Returns:
-        Model input, float32: images [B, H, W, C] in [0, 1], or features [B, d] with 0 where missing; and what is
-        available, float32: 1 where the value is known, 0 where it is missing, [B, H, W, 1] or [B, d].
+        Model input, float32: images [B, H, W, C] in [0, 1], or features [B, d] with 0 where missing; and the mask of
+        available values, float32: 1 where the value is known, 0 where it is missing, [B, H, W, 1] or [B, d].
     """
     import jax.numpy as jnp
 

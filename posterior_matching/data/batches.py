@@ -1,10 +1,10 @@
-"""Rows in batches of one size, for compiled functions."""
+"""Batches of rows of equal size, for compiled functions."""
 
 import numpy as np
 
 
 def padded_batches(num_rows: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits rows 0..num_rows-1 into batches, the last one filled up with row 0 at weight 0.
+    """Splits rows 0..num_rows-1 into batches, padding the last one with row 0 at weight 0.
 
     Returns:
         Row indices int32 and weights float32 (1 = counts), both `[num_batches, batch_size]`.

@@ -8,7 +8,7 @@ Parts = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (x, label)
 
 
 def digits() -> tuple[Parts, float]:
-    """scikit-learn's 1,797 handwritten digits, split 70/10/20 with the classes in proportion.
+    """scikit-learn's 1,797 handwritten digits, split 70/10/20 and stratified by class.
 
     Returns:
         Split -> ([N, 8, 8, 1] uint8 images with values 0..16, [N] int32 labels 0..9); and the maximum value, 16.
@@ -30,8 +30,8 @@ _DIM, _COMPONENTS, _RANK, _NOISE_VARIANCE = 8, 6, 3, 0.12
 def _mixture_parameters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns weights [K], means [K, d] and covariances [K, d, d] of the mixture.
 
-    Every component is a tilted ellipsoid of rank 3 plus the same isotropic noise: what a decoder with one noise scale
-    can represent. Means and scales are such that features have variance about 1 and components overlap.
+    Every component is a tilted ellipsoid of rank 3 plus the same isotropic noise, which a decoder with one noise scale
+    can represent. Means and scales are chosen so that features have variance about 1 and components overlap.
     """
     rng = np.random.default_rng(2022)
     weights = np.arange(_COMPONENTS, 2 * _COMPONENTS) / np.arange(_COMPONENTS, 2 * _COMPONENTS).sum()

@@ -1,4 +1,4 @@
-"""Decoded arrays kept on disk, because decoding records one by one in Python takes from seconds to minutes."""
+"""A disk cache of decoded arrays, as decoding records one by one in Python takes seconds to minutes."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-_DECODING = 1  # count up when records are decoded or preprocessed differently
+_DECODING = 1  # increment when decoding or preprocessing changes
 
 
 def folder() -> Path:
@@ -24,13 +24,13 @@ def folder() -> Path:
 def cached(key: str, sources: Iterable[Path], compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns `compute()`, or what it returned before for the same key and unchanged source files.
 
-    A cache that cannot be read is computed anew, one that cannot be written is done without. Its files are never
-    needed: delete them at will.
+    Unreadable entries are recomputed, and entries that cannot be written are skipped with a warning. The files can be
+    deleted at any time.
 
     Args:
-        key: Whatever the result depends on beside the sources, such as dataset, version and split.
-        sources: Files that the result is made from. A change in name, size or modification time makes a new entry.
-        compute: Makes the arrays.
+        key: Everything that the result depends on besides the sources, such as dataset, version and split.
+        sources: Files that the result is computed from. A new name, size or modification time makes a new entry.
+        compute: Computes the arrays.
     """
     state = [(source.name, source.stat().st_size, source.stat().st_mtime_ns) for source in sorted(sources)]
     fingerprint = hashlib.sha256(repr((_DECODING, key, state)).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A table in memory: every cell as it came, and what it means."""
+"""A table in memory: its cells as they were read, and their interpretation."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from posterior_matching.config import call
 from posterior_matching.data.dialect import Dialect, records
 from posterior_matching.errors import OptionError, UserError
 
-# Never a word of its own; and what means missing between numbers, but may be a category between words.
+# Spellings of missing: in every column; and those in columns of numbers, which in columns of words may be categories.
 _MISSING = ("", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "-nan", "NULL", "Null", "null")
 _MISSING_NUMBER = (*_MISSING, "None", "none", "na", ".", "-", "--")
 Names = tuple[str | int, ...]
@@ -28,21 +28,21 @@ UNCERTAIN = sorted(set(_MISSING_NUMBER) - set(_MISSING))
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """The keys of `config.table`: what a file does not say by itself. Every key has a default.
+    """The keys of `config.table`: what cannot be told from a file itself. Every key has a default.
 
     Attributes:
-        separator: What separates cells, one character, `" "` for any run of blanks; None: found out.
-        header: Whether the first line holds the names of the columns; None: found out.
-        encoding: A Python codec; None: found out.
-        decimal: `"."` or `","`; None: found out.
-        thousands: What groups digits by three, in 1,234.5 a comma; empty: nothing does.
+        separator: The character between cells, `" "` for any run of blanks; None: detected.
+        header: Whether the first line holds the column names; None: detected.
+        encoding: A Python codec; None: detected.
+        decimal: `"."` or `","`; None: detected.
+        thousands: The thousands separator, a comma in 1,234.5; empty: none.
         missing_values: Values that mean missing, besides the usual spellings: `(-200, "?")`.
-        usual_missing: False: of the usual spellings only the empty cell means missing.
+        usual_missing: False: of the usual spellings, only empty cells mean missing.
         drop: Columns to leave out.
-        categorical: Columns whose numbers are codes, or whose texts are many.
-        real: Columns of numbers that look like codes or row numbers, and are quantities.
-        log: Positive real columns to model on a logarithmic scale: imputations are positive.
-        quantile: Real columns to model by their ranks: imputations stay between the smallest and the largest value.
+        categorical: Columns to treat as categories although they hold numeric codes or many different texts.
+        real: Columns to treat as quantities although they look like codes or row numbers.
+        log: Positive real columns to model on a logarithmic scale; imputations are positive.
+        quantile: Real columns to model by their ranks; imputations stay between the smallest and the largest value.
     """
 
     separator: str | None = None
@@ -59,7 +59,7 @@ class TableOptions:
     quantile: Names = ()
 
     def __post_init__(self) -> None:
-        for key in ("drop", "categorical", "real", "log", "quantile"):  # names may be numbers: of years
+        for key in ("drop", "categorical", "real", "log", "quantile"):  # names may be numbers, such as years
             object.__setattr__(self, key, tuple(map(str, getattr(self, key))))
         if self.separator is not None and len(self.separator) != 1:
             raise OptionError("separator", f"must be one character, not {self.separator!r}")
@@ -74,13 +74,13 @@ TableOption = Annotated[TableOptions, PlainValidator(functools.partial(call, Tab
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
-    """One column, understood.
+    """The interpretation of one column.
 
     Attributes:
-        array: [N] text without blanks around it, numbers or booleans; null where missing.
-        numbers: [N] float64, NaN where missing; None if some cell is no number.
-        is_category: The column's type says that it is categorical: booleans, pandas categories.
-        is_date: The column's type is a date or time.
+        array: [N] text without surrounding blanks, numbers or booleans; null where missing.
+        numbers: [N] float64, NaN where missing; None if some cell is not a number.
+        is_category: Whether the column's type is categorical: booleans, pandas categories.
+        is_date: Whether the column's type is a date or time.
     """
 
     array: pa.Array
@@ -96,16 +96,16 @@ class Cells:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Rows as they came.
+    """Rows as they were read.
 
     Attributes:
-        frame: [N, d] cells: the very text of a text file, else values of the types they came in. Names are strings.
-        source: Where from, for messages.
+        frame: [N, d] cells: the exact text of a text file, or values of their original types. Names are strings.
+        source: Where it is from, for messages.
         options: How it is read.
-        dialect: How the text file is written; None for other formats.
-        parts: Rows of `train`, `test` and perhaps `val`, where the file has them.
+        dialect: The dialect of a text file; None for other formats.
+        parts: Rows of `train`, `test` and optionally `val`, if the file defines them.
         fingerprint: SHA-256 of the file, or of the frame's values.
-        first_row: Number of rows before the first, in a chunk.
+        first_row: For a chunk, the number of rows before its first.
     """
 
     frame: pd.DataFrame
@@ -137,7 +137,7 @@ class Table:
         return f"column {self.names.index(name) + 1} ('{name}') of '{self.source}'"
 
     def row(self, index: int) -> str:
-        """Names a row in a message: by its line in a text file, which takes another reading of the file."""
+        """Names a row in a message, by its line in a text file, which is read again to find it."""
         line = None
         if self.dialect is not None and Path(self.source).is_file():
             lines = (line for line, _ in records(Path(self.source), self.dialect))
@@ -145,7 +145,7 @@ class Table:
         return f"row {self.first_row + index + 1}" if line is None else f"line {line}"
 
     def first_word(self, cells: Cells) -> str:
-        """Shows the first cell of a column that is no number, and where it is."""
+        """Shows the first cell of a column that is not a number, and where it is."""
         text = cells.array.cast(pa.large_string())
         is_word = pc.fill_null(pc.invert(pc.match_substring_regex(text, f"^({self.number})$")), False)
         index = pc.index(is_word, True).as_py()
@@ -153,11 +153,11 @@ class Table:
         return f"'{shortened(text[index].as_py())}' ({self.row(index)})"
 
     def cells(self, name: str, kind: Kind | None = None) -> Cells:
-        """Understands a column.
+        """Interprets a column.
 
         Args:
             name: The column.
-            kind: What it is known to hold; None: numbers if all cells are, else words.
+            kind: What it is known to hold; None: numbers if all cells are numbers, else words.
 
         Raises:
             UserError: A number is infinite.
@@ -209,9 +209,9 @@ class Table:
         return [float(v) for v in self.options.missing_values if _is_number(v)]
 
     def _numbers(self, text: pa.Array, codes: bool) -> np.ndarray | None:
-        """Returns [N] float64, NaN where null, or None if some text is no number, such as 1_000 or 0x1F.
+        """Returns [N] float64, NaN where null, or None if some text is not a number, such as 1_000 or 0x1F.
 
-        With `codes`, digits that begin with a zero are no number, such as the ZIP code 02139.
+        With `codes`, digits with a leading zero are not a number, such as the ZIP code 02139.
         """
         options, decimal = self.options, self.options.decimal or "."
         if codes and pc.any(pc.match_substring_regex(text, r"^[+-]?0\d+$")).as_py():
@@ -236,8 +236,8 @@ class Table:
         if len(infinite):
             cell = self.frame[name].iloc[infinite[0]]
             raise UserError(
-                f"{self.where(name)} has an infinite value ({self.row(infinite[0])}): mend it, or say that it means "
-                f"missing with config.table.missing_values=('{cell}',)"
+                f"{self.where(name)} has an infinite value ({self.row(infinite[0])}): fix it, or declare it "
+                f"as missing with config.table.missing_values=('{cell}',)"
             )
 
     def replace(self, filled: Mapping[str, pd.Series]) -> "Table":
@@ -246,7 +246,7 @@ class Table:
 
 
 def to_arrow(series: pd.Series) -> pa.Array:
-    """Returns the cells of a column; a column of objects of many types as text."""
+    """Returns the cells of a column; columns of mixed types become text."""
     try:
         array = pa.array(series, from_pandas=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
@@ -263,10 +263,10 @@ def _is_number(value: object) -> bool:
 
 
 def with_decimal(table: Table) -> Table:
-    """Settles the decimal mark of a text table: a comma where some column is numbers only if it is one.
+    """Determines the decimal mark of a text table: a comma if some column is numeric only with decimal commas.
 
     Raises:
-        UserError: Columns differ in it, or every comma may as well group digits by three.
+        UserError: Columns differ in it, or all commas could also be thousands separators.
     """
     options = table.options
     if table.dialect is None or options.decimal is not None:
@@ -286,7 +286,7 @@ def with_decimal(table: Table) -> Table:
 
 
 def _columns_of_numbers(table: Table, mark: str) -> dict[str, pa.Array]:
-    """Returns the columns of a text table that are numbers with this decimal mark, some of them with it in."""
+    """Returns the columns of a text table that are numeric with this decimal mark and contain it."""
     found = {}
     for name in table.names:
         text = pc.utf8_trim_whitespace(to_arrow(table.frame[name]))
@@ -299,7 +299,7 @@ def _columns_of_numbers(table: Table, mark: str) -> dict[str, pa.Array]:
 
 
 def number_text(value: float, integer: bool, decimal: str) -> str:
-    """Writes a number as its column does: `63`, `63.0`, or seven significant digits."""
+    """Formats a number like its column: `63`, `63.0`, or seven significant digits."""
     if integer:
         return f"{value:.0f}"
     whole = value == round(value) and abs(value) < 1e15
@@ -307,10 +307,10 @@ def number_text(value: float, integer: bool, decimal: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """Shows a long cell by its beginning."""
+    """Truncates a long cell for a message."""
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 def is_usual_missing(text: pa.Array) -> pa.Array:
-    """Whether cells of a text column are one of the usual spellings of missing."""
+    """Whether the cells of a text column are usual spellings of missing."""
     return pc.is_in(text, value_set=pa.array(_MISSING, text.type))

@@ -1,8 +1,8 @@
-"""The columns of a table as a model knows them: names, kinds, units and categories, fixed when it is trained.
+"""The columns of a table as a model sees them: names, kinds, units and categories, fixed when it is trained.
 
-In the model's rows `x: [N, d]` there is one entry per column: a quantity with mean 0 and standard deviation 1 on the
-training rows, a category as its index, NaN where missing. A run keeps its columns in `config.json`, and every later
-table is matched to them by name.
+The model's rows `x: [N, d]` have one entry per column: quantities are scaled to mean 0 and standard deviation 1 on the
+training rows, categories are given by their index, and missing values are NaN. A run stores its columns in
+`config.json`, and later tables are matched to them by name.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ class Column:
 
     Attributes:
         name: As in the table.
-        kind: `real`, `integer` (real, and back as a whole number between `low` and `high`) or `categorical`.
-        dtype: Of the cells it came from, for `Columns.decode`.
-        mean: Of the transformed training values.
-        std: The same; positive.
+        kind: `real`, `integer` (modelled as real, decoded to integers between `low` and `high`) or `categorical`.
+        dtype: Type of the original cells, for `Columns.decode`.
+        mean: Mean of the transformed training values.
+        std: Standard deviation of the transformed training values; positive.
         transform: `none`; `log`; or `quantile`, the piecewise linear map from `knots` to `scores`.
         knots: Increasing values in the table's units.
-        scores: What the knots are mapped to: normal scores of their ranks.
-        low: Smallest training value, of integer columns.
-        high: Largest.
+        scores: The normal scores of the knots' ranks.
+        low: Smallest training value of an integer column.
+        high: Largest training value of an integer column.
         values: The categories, by index.
     """
 
@@ -88,7 +88,7 @@ class Column:
 
     @property
     def cells_kind(self) -> Kind:
-        """How to understand the column's cells."""
+        """How to interpret the column's cells."""
         if self.kind != "categorical":
             return "number"
         return "code" if all(_is_number(_key(value)) for value in self.values) else "word"
@@ -99,12 +99,12 @@ class Columns:
     """All columns of a table.
 
     Attributes:
-        columns: Those of the model, d of them.
-        names: Those of the training file, in order; empty in runs that kept no names: columns are then taken in order.
-        set_aside: Constant and empty ones, with their value, or None. Their holes are filled with it.
-        ignored: Dropped ones and unnamed row numbers, carried through.
+        columns: The d columns of the model.
+        names: All columns of the training file, in order; empty in runs that stored no names, which go by position.
+        set_aside: Constant columns with their value, which fills their missing cells, and empty columns with None.
+        ignored: Dropped columns and unnamed row numbers, passed through unchanged.
         missing_values: `config.table.missing_values` of the training.
-        usual_missing: The same.
+        usual_missing: `config.table.usual_missing` of the training.
     """
 
     columns: tuple[Column, ...]
@@ -138,7 +138,7 @@ class Columns:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """Reads what `to_json` wrote, or the `{"mean": [d], "std": [d]}` of runs that kept no names."""
+        """Reads what `to_json` wrote, or the `{"mean": [d], "std": [d]}` of runs that stored no names."""
         if "columns" not in saved:
             return cls.from_standardisation(saved["mean"], saved["std"])
         columns = tuple(Column(**_tuples(column)) for column in saved["columns"])
@@ -152,11 +152,11 @@ class Columns:
 
     @classmethod
     def fit(cls, table: Table, rows: np.ndarray | None = None) -> Self:
-        """Decides the columns of a table, as `table.options` say or by itself.
+        """Determines the columns of a table from `table.options` and its cells.
 
         Args:
             table: The training file.
-            rows: Indices of the rows whose values are standardised; None: all. Kinds and categories are those of all.
+            rows: Indices of the rows to standardise on; None: all. Kinds and categories are inferred from all rows.
 
         Raises:
             UserError: See `kinds.infer`; or no column varies, or values cannot be transformed or scaled.
@@ -200,7 +200,7 @@ class Columns:
         )
 
     def reading(self, options: TableOptions) -> TableOptions:
-        """Returns `options` with what means missing in this run."""
+        """Returns `options` with this run's missing values."""
         return dataclasses.replace(options, missing_values=self.missing_values, usual_missing=self.usual_missing)
 
     def encode(self, table: Table, unknown_categories: Literal["error", "missing"] = "error") -> np.ndarray:
@@ -208,7 +208,7 @@ class Columns:
 
         Args:
             table: With these columns, in any order; one row is enough, and columns may be empty.
-            unknown_categories: What becomes of a category that the training file did not have.
+            unknown_categories: How to treat a category that the training file did not have.
 
         Returns:
             [N, d] float32; NaN where missing.
@@ -230,7 +230,7 @@ class Columns:
         return x
 
     def decode(self, x: np.ndarray) -> pd.DataFrame:
-        """Turns rows [N, d] of the model, NaN nowhere, into a frame in the table's units, categories and types."""
+        """Turns rows [N, d] of the model, without NaN, into a frame in the table's units, categories and types."""
         x = np.asarray(x)
         frame = {}
         for j, column in enumerate(self.columns):
@@ -242,7 +242,7 @@ class Columns:
         return pd.DataFrame(frame)
 
     def log_det_jacobian(self, x: np.ndarray) -> np.ndarray:
-        """Returns [N, d] float64: what to add to log-densities per column to have them in the table's units.
+        """Returns [N, d] float64, to be added to the log-densities of each column to convert them to the table's units.
 
         0 for categorical columns, whose log-probabilities have no units, and where x is NaN.
         """
@@ -251,9 +251,9 @@ class Columns:
         return np.stack([zero if c.values else c.log_slope(x[:, j]) for j, c in enumerate(self.columns)], axis=1)
 
     def fill(self, table: Table, x: np.ndarray) -> Table:
-        """Returns the table with its holes filled from rows [N, d] of the model, or with what set-aside columns hold.
+        """Returns the table with missing cells filled from rows [N, d] of the model, or from set-aside columns' values.
 
-        All other cells stay as they are, and so do the types of the columns.
+        All other cells and the types of the columns are unchanged.
         """
         table, decoded, filled = self._adopt(table), self.decode(x), {}
         for column, name in self._match(table).items():
@@ -272,7 +272,7 @@ class Columns:
         return table if options == table.options else dataclasses.replace(table, options=options)
 
     def _match(self, table: Table) -> dict[Column, str]:
-        """Returns the name in `table` of every column: its own, or by position where training had no names."""
+        """Returns the name of every column in `table`: its own, or the one at its position if training had no names."""
         known = self.names or tuple(column.name for column in self.columns)
         if all(map(UNNAMED.fullmatch, known)):
             if len(table.names) != len(known):
@@ -282,7 +282,7 @@ class Columns:
             return {column: table.names[known.index(column.name)] for column in self.columns}
         if all(map(UNNAMED.fullmatch, table.names)):
             raise UserError(
-                f"'{table.source}' has no names, but the run was trained on columns with names: give it those "
+                f"'{table.source}' has no column names, but the run was trained on named columns: add them "
                 f"({', '.join(known)})"
             )
         for column in self.columns:
@@ -305,7 +305,7 @@ def _tuples(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(value: Value) -> str:
-    """Returns what is the same for all spellings of a category: `1`, `1.0`; `true`, `TRUE`."""
+    """Returns the same key for all spellings of a category: `1`, `1.0`; `true`, `TRUE`."""
     text = str(value)
     if text.lower() in ("true", "false"):
         return text.lower()
@@ -331,7 +331,9 @@ def _constant(table: Table, name: str, values: np.ndarray) -> Value | None:
 def _categorical(table: Table, name: str) -> Column:
     counts = pc.value_counts(pc.drop_null(table.cells(name).array)).to_pylist()
     values: dict[str, Value] = {}
-    for entry in sorted(counts, key=lambda entry: -entry["counts"]):  # the usual spelling of a category comes first
+    for entry in sorted(
+        counts, key=lambda entry: -entry["counts"]
+    ):  # the most frequent spelling of a category comes first
         values.setdefault(_key(entry["values"]), entry["values"])
     keys = sorted(values, key=float if all(map(_is_number, values)) else str)
     dtype = "str" if table.dialect else str(table.frame[name].dtype)
@@ -352,7 +354,7 @@ def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.
     if name in table.options.quantile:
         ranks = np.linspace(0, 1, _NUM_KNOTS)
         knots, where = np.unique(np.quantile(values, ranks, method="inverted_cdf"), return_inverse=True)
-        ranks = np.bincount(where, ranks) / np.bincount(where)  # equal values: the middle of their ranks
+        ranks = np.bincount(where, ranks) / np.bincount(where)  # ties get their mean rank
         scores = [NormalDist().inv_cdf(rank) for rank in np.clip(ranks, 0.5 / len(values), 1 - 0.5 / len(values))]
         return dataclasses.replace(column, transform="quantile", knots=tuple(knots.tolist()), scores=tuple(scores))
     return column
@@ -380,10 +382,10 @@ def _quantities(column: Column, table: Table, name: str, cells: Cells) -> np.nda
     if cells.numbers is None:
         word = table.first_word(cells)
         raise UserError(
-            f"{table.where(name)} holds {word}, but the run was trained on numbers: mend it or set config.table.decimal"
+            f"{table.where(name)} holds {word}, but the run was trained on numbers: fix it or set config.table.decimal"
         )
     if column.transform == "log":
-        _check(table, name, cells.numbers <= 0, "has no logarithm, and the run was trained on those of this column")
+        _check(table, name, cells.numbers <= 0, "has no logarithm, but the run models the logarithm of this column")
     return cells.numbers
 
 
@@ -397,7 +399,7 @@ def _encode_categories(
     x = index[codes]
     if unknown == "error":
         known = ", ".join(map(str, column.values[:10])) + (", ..." if len(column.values) > 10 else "")
-        problem = f"is not one of the run's categories ({known}): mend it, or pass --unknown_categories=missing"
+        problem = f"is not one of the run's categories ({known}): fix it, or pass --unknown_categories=missing"
         _check(table, name, np.isnan(x) & (codes < len(values)), problem)
     return x
 
@@ -411,9 +413,12 @@ def _check(table: Table, name: str, bad: np.ndarray, problem: str) -> None:
 
 
 def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, integer: bool) -> pd.Series:
-    """Returns the column with its missing cells replaced, in the type and the spelling of the others."""
+    """Returns the column with its missing cells replaced, in the type and spelling of the others."""
     series = table.frame[name].copy()
-    if pd.api.types.is_string_dtype(series.dtype):
+    is_text = pd.api.types.is_string_dtype(series.dtype)
+    if series.dtype == object:  # of texts, or of booleans and numbers among None
+        is_text = pd.api.types.infer_dtype(series, skipna=True) == "string"
+    if is_text:
         decimal = table.options.decimal or "."
         series[missing] = [v if isinstance(v, str) else number_text(v, integer, decimal) for v in values.tolist()]
     else:
@@ -424,5 +429,5 @@ def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, intege
 def _dtype(name: str) -> Any:
     try:
         return pd.api.types.pandas_dtype(name)
-    except (TypeError, NotImplementedError):  # pandas can write some types of Arrow, but not read their names
+    except (TypeError, NotImplementedError):  # pandas writes the names of some Arrow types that it cannot read
         return np.dtype(object)

@@ -1,5 +1,5 @@
-"""How a text table is written: encoding, separator, header line. Found out from the file, or one line that names the
-key of `config.table` that settles it."""
+"""How a text table is written: encoding, separator, header line. They are detected from the file; where it is
+ambiguous, a one-line error names the key of `config.table` that resolves it."""
 
 import codecs
 import csv
@@ -18,7 +18,7 @@ from absl import logging
 
 from posterior_matching.errors import UserError
 
-SEPARATORS = ("\t", ";", "|", ",")  # in this order where several would do
+SEPARATORS = ("\t", ";", "|", ",")  # in order of preference
 BLANKS = " "  # as a separator: any run of blanks and tabs
 _SAMPLE_ROWS = 1000
 _SAMPLE_BYTES = 1 << 20
@@ -35,11 +35,11 @@ class Dialect:
     Attributes:
         separator: One character; a blank stands for any run of blanks and tabs.
         encoding: A Python codec.
-        newline: What ends a line.
-        names: The name of every column, `column_1` and so on where the file has none.
+        newline: The line ending.
+        names: The name of every column, `column_1` and so on if the file has none.
         header: The cells of the header line; None without one.
-        head: The lines before the first row, as they are.
-        quoted: For every column, whether its cells are in quotes throughout.
+        head: The lines before the first row, verbatim.
+        quoted: For every column, whether all its cells are quoted.
     """
 
     separator: str
@@ -64,16 +64,16 @@ def sniff(
     encoding: str | None = None,
     known_names: Sequence[str] = (),
 ) -> Dialect:
-    """Finds out how a text table is written.
+    """Detects how a text table is written.
 
     Args:
         stream: The file's bytes, decompressed. Read to its end.
         source: The file's name, for messages.
-        separator: `config.table.separator`; None: of tab, `;`, `|`, comma and blanks the one that splits all lines
-            alike, into numbers if there is a choice.
-        header: `config.table.header`, whether there is a header line; None: a line of names is one.
-        encoding: `config.table.encoding`; None: as its byte order mark says, else UTF-8, else Windows Latin-1.
-        known_names: The columns of the run that the file is for: a line that has half of them is a header.
+        separator: `config.table.separator`; None: the one of tab, `;`, `|`, comma and blanks that splits all lines into
+            equally many cells, preferably numbers.
+        header: `config.table.header`, whether there is a header line; None: if the first line looks like names.
+        encoding: `config.table.encoding`; None: by the byte order mark, else UTF-8, else Windows Latin-1.
+        known_names: The columns of the run that the file is for: a first line with half of them is a header.
 
     Raises:
         UserError: The file is empty, binary or ambiguous.
@@ -117,7 +117,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_records(lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number of its last line, cells) of every record with something in it.
+    """Yields (number of its last line, cells) of every non-empty record.
 
     This is the slow and exact reader, for samples and for the line numbers of error messages.
     """
@@ -178,13 +178,13 @@ def _separator(text: str) -> str:
 
 
 def _fit_header(first: list[str], rows: Sequence[list[str]], width: int, separator: str) -> list[str]:
-    """Adds or takes what the header line has fewer or more cells than the rows, where it is clear which."""
+    """Adds or removes the cell by which the header line differs from the rows, where it is clear which one."""
     if len(first) == width + 1 and not first[-1]:
         return first[:-1]
     if len(first) == width - 1 and rows:
         if all(not row[-1].strip() for row in rows if len(row) == width):  # only the rows end in a separator
             return [*first, ""]
-        if separator in (BLANKS, "\t"):  # R's write.table gives no name to the row names
+        if separator in (BLANKS, "\t"):  # R's write.table leaves out the header of the row names
             return ["", *first]
     return first
 
@@ -209,11 +209,11 @@ def _is_header(first: list[str], rows: Sequence[list[str]], source: str, known_n
     )
     if not numbers:
         return any(word) and (names_numbers or not repeats)
-    if not whole:  # a name is no 63.5, but a row has no word above numbers
+    if not whole:  # 63.5 is not a name, but a row has no words in columns of numbers
         if names_numbers and not repeats:
             raise ambiguous
         return False
-    # Numbers that rise, such as years or 0, 1, 2: a header, if the columns below hold something else.
+    # Increasing numbers, such as years or 0, 1, 2, are a header if the columns below hold something else.
     values = [int(cell) for cell in numbers]
     steps = {after - before for before, after in itertools.pairwise(values)}
     index_of_pandas = first[0] == "" and values[0] == 0 and columns[0][:3] == ["0", "1", "2"][: len(rows)]
@@ -238,7 +238,7 @@ def _is_word(cell: str) -> bool:
 def _check_names(names: tuple[str, ...], width: int, line: int, source: str) -> None:
     if len(names) != width:
         raise UserError(
-            f"line {line} of '{source}' has {len(names)} cells, but most lines have {width}: mend it, or set "
+            f"line {line} of '{source}' has {len(names)} cells, but most lines have {width}: fix it, or set "
             "config.table.separator or config.table.header"
         )
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -274,13 +274,13 @@ def open_bytes(path: Path) -> IO[bytes]:
         archive = zipfile.ZipFile(path)
         members = zip_members(archive)
         if len(members) != 1:
-            raise UserError(f"'{path}' holds {len(members)} files: make an archive of one table")
+            raise UserError(f"'{path}' holds {len(members)} files: make an archive of a single table")
         return archive.open(members[0])
     return path.open("rb")
 
 
 def zip_members(archive: zipfile.ZipFile) -> list[str]:
-    """Returns the names of the files in an archive, without folders and what macOS adds."""
+    """Returns the names of the files in an archive, without folders and macOS metadata."""
     return [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
 
 

@@ -1,4 +1,4 @@
-"""What kind of column it is: real, integer or categorical; or one line that says why it is none of them."""
+"""Infers the kind of each column: real, integer or categorical; or a one-line error says why it is none of them."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from posterior_matching.errors import UserError, nearest
 ColumnKind = Literal["real", "integer", "categorical", "empty", "index"]
 
 MAX_CATEGORIES = 1000  # of a column declared as categorical: the model has an input and an output for each
-_MAX_UNDECLARED = 100  # more are hardly categories
+_MAX_UNDECLARED = 100  # more are unlikely to be categories
 _IDENTIFIER = re.compile(
     r"(?i:id|no|nr|number|index|idx|key|uuid|guid|row_?(id|number|names?))|.*([_\W](?i:id)|[a-z]I[dD])"
 )
@@ -27,11 +27,11 @@ _DATE = re.compile(rf"\d{{1,4}}[-/.]\d{{1,2}}[-/.]\d{{1,4}}([T ]{_TIME}.*)?|{_TI
 def infer(table: Table) -> dict[str, ColumnKind]:
     """Returns the kind of every column that is not dropped.
 
-    `empty` has no value at all, `index` numbers the rows and has no name.
+    An `empty` column has no values; an `index` numbers the rows and has no name.
 
     Raises:
-        UserError: Options name unknown columns, or columns are of no kind: dates, identifiers, free text, or numbers
-            mixed with text. All of them are named in one line.
+        UserError: Options name unknown columns, or columns have none of these kinds: dates, identifiers, free text, or
+            numbers mixed with text. All of them are named in one line.
     """
     options = table.options
     for key in ("drop", "categorical", "real", "log", "quantile"):
@@ -75,7 +75,7 @@ def _kind(table: Table, name: str) -> ColumnKind:
     if name in options.categorical or cells.is_category:
         distinct = len(pc.unique(pc.drop_null(cells.array)))
         if distinct > MAX_CATEGORIES:
-            raise _UselessError(f"has {distinct:,} categories, more than {MAX_CATEGORIES:,}")
+            raise _UselessError(f"has {distinct:,} categories, more than the maximum of {MAX_CATEGORIES:,}")
         return "categorical"
     if cells.numbers is None:
         if quantity:
@@ -91,7 +91,7 @@ def _kind(table: Table, name: str) -> ColumnKind:
             if in_order:
                 raise _UselessError(f"numbers the rows from {values[0]:.0f}")
             if _IDENTIFIER.fullmatch(name) and len(np.unique(values)) > len(values) / 2:
-                raise _UselessError("is an identifier by its name and its many values")
+                raise _UselessError("is an identifier, judging by its name and many values")
     return "integer" if whole else "real"
 
 
@@ -112,9 +112,9 @@ def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> Colum
     number = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
     if any(map(number.fullmatch, words)) and not all(word.lstrip("+-").isdigit() for word in words):
         raise UserError(
-            f"{table.where(name)} holds both numbers and {table.first_word(cells)}: mend it, or say with "
-            f"config.table.missing_values that this means missing, with config.table.decimal or config.table.thousands "
-            f"how numbers are written, or with config.table.categorical=('{name}',) that all are categories"
+            f"{table.where(name)} holds both numbers and {table.first_word(cells)}: fix it, or declare it as "
+            f"missing with config.table.missing_values, set the number format with config.table.decimal or "
+            f"config.table.thousands, or make all of them categories with config.table.categorical=('{name}',)"
         )
     if len(words) > _MAX_UNDECLARED or len(words) > max(10, present / 2) or len(words) == present > 2:
         raise _UselessError(f"holds {len(words):,} texts in {present:,} cells ('{shortened(words[0])}', ...)")
@@ -122,7 +122,7 @@ def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> Colum
 
 
 def _warn_about_sentinels(table: Table, names: Sequence[str]) -> None:
-    """Warns where one value far outside the others repeats: it may be a code for missing."""
+    """Warns of repeated values far outside the others, which may be codes for missing."""
     found: dict[float, list[str]] = {}
     for name in names:
         numbers = table.cells(name, "number").numbers

@@ -1,4 +1,4 @@
-"""The one place that says what `train`, `validation` and `test` mean for a dataset."""
+"""Defines what `train`, `validation` and `test` mean for a dataset."""
 
 from collections.abc import Collection
 
@@ -6,7 +6,7 @@ from posterior_matching.errors import UserError
 
 
 def resolve_split(split: str, known: Collection[str]) -> str:
-    """Returns the dataset's own name for `validation` (`val`, `validation` or else `test`); others as they are."""
+    """Returns the dataset's own name for `validation` (`val`, `validation` or else `test`); others are unchanged."""
     if split in known or split not in ("validation", "val"):
         return split
     return next((name for name in ("val", "validation", "test") if name in known), split)

@@ -1,8 +1,8 @@
-"""Reads and writes users' tables, whole or in chunks; every cell that is not filled leaves as it came.
+"""Reads and writes users' tables, whole or in chunks; cells that are not filled are written back unchanged.
 
 | format | rows |
 |---|---|
-| `.csv` `.tsv` `.txt` `.data`, also `.gz` and `.zip` | text; how it is written is found out, see `dialect.sniff` |
+| `.csv` `.tsv` `.txt` `.data`, also `.gz` and `.zip` | text; how it is written is detected, see `dialect.sniff` |
 | `.parquet` | its columns |
 | `.npy` | a 2-D array |
 | `.npz` | a 2-D array; or `train`, `test` and optionally `val` |
@@ -80,15 +80,15 @@ def read_table(
     options: TableOptions = TableOptions(),  # noqa: B008
     known_names: Sequence[str] = (),
 ) -> Table:
-    """Reads a table whole.
+    """Reads a whole table.
 
     Args:
         source: A file, a DataFrame or a 2-D array.
         options: How to read it.
-        known_names: The columns of the run that it is for: a line that has half of them is its header.
+        known_names: The columns of the run that it is for: a first line with half of them is its header.
 
     Raises:
-        UserError: The file is missing, not such a table, ambiguous, or changes meanwhile.
+        UserError: The file is missing, not a table, ambiguous, or changed while it was read.
     """
     if not isinstance(source, str | Path):
         return _of_frame(source, options)
@@ -107,9 +107,9 @@ def iter_chunks(
     rows: int = 65_536,
     known_names: Sequence[str] = (),
 ) -> Iterator[Table]:
-    """Reads a file in chunks of `rows` rows, the last one shorter, in constant memory (`.npz`: in one piece).
+    """Reads a file in chunks of `rows` rows, in constant memory; the last may be shorter (`.npz` is read whole).
 
-    The decimal mark is that of the first chunk.
+    The decimal mark is determined from the first chunk.
 
     Raises:
         UserError: See `read_table`.
@@ -140,7 +140,7 @@ def _unchanged(source: str | Path) -> Iterator[Path]:
 
 
 def _format(path: Path) -> str | None:
-    """Returns the ending that says what a file is, in lower case: `.csv` for `rows.csv.gz`; None if it is no table."""
+    """Returns the suffix that gives a file's format, in lower case: `.csv` for `rows.csv.gz`; None if not a table."""
     ending = path.suffix.lower()
     if ending in (".gz", ".zip"):
         inner = Path(path.stem).suffix.lower()
@@ -178,7 +178,7 @@ def _of_frame(source: pd.DataFrame | np.ndarray, options: TableOptions, name: st
         twice = frame.columns[frame.columns.duplicated()][0]
         raise UserError(f"'{name}' has more than one column named '{twice}': rename them")
     digest = hashlib.sha256(repr(list(frame.columns)).encode())
-    with contextlib.suppress(TypeError):  # cells that cannot be hashed are refused later
+    with contextlib.suppress(TypeError):  # cells that cannot be hashed are rejected later
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
     return Table(frame, name, options, fingerprint=digest.hexdigest())
 
@@ -209,7 +209,7 @@ def _read_numpy(path: Path, options: TableOptions, rows: int | None) -> Iterator
 
 
 def _parts(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Returns part -> its rows when they stand one after the other; leaves in `arrays` only these, in order."""
+    """Returns the rows of each part once they are concatenated; keeps only these parts in `arrays`, in order."""
     if len(arrays) == 1 and "train" not in arrays:
         return None
     if not {"train", "test"} <= arrays.keys():
@@ -255,7 +255,7 @@ def _read_text(path: Path, options: TableOptions, known_names: Sequence[str], ro
                 if len(cells) != len(positions):
                     raise UserError(
                         f"line {line} of '{path}' has {len(cells)} cells, but most lines have {len(positions)}: "
-                        "mend it, or set config.table.separator"
+                        "fix it, or set config.table.separator"
                     ) from error
             raise
 
@@ -282,7 +282,7 @@ def _rebatched(
 
 
 def _without_empty_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Leaves out lines of separators only, which spreadsheets append."""
+    """Drops lines that hold only separators, which spreadsheets append."""
     empty = pc.equal(batch.column(0), "")
     for column in batch.columns[1:]:
         if not pc.any(empty).as_py():
@@ -292,7 +292,7 @@ def _without_empty_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _check_quotes(path: Path, dialect: Dialect) -> None:
-    """Refuses quotes that are opened and not closed: they would swallow lines."""
+    """Rejects unclosed quotes, which would swallow lines."""
     with open_bytes(path) as stream:
         lines = io.TextIOWrapper(stream, dialect.encoding, newline="")
         reader = csv.reader(itertools.islice(lines, dialect.skip, None), delimiter=dialect.separator, strict=True)
@@ -302,11 +302,11 @@ def _check_quotes(path: Path, dialect: Dialect) -> None:
                 line = reader.line_num
         except csv.Error as error:
             start = line + dialect.skip + 1
-            raise UserError(f"line {start} of '{path}' opens a quote that is not closed: mend it ({error})") from error
+            raise UserError(f"line {start} of '{path}' opens a quote that is not closed: fix it ({error})") from error
 
 
 class _Tabbed(io.RawIOBase):
-    """The UTF-8 bytes of a text whose cells are separated by blanks, with one tab between them instead."""
+    """Converts text with cells separated by blanks to UTF-8 bytes with cells separated by single tabs."""
 
     def __init__(self, lines: io.TextIOWrapper):
         self._lines, self._rest = lines, b""
@@ -334,13 +334,13 @@ class _Tabbed(io.RawIOBase):
 
 @contextlib.contextmanager
 def table_writer(path: str | Path) -> Iterator[Callable[[Table], None]]:
-    """Gives a function that writes one chunk of a table after the other to a file, there whole or not at all.
+    """Yields a function that writes a table to a file chunk by chunk; the file appears only once it is complete.
 
-    A text table is written as it was read: separator, encoding, header line, line ends, and quotes where its cells had
-    them throughout or need them. The ending of `path` says what else to write, as for reading.
+    A text table is written as it was read: separator, encoding, header line, line endings, and quotes in columns that
+    were quoted throughout or around cells that need them. The suffix of `path` gives the format, as for reading.
 
     Raises:
-        UserError: The file cannot be written, or not in that format.
+        UserError: The file cannot be written, or not in this format.
     """
     path, kind = Path(path), _format(Path(path))
     if kind is None:
@@ -384,7 +384,7 @@ def _text_writer(file: IO[bytes]) -> Callable[[Table], None]:
         nonlocal encoder
         dialect = table.dialect
         begin, encoding = encoder is None, dialect.encoding if dialect else "utf-8"
-        encoder = encoder or codecs.getincrementalencoder(encoding)()  # writes one byte order mark, where there is one
+        encoder = encoder or codecs.getincrementalencoder(encoding)()  # writes a byte order mark only once
         if dialect is None:
             text = table.frame.to_csv(index=False, header=begin, lineterminator="\n")
         else:

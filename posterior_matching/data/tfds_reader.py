@@ -23,7 +23,7 @@ _CHUNK = 1024  # examples decoded at a time; bounds the memory for images before
 
 
 def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Reads one split of a TFDS dataset with `image` or `features`, after downloading and preparing it if absent.
+    """Reads one split of a TFDS dataset with `image` or `features`, downloading and preparing it if necessary.
 
     Args:
         name: A TFDS name, one of `TABULAR`, or `mnist16` or `mnist16_flat`.
@@ -31,7 +31,7 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
 
     Returns:
         The split's own name; [N, H, W, C] images (uint8, or float32 in [0, 1]) or [N, d] float32 features; and [N]
-        int32 labels, where there are some.
+        int32 labels, if there are any.
 
     Raises:
         UserError: The name or split is unknown, or the data cannot be downloaded, prepared or read.
@@ -42,7 +42,7 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
         _prepare(builder)
         builder = _builder(base)
     if not builder.info.splits:
-        raise UserError(f"'{builder.data_path}' is not a whole TFDS dataset: delete it to prepare it anew")
+        raise UserError(f"'{builder.data_path}' is an incomplete TFDS dataset: delete it to prepare it again")
     split = resolve_split(split, builder.info.splits)
     try:
         builder.info.splits[split]
@@ -52,7 +52,9 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
     arrays = cached(f"{builder.info.full_name}-{split}", sources, lambda: _decode_all(builder, split))
     x = arrays["x"]
     if x.dtype == np.float32 and np.isinf(x).any():
-        raise UserError(f"dataset '{name}' has infinite values in split '{split}': only numbers and NaN (missing) work")
+        raise UserError(
+            f"dataset '{name}' has infinite values in split '{split}': use finite numbers and NaN (missing)"
+        )
     return split, derive(x) if derive else x, arrays.get("label")
 
 
@@ -65,7 +67,7 @@ def _builder(name: str) -> Any:
     data_dir = os.environ.get("TFDS_DATA_DIR")  # TFDS itself reads it once, at import
     try:
         own_class = _tabular_builder_class(name) if name in TABULAR else _idx_builder_class(tfds.builder_cls(name))
-    except ValueError:  # unknown to TFDS; perhaps "name/config", or prepared on disk by a builder that is not here
+    except ValueError:  # unknown to TFDS; perhaps "name/config", or prepared on disk by another builder
         own_class = None
     try:
         return own_class(data_dir=data_dir) if own_class else tfds.builder(name, data_dir=data_dir)
@@ -88,10 +90,10 @@ def _tabular_builder_class(name: str) -> type:
 
 
 def _idx_builder_class(parent: Any) -> Any:
-    """Returns TFDS's MNIST builder, or one of its kind, without TensorFlow; None for other builders.
+    """Returns TFDS's MNIST builder, or a subclass of it, without TensorFlow; None for other builders.
 
-    TFDS opens the idx files and compresses the images through TensorFlow. Here NumPy and Pillow do; name, URLs and
-    checksums stay, hence the dataset on disk is the same.
+    TFDS opens the idx files and compresses the images with TensorFlow; here NumPy and Pillow do. Name, URLs and
+    checksums are the same, and so is the dataset on disk.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
@@ -127,7 +129,7 @@ def _read_idx(path: Any) -> np.ndarray:
 
 
 def _prepare(builder: Any) -> None:
-    """Downloads and prepares the dataset. TFDS writes to a temporary folder and renames it, so never by half."""
+    """Downloads and prepares the dataset. TFDS writes to a temporary folder and renames it once it is complete."""
     import logging as pythonlogging
 
     import requests
@@ -136,10 +138,10 @@ def _prepare(builder: Any) -> None:
 
     logging.info("preparing dataset '%s' in %s", builder.name, builder.data_path)
     pythonlogging.getLogger("urllib3").setLevel(pythonlogging.ERROR)  # no line per retry
-    downloader.MAX_RETRIES = 4  # of 10, which take minutes to say that there is no network
+    downloader.MAX_RETRIES = 4  # instead of 10, which take minutes to report a missing network
     remedy = f"try again, or copy the folder from a machine that has it to '{builder.data_path}'"
     try:
-        # Asking for copies in Google's cloud would only add waiting: those are TFRecord files.
+        # Looking for copies in Google's cloud would only waste time: they are TFRecord files.
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         builder.download_and_prepare(file_format="array_record", download_config=config)
     except UserError:
@@ -177,9 +179,7 @@ def _records(builder: Any, split: str) -> Iterator[bytes]:
             yield from itertools.islice(_tfrecords(part.filename), part.skip, part.skip + part.take)
     else:
         found = ", ".join(sorted(formats)) or "an unknown format"
-        raise UserError(
-            f"'{builder.data_path}' is stored as {found}: delete it, and it is prepared anew as array_record"
-        )
+        raise UserError(f"'{builder.data_path}' is stored as {found}: delete it to prepare it again as array_record")
 
 
 def _tfrecords(path: str) -> Iterator[bytes]:
@@ -189,13 +189,13 @@ def _tfrecords(path: str) -> Iterator[bytes]:
         while header := file.read(12):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
             if file.tell() + length + 4 > size:
-                raise UserError(f"'{path}' is cut off or not a TFRecord file: delete its folder to prepare it anew")
+                raise UserError(f"'{path}' is truncated or not a TFRecord file: delete its folder to prepare it again")
             yield file.read(length)
             file.seek(4, os.SEEK_CUR)
 
 
 def _decoder(builder: Any) -> tuple[str, Callable[[list[Any]], np.ndarray]]:
-    """Returns `image` or `features`, and what turns a list of n stored values into an array [n, ...]."""
+    """Returns `image` or `features`, and a function that turns a list of n stored values into an array [n, ...]."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
@@ -210,14 +210,14 @@ def _decoder(builder: Any) -> tuple[str, Callable[[list[Any]], np.ndarray]]:
 
 
 def _decode_image(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    from PIL import Image  # not OpenCV, which TFDS takes if installed: pixels of a JPEG differ between the two
+    from PIL import Image  # not OpenCV, which TFDS uses if installed: they decode a JPEG to different pixels
 
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[-1]]
     return np.asarray(Image.open(io.BytesIO(data)).convert(mode)).reshape(shape)
 
 
 def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
-    """Decodes every example of a split: only the wanted fields, many times as fast as TFDS decodes whole examples."""
+    """Decodes only the required fields of every example of a split, many times faster than TFDS decodes all of them."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
     from tqdm import tqdm
@@ -242,7 +242,7 @@ def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:
-        remedy = "delete that folder to prepare it anew"
+        remedy = "delete that folder to prepare it again"
         raise UserError(f"cannot read '{builder.data_path}' ({_first_line(error)}): {remedy}") from error
     if x is None:
         raise UserError(f"split '{split}' of dataset '{builder.name}' is empty")

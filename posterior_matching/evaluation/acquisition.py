@@ -1,4 +1,4 @@
-"""Greedy acquisition, example by example: how the imputation of the other features improves (paper, section 4.3)."""
+"""Greedy acquisition for each example: how the imputation of the remaining features improves (paper, section 4.3)."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from posterior_matching.evaluation.results import Arrays, Parts, Results
 from posterior_matching.models.lookahead import LookaheadPosterior
 from posterior_matching.progress import with_log
 
-# How many acquisitions results.json reports on; the arrays have all.
+# The numbers of acquisitions that results.json reports on; the arrays hold all.
 BUDGETS = (1, 3, 5, 10, 20, 30)
 MOST_INSTANCES = 1000
 
@@ -40,24 +40,24 @@ def evaluate(
 ) -> Results:
     """Acquires with every policy and writes `trajectories/` in the run directory of a lookahead posterior.
 
-    Written are `<policy>.npz` with the arrays of `acquisition.Trajectory`, `[N, T, ...]`, and the data `x`; and
-    `results.json`. What is finished is kept, and the same call resumes from there.
+    The folder holds `<policy>.npz`, with the arrays of `acquisition.Trajectory`, `[N, T, ...]`, and the data `x`; and
+    `results.json`. Finished parts are kept, so the same call resumes an interrupted evaluation.
 
     Args:
         run_dir: The run directory.
         dataset: The dataset; None: the one the run was trained on.
         split: Its split.
-        checkpoint: "best" or "latest"; None: what the run's config names.
-        policies: Keys of `acquisition.POLICIES`: what chooses the next feature.
-        num_instances: Evaluate only the first examples; None: `MOST_INSTANCES`, at most all.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        policies: Keys of `acquisition.POLICIES`; they choose the next feature.
+        num_instances: Evaluate only this many examples, from the first; None: `MOST_INSTANCES`, or all if fewer.
         batch_size: Examples at once on each device.
         num_samples: Imputations per example and step.
         num_steps: T, states to visit: from none observed to T - 1 features acquired.
-        seed: Of the samples.
-        memory_budget_gb: Gigabytes on each device for the features that the sampling policy looks at together.
+        seed: Random seed of the samples.
+        memory_budget_gb: Gigabytes on each device for the features that the sampling policy evaluates together.
 
     Raises:
-        UserError: An argument is wrong, or does not fit the run or the evaluation to resume; or it was interrupted.
+        UserError: An argument is wrong, or does not match the run or the evaluation to resume; or it was interrupted.
     """
     arguments = check(evaluate, dict(locals()))
     for name in policies:

@@ -1,4 +1,4 @@
-"""Imputation by scikit-learn, to compare a model with."""
+"""Imputation baselines from scikit-learn."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,13 +14,13 @@ def fit(
 
     Args:
         train: `[N, d]`, NaN = missing.
-        names: Which of them; the cost of the iterative one grows with the cube of d.
-        max_rows: The latter two see at most this many rows, evenly spaced: their cost grows with rows.
+        names: Which of them to fit; the cost of the iterative one grows with the cube of d.
+        max_rows: The latter two are fitted to at most this many rows, evenly spaced, as their cost grows with rows.
 
     Returns:
-        By name, functions from rows `[N, d]` with NaN where unobserved to the same rows filled.
+        Functions, by name, that map rows `[N, d]`, NaN where unobserved, to the completed rows.
     """
-    # The iterative imputer has to be enabled by this import.
+    # This import enables the iterative imputer.
     from sklearn.experimental import enable_iterative_imputer  # noqa: F401
     from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 

@@ -1,4 +1,4 @@
-"""How well clusters agree with labels: the scores, and their computation over a validation set during training."""
+"""Agreement of clusters with labels: the scores, and their computation over a validation set during training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ from posterior_matching.models.vade_initialisation import latents
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
-SAMPLES = 50  # of z, for a prediction of the cluster
+SAMPLES = 50  # of z for each cluster prediction
 
 
 def clustering_scores(label: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
-    """Returns how well clusters agree with labels, whatever the clusters are called; 1 is perfect.
+    """Scores the agreement of clusters with labels, regardless of how the clusters are numbered; 1 is perfect.
 
     `clustering_accuracy`: share of examples with the label of their cluster, under the best one-to-one assignment of
     clusters to labels (Hungarian algorithm). `nmi`: normalised mutual information. `ari`: adjusted Rand index, about 0
@@ -39,12 +39,12 @@ def clustering_scores(label: np.ndarray, cluster: np.ndarray) -> dict[str, float
 
 
 def contingency(label: jax.Array, cluster: jax.Array, num_clusters: int) -> jax.Array:
-    """A validation term, `[B, classes, clusters]`: 1 at the label (one-hot `[B, classes]`) and cluster `[B]`."""
+    """A validation term, `[B, classes, clusters]`: 1 at each label (one-hot `[B, classes]`) and cluster (`[B]`)."""
     return label[:, :, None] * jax.nn.one_hot(cluster, num_clusters)[:, None, :]
 
 
 def summarise_contingency(means: dict[str, np.ndarray], num_examples: int) -> dict[str, Any]:
-    """Replaces the mean contingency of the validation examples, if they have labels, by `clustering_scores`."""
+    """Replaces the mean contingency of the validation examples, if they have labels, with `clustering_scores`."""
     if "contingency" not in means:
         return means
     counts = np.rint(means["contingency"] * num_examples).astype(int)

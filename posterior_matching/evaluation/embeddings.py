@@ -1,4 +1,4 @@
-"""Embeddings of images, in which precision and recall compare distributions."""
+"""Image embeddings in which precision and recall are computed."""
 
 import hashlib
 import urllib.request

@@ -1,4 +1,4 @@
-"""Opening a run for evaluation, and mapping a function over its examples: each one once, whatever the batch size."""
+"""Opens a run for evaluation and maps functions over its examples, each exactly once, whatever the batch size."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class Evaluation:
     Attributes:
         path: The run directory.
         description: Its `config.json`.
-        checkpoint: Which of its checkpoints, "best" or "latest".
+        checkpoint: The checkpoint to load, "best" or "latest".
         dataset: The examples to evaluate, in the units of the run.
     """
 
@@ -59,8 +59,8 @@ class Evaluation:
         """Returns a mask generator that fits the data.
 
         Args:
-            mask_generator: The generator, or its specification (`masking.mask_generator_from_spec`), or "config": the
-                one that the run was trained with.
+            mask_generator: The generator, or its specification (`masking.mask_generator_from_spec`), or "config" for
+                the one that the run was trained with.
 
         Raises:
             UserError: The specification is wrong, or the generator does not fit the data.
@@ -73,7 +73,7 @@ class Evaluation:
         return mask_generator
 
     def settings(self, **options: Any) -> dict[str, Any]:
-        """Returns what a batch's results depend on: checkpoint, data, devices, and the evaluation's own options."""
+        """Returns everything that a batch's results depend on: checkpoint, data, devices and the `options`."""
         return {
             "step": runs.latest_step(self.path, self.checkpoint),
             "dataset": self.dataset.name,
@@ -84,7 +84,7 @@ class Evaluation:
         }
 
     def training_rows(self) -> np.ndarray:
-        """Returns the rows the run was trained on, `[N, d]`, NaN = missing, in its units: what baselines learn from."""
+        """Returns the run's training rows, `[N, d]`, in its units, NaN = missing; baselines are fitted to them."""
         train = load_dataset(self.description, None, self.description["config"]["train_split"], None)
         x, available = (np.asarray(a) for a in data.decode(train.x, train.max_value))
         return np.where(available == 1, x, np.nan).reshape(len(x), -1)
@@ -104,15 +104,15 @@ def open_run(
 
     Args:
         run_dir: The run directory.
-        model: The model that the run must be of; None: any.
+        model: The required model of the run; None: any.
         dataset: The dataset to evaluate on; None: the one the run was trained on.
         split: Its split.
-        checkpoint: "best" or "latest"; None: what the run's config names.
-        num_instances: Evaluate only the first examples, this many; None: all of them, or the first `at_most`.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        num_instances: Evaluate only this many examples, from the first; None: all of them, or the first `at_most`.
         at_most: See `num_instances`.
 
     Raises:
-        UserError: It is not such a run, or the data do not fit it; see `runs.read_description` and `load_dataset`.
+        UserError: It is not such a run, or the data do not match it; see `runs.read_description` and `load_dataset`.
     """
     description = runs.read_description(run_dir, model)
     examples = load_dataset(description, dataset, split, num_instances, at_most)
@@ -133,20 +133,22 @@ def load_dataset(
         description: The run's `config.json`.
         name: The dataset; None: the one the run was trained on.
         split: Its split.
-        num_instances: How many examples, the first ones; None: all of them, or the first `at_most`.
+        num_instances: The number of examples, from the first; None: all of them, or the first `at_most`.
         at_most: See `num_instances`.
 
     Raises:
-        UserError: The data have another shape than those the run was trained on, or there are fewer examples than
+        UserError: The data differ in shape from the run's training data, or there are fewer examples than
             `num_instances`.
     """
     name = name or description["config"]["dataset"]
+    if name is None:
+        raise UserError("the run was trained on a table in memory: pass --dataset, and --split=all for every row of it")
     table = runs.saved_table_options(description)
     dataset = data.load(name, split, columns=runs.saved_columns(description), table=table)
     expected = tuple(description["input_shape"])
     if dataset.input_shape != expected:
         raise UserError(
-            f"dataset {name} has examples of shape {dataset.input_shape}, the run was trained on {expected}"
+            f"dataset {name} has examples of shape {dataset.input_shape}, but the run was trained on {expected}"
         )
     if num_instances is None:
         num_instances = min(len(dataset), at_most or len(dataset))
@@ -159,8 +161,8 @@ def load_dataset(
 class ExampleMap:
     """Maps a function of one example over a dataset, in batches, on all local devices.
 
-    Every example has its own random key, a function of the base key and its row, so that results do not depend on how
-    examples fall into batches.
+    Every example has its own random key, a function of the base key and its row, so results do not depend on the
+    batches.
 
     Args:
         fn: `fn(model, key, x, available) -> {name: array}` for one example, `x: [*input_shape]` and its `available`
@@ -189,11 +191,11 @@ class ExampleMap:
 
         Args:
             key: The base key.
-            description: What the progress bar says.
-            parts: Where the results of each batch are kept and, after an interruption, found again.
+            description: The description on the progress bar.
+            parts: Where the results of finished batches are kept, so that an interrupted evaluation can resume.
 
         Raises:
-            UserError: It was interrupted, and `parts` keeps what is finished.
+            UserError: It was interrupted, and `parts` keeps the finished batches.
         """
         batches = list(enumerate(zip(self._indices, self._weights, strict=True)))
         results = []

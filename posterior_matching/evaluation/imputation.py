@@ -1,7 +1,7 @@
-"""The evaluation of image imputations that the PM-VQVAE and the PM-VDVAE share (paper, image inpainting).
+"""Evaluation of image imputations, for the PM-VQVAE and the PM-VDVAE (paper, image inpainting).
 
-How close the mean imputation is to the truth (PSNR), and how well several imputations, each on its own, cover the
-distribution of real images (precision and recall of distributions).
+PSNR measures how close the mean imputation is to the truth; precision and recall of distributions measure how well
+individual imputations match the distribution of real images.
 """
 
 import os
@@ -27,7 +27,7 @@ MODELS = ("pm_vdvae", "pm_vqvae")
 
 
 class UnitRange(nnx.Module):
-    """A PM-VDVAE that imputes images in [0, 1] instead of pixel levels."""
+    """A PM-VDVAE that imputes images in [0, 1] instead of integer pixel values."""
 
     def __init__(self, vdvae: PosteriorMatchingVDVAE):
         self.vdvae = vdvae
@@ -54,26 +54,26 @@ def evaluate(
 ) -> Results:
     """Evaluates a PM-VQVAE or PM-VDVAE and writes `imputation_results/` in its run directory.
 
-    Written are `psnrs.npy` [trials], `prd_data.npy` [trials, 2 (precision, recall), 1001], `f_scores.npy` [trials, 2
-    (F_1/8, F_8)], `results.json` and `imputations.png`. The metrics `precision` and `recall` are the greatest F_1/8 and
-    F_8 along the curve, as in the paper; `f_1_8` and `f_8` are the same numbers under their exact names.
+    The folder holds `psnrs.npy` [trials], `prd_data.npy` [trials, 2 (precision, recall), 1001], `f_scores.npy` [trials,
+    2 (F_1/8, F_8)], `results.json` and `imputations.png`. The metrics `precision` and `recall` are the maximum F_1/8
+    and F_8 along the curve, as in the paper; `f_1_8` and `f_8` are the same numbers under their exact names.
 
     Args:
         run_dir: The run directory.
         dataset: The dataset; None: the one the run was trained on.
         split: Its split.
-        checkpoint: "best" or "latest"; None: what the run's config names.
-        mask_generator: What is observed, see `Evaluation.masks`.
-        num_instances: Evaluate only the first images; None: all.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        mask_generator: The generator of the masks, see `Evaluation.masks`.
+        num_instances: Evaluate only this many images, from the first; None: all.
         batch_size: Images at once on each device.
         num_samples: Imputations of every image.
         num_trials: Trials, each with its own masks.
-        seed: Of masks, samples and clusterings.
-        embedding: What precision and recall compare, a key of `EMBEDDINGS`.
+        seed: Random seed of masks, samples and clusterings.
+        embedding: The embedding for precision and recall, a key of `EMBEDDINGS`.
         baselines: Also compute the PSNR of mean and kNN imputation on the same masks.
 
     Raises:
-        UserError: An argument is wrong, or does not fit the run.
+        UserError: An argument is wrong, or does not match the run.
     """
     arguments = check(evaluate, dict(locals()))
     run = open_run(run_dir, dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)

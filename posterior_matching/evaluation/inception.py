@@ -14,7 +14,7 @@ from jax import lax
 
 
 class ConvNorm(nnx.Module):
-    """A convolution without bias, batch normalisation by stored statistics, ReLU; `padding` in rows and columns."""
+    """A convolution without bias, batch normalisation with stored statistics, ReLU; `padding` in rows and columns."""
 
     def __init__(self, features_in: int, features: int, size: tuple[int, int], stride: int, padding: tuple[int, int]):
         self.kernel = nnx.Param(jnp.zeros((*size, features_in, features)))
@@ -31,11 +31,11 @@ class ConvNorm(nnx.Module):
 
 
 class InceptionBlock(nnx.Module):
-    """Branches side by side, their outputs concatenated.
+    """Parallel branches with concatenated outputs.
 
-    A branch is a list of steps: `(name, features, (rows, columns))` is a convolution that keeps the size, a fourth
-    entry its stride, without padding; "mean" and "max" pool 3x3 at stride one, "max/2" at stride two; a list of steps
-    in place of one applies them side by side.
+    A branch is a list of steps: `(name, features, (rows, columns))` is a convolution that keeps the size, or, with a
+    stride as fourth entry, one without padding; "mean" and "max" pool 3x3 at stride one, "max/2" at stride two; a list
+    of steps in place of one applies them in parallel.
     """
 
     def __init__(self, features_in: int, *branches: list[Any]):
@@ -80,7 +80,7 @@ def _pool(x: jax.Array, initial: float, reduce: Any, stride: int, padding: str) 
 
 
 _POOLS = {
-    # The mean over those of the 3x3 positions that exist: padding does not count.
+    # The mean over the 3x3 positions inside the image: padding does not count.
     "mean": lambda x: _pool(x, 0.0, lax.add, 1, "SAME") / _pool(jnp.ones_like(x), 0.0, lax.add, 1, "SAME"),
     "max": lambda x: _pool(x, -jnp.inf, lax.max, 1, "SAME"),
     "max/2": lambda x: _pool(x, -jnp.inf, lax.max, 2, "VALID"),
@@ -173,7 +173,7 @@ _NORM_PARAMETERS = {"scale": "weight", "bias": "bias", "mean": "running_mean", "
 
 
 class Inception(nnx.Module):
-    """The network up to its last pooling, `pool3`; layers are named as in torchvision, whose weights it takes."""
+    """The network up to its last pooling, `pool3`; layers are named as in torchvision, to load its weights."""
 
     def __init__(self):
         self.stem = InceptionBlock(3, _STEM)

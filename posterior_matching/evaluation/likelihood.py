@@ -1,4 +1,4 @@
-"""Importance-sampled likelihoods of a PM-VDVAE: log p(x), log p(x_o), and so log p(x_u | x_o) (paper, section 5.3)."""
+"""Importance-sampled likelihoods of a PM-VDVAE: log p(x), log p(x_o), hence log p(x_u | x_o) (paper, section 5.3)."""
 
 import math
 import os
@@ -33,25 +33,26 @@ def evaluate(
 ) -> Results:
     """Evaluates a PM-VDVAE and writes `likelihood_results/` in its run directory.
 
-    Written are `x_lls.npy` and `xo_lls.npy` (log p(x) and log p(x_o) in nats, [trials, N]), `bpd.npy` (bits per
-    dimension, [trials]) and `results.json`. Finished batches are kept in `likelihood_results/parts/` until all are, and
-    the same call resumes from there.
+    The folder holds `x_lls.npy` and `xo_lls.npy` (log p(x) and log p(x_o) in nats, [trials, N]), `bpd.npy` (bits per
+    dimension, [trials]) and `results.json`. Finished batches are kept in `likelihood_results/parts/` until the end, so
+    the same call resumes an interrupted evaluation.
 
     Args:
         run_dir: The run directory.
         dataset: The dataset; None: the one the run was trained on.
         split: Its split.
-        checkpoint: "best" or "latest"; None: what the run's config names.
-        mask_generator: What is observed, see `Evaluation.masks`.
-        num_instances: Evaluate only the first examples; None: `INSTANCES_PER_DEVICE` on each device, at most all.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        mask_generator: The generator of the masks, see `Evaluation.masks`.
+        num_instances: Evaluate only this many examples, from the first; None: `INSTANCES_PER_DEVICE` on each device, or
+            all if fewer.
         batch_size: Examples at once on each device.
-        chunk_size: Samples of an example at once, at most.
+        chunk_size: Maximum samples per example at once.
         num_samples: Samples of z per example and estimate.
         num_trials: Trials, each with its own masks and samples.
-        seed: Of masks and samples.
+        seed: Random seed of masks and samples.
 
     Raises:
-        UserError: An argument is wrong, or does not fit the run or the evaluation to resume; or it was interrupted.
+        UserError: An argument is wrong, or does not match the run or the evaluation to resume; or it was interrupted.
     """
     arguments = check(evaluate, dict(locals()))
     at_most = INSTANCES_PER_DEVICE * jax.local_device_count()

@@ -1,4 +1,4 @@
-"""Scores: per-example values in, exact reductions over a dataset out (NumPy, float64)."""
+"""Scores: exact reductions of per-example values over a dataset (NumPy, float64)."""
 
 import concurrent.futures
 import os
@@ -12,7 +12,7 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     """Normalised root-mean-square error of imputations (paper, UCI experiments).
 
     Per feature, the root of the mean squared error over the scored entries, divided by the feature's standard deviation
-    over the evaluated data; averaged over features. Features that are constant or never scored do not count.
+    over the evaluated data; averaged over features. Features that are constant or never scored are left out.
 
     Args:
         x: True values `[N, ...]`; NaN = missing.
@@ -20,7 +20,7 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
         scored: `[N, ...]`, 1 where the value was unobserved; missing values are never scored.
 
     Returns:
-        The NRMSE; 1 is what imputing the mean gives, up to sampling. NaN if nothing is scored.
+        The NRMSE; imputing the mean gives 1, up to sampling error. NaN if nothing is scored.
     """
     x, scored = np.asarray(x, np.float64), np.asarray(scored, bool) & ~np.isnan(x)
     squared_error = np.where(scored, np.square(np.nan_to_num(x) - imputation), 0.0).sum(0)
@@ -55,14 +55,14 @@ def psnr(x: np.ndarray, imputation: np.ndarray) -> np.ndarray:
 def precision_recall_curve(
     real: np.ndarray, generated: np.ndarray, num_angles: int = 1001
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall of one distribution for another (Sajjadi et al. 2018, arXiv 1806.00035, equation 7).
+    """Precision and recall of one distribution relative to another (Sajjadi et al. 2018, arXiv 1806.00035, equation 7).
 
     For slopes l = tan(angle), precision is `sum_k min(l p_k, q_k)` and recall `sum_k min(p_k, q_k / l)`.
 
     Args:
         real: Reference distribution p, `[K]`, sums to one.
-        generated: Distribution q to judge, `[K]`, sums to one.
-        num_angles: Points of the curve, at equal angles strictly between 0 and a right angle.
+        generated: Distribution q to evaluate, `[K]`, sums to one.
+        num_angles: Points of the curve, at equally spaced angles strictly between 0 and pi / 2.
 
     Returns:
         Precision and recall, `[num_angles]` each, in [0, 1].
@@ -71,20 +71,20 @@ def precision_recall_curve(
     slopes = np.tan(angles)[:, None]
     precision = np.minimum(slopes * real, generated).sum(1)  # over bins
     recall = np.minimum(real, generated / slopes).sum(1)
-    return precision.clip(0.0, 1.0), recall.clip(0.0, 1.0)  # rounding may exceed 1
+    return precision.clip(0.0, 1.0), recall.clip(0.0, 1.0)  # may exceed 1 by rounding
 
 
 def precision_recall(
     real: np.ndarray, generated: np.ndarray, seed: int, *, num_clusters: int = NUM_CLUSTERS, num_runs: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall of samples for data: `precision_recall_curve` of their histograms over common clusters.
+    """Precision and recall of samples relative to data: the curve of their histograms over shared clusters.
 
     Args:
         real: Embeddings of the data, `[N, D]`.
         generated: Embeddings of the samples, `[N, D]`.
-        seed: Of the clusterings.
+        seed: Random seed of the clusterings.
         num_clusters: Clusters of the union, by mini-batch k-means.
-        num_runs: Clusterings to average the curves over.
+        num_runs: Number of clusterings over which the curves are averaged.
 
     Returns:
         Precision and recall, `[1001]` each.
@@ -99,14 +99,14 @@ def precision_recall(
         counts = [np.bincount(part, minlength=num_clusters) for part in np.split(labels, [len(real)])]
         return precision_recall_curve(counts[0] / len(real), counts[1] / len(generated))
 
-    # A thread for every run: many threads for one run wait for each other, 20 times longer on small data.
+    # One thread per run: several threads in one run wait for each other, which is 20 times slower on small data.
     with threadpool_limits(1), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         precision, recall = np.mean(list(pool.map(curve, range(num_runs))), axis=0)  # over runs
     return precision, recall
 
 
 def max_f_score(precision: np.ndarray, recall: np.ndarray, beta: float) -> float:
-    """Largest `F_beta = (1 + beta^2) P R / (beta^2 P + R)` along a curve; small beta weighs precision, large recall."""
+    """Largest `F_beta = (1 + beta^2) P R / (beta^2 P + R)` along a curve; small beta favours precision."""
     denominator = beta**2 * precision + recall
     with np.errstate(invalid="ignore"):
         scores = np.where(denominator > 0, (1 + beta**2) * precision * recall / denominator, 0.0)

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from posterior_matching.atomic import replacing
 
-_GREY = 0.5  # what is not observed
+_GREY = 0.5  # of unobserved pixels
 _GAP = 2  # pixels between images
 
 
@@ -20,7 +20,7 @@ def imputation_grid(x: ArrayLike, b: ArrayLike, imputations: ArrayLike) -> np.nd
         imputations: `[S, B, H, W, C]`.
 
     Returns:
-        `[rows, columns, C]` in [0, 1], as from all functions here.
+        `[rows, columns, C]` in [0, 1], like all functions here.
     """
     return image_columns(x, np.where(np.asarray(b) == 1, x, _GREY), *np.asarray(imputations))
 
@@ -41,7 +41,7 @@ def image_square(x: ArrayLike) -> np.ndarray:
 
 
 def save_png(path: pathlib.Path, image: np.ndarray, min_width: int = 800) -> None:
-    """Writes an image `[H, W, C]` in [0, 1], enlarged by a whole factor to at least `min_width` pixels."""
+    """Writes an image `[H, W, C]` in [0, 1], enlarged by an integer factor to at least `min_width` pixels."""
     from PIL import Image
 
     factor = -(-min_width // image.shape[1])

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: `results.json`, arrays and a picture; and finished parts of one that was interrupted."""
+"""The output of an evaluation: `results.json`, arrays and a picture, and the finished parts of an interrupted one."""
 
 import contextlib
 import json
@@ -35,12 +35,12 @@ class Results:
     """The trials of an evaluation, and the folder they are written to.
 
     Args:
-        folder: Made at once, so that an evaluation does not run for hours before it finds that it cannot write.
+        folder: Created at once, so that an evaluation cannot run for hours and then fail to write.
         num_examples: How many examples were evaluated.
-        arguments: What the evaluation was called with, by name, `seed` included; saved as `flags`.
+        arguments: The evaluation's arguments by name, including `seed`; saved as `flags`.
 
     Raises:
-        UserError: The folder cannot be made.
+        UserError: The folder cannot be created.
     """
 
     def __init__(self, folder: pathlib.Path, num_examples: int, arguments: Mapping[str, Any]):
@@ -85,7 +85,7 @@ class Results:
         )
 
     def write(self, **arrays: np.ndarray) -> None:
-        """Prints all metrics, writes `results.json` and `<name>.npy` for every array: all of them or none.
+        """Prints all metrics, and writes `results.json` and one `<name>.npy` per array, all of them or none.
 
         Raises:
             UserError: They cannot be written.
@@ -112,12 +112,12 @@ class Results:
         print(f"{self.num_examples} examples; written to {self.folder}")
 
     def draw_imputations(self, model: ImputesImages, x: np.ndarray, masks: MaskGenerator) -> None:
-        """Draws `imputations.png`, when the numbers are written: original, observed part and six imputations of each.
+        """Draws `imputations.png`, after `write`: original, observed part and six imputations of each image.
 
         Args:
             model: The model.
-            x: Images `[B, H, W, C]` in [0, 1], of which the first ten are drawn.
-            masks: What is observed.
+            x: Images `[B, H, W, C]` in [0, 1]; the first ten are drawn.
+            masks: The generator of the masks.
 
         Raises:
             UserError: It cannot be written.
@@ -135,11 +135,11 @@ class Results:
 class Parts:
     """Parts of a long evaluation, one `.npz` each, kept so that an interrupted evaluation can resume.
 
-    Every part carries the settings it was computed with: one that is damaged, or of other settings, is computed again.
+    Every part stores the settings it was computed with. It is recomputed if it is damaged or its settings differ.
     Several processes may work in the same folder.
 
     Args:
-        folder: Where they are kept; made when there is something to keep.
+        folder: Where they are kept; created when there is something to keep.
         settings: Everything that the parts depend on, JSON values by name.
     """
 
@@ -151,7 +151,7 @@ class Parts:
         """Opens a folder, new or left by an earlier evaluation, and writes `settings.json` there.
 
         Raises:
-            UserError: It holds parts of other settings, or cannot be written.
+            UserError: It holds parts with other settings, or cannot be written.
         """
         path = folder / "settings.json"
         saved = _read_settings(path)
@@ -166,11 +166,11 @@ class Parts:
         return cls(folder, settings)
 
     def within(self, name: str) -> "Parts":
-        """Returns the parts in a folder within this one."""
+        """Returns the parts in a subfolder of this one."""
         return Parts(self.folder / name, self._settings, f"{self._prefix}{name}/")
 
     def get(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
-        """Returns the arrays of a part: those that were kept, or what `compute` returns, which is kept.
+        """Returns the arrays of a part: those kept earlier, or the result of `compute`, which is then kept.
 
         Raises:
             UserError: The part cannot be written.
@@ -181,7 +181,7 @@ class Parts:
         if kept is not None and str(kept.pop("settings", None)) == stamp:
             return kept
         arrays = compute()
-        # The folder is gone when another process has just finished the same evaluation: then nothing needs keeping.
+        # If another process has just finished the same evaluation, the folder is gone and nothing needs keeping.
         with _one_line(path), contextlib.suppress(FileNotFoundError):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_npz(path, arrays | {"settings": np.array(stamp)})
@@ -193,7 +193,7 @@ class Parts:
 
 
 def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays to a compressed `.npz`, which is there whole or not at all."""
+    """Writes arrays to a compressed `.npz`, atomically."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -203,7 +203,7 @@ def load_npz(path: pathlib.Path) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return None if archive.zip.testzip() else dict(archive)
-    except Exception:  # whatever NumPy and zipfile raise for a file that is cut, empty or something else
+    except Exception:  # whatever NumPy and zipfile raise for files that are truncated, empty or no archives
         return None
 
 
@@ -217,7 +217,7 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _one_line(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what the file system refuses into one line."""
+    """Turns file system errors into a one-line UserError."""
     try:
         yield
     except OSError as error:

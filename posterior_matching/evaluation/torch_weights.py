@@ -1,4 +1,4 @@
-"""Reading weights that PyTorch has saved, without PyTorch and without executing what is in the file."""
+"""Reads weights saved by PyTorch, without PyTorch and without executing code from the file."""
 
 import collections
 import io
@@ -29,11 +29,11 @@ _ALLOWED = {
 
 
 class _TensorReader(pickle.Unpickler):
-    """Reads the description of a state dict; executes nothing, and refuses all but tensors in an ordered dict."""
+    """Reads the description of a state dict; executes nothing, and rejects anything but tensors in an ordered dict."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise UserError(f"a file of weights must hold tensors only, it holds {module}.{name}")
+            raise UserError(f"a weights file must hold only tensors, but this one holds {module}.{name}")
         return _ALLOWED[module, name]
 
     def persistent_load(self, identifier: tuple) -> tuple[str, type]:
@@ -42,10 +42,10 @@ class _TensorReader(pickle.Unpickler):
 
 
 def read_torch_weights(content: bytes) -> dict[str, np.ndarray]:
-    """Reads a state dict that PyTorch has saved, in its older or its zip format, without PyTorch.
+    """Reads a state dict saved by PyTorch, in the older or the zip format.
 
     Raises:
-        UserError: The file holds anything but tensors, or fewer values than they need.
+        UserError: The file holds something other than tensors, or too few values for them.
     """
     file = io.BytesIO(content)
     if zipfile.is_zipfile(file):
@@ -70,7 +70,7 @@ def read_torch_weights(content: bytes) -> dict[str, np.ndarray]:
         values: np.ndarray = np.frombuffer(storages[key], dtype)[tensor.offset :]
         steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
         if tensor.offset < 0 or min(tensor.strides, default=0) < 0 or sum(steps) >= len(values):
-            raise UserError("a file of weights is damaged: a tensor reaches beyond what is stored")
+            raise UserError("the weights file is damaged: a tensor extends beyond the stored values")
         strides = [stride * values.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(values, tensor.shape, strides).copy()
 

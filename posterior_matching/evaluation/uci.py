@@ -1,4 +1,4 @@
-"""Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any of its datasets."""
+"""Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any dataset."""
 
 import os
 
@@ -32,23 +32,24 @@ def evaluate(
 ) -> Results:
     """Evaluates a PM-VAE and writes `uci_results/` in its run directory.
 
-    Written are `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, of images, `imputations.png`.
+    The folder holds `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, for images,
+    `imputations.png`.
 
     Args:
         run_dir: The run directory.
         dataset: The dataset; None: the one the run was trained on.
         split: Its split.
-        checkpoint: "best" or "latest"; None: what the run's config names.
-        mask_generator: What is observed, see `Evaluation.masks`.
-        num_instances: Evaluate only the first examples; None: all.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        mask_generator: The generator of the masks, see `Evaluation.masks`.
+        num_instances: Evaluate only this many examples, from the first; None: all.
         batch_size: Examples at once on each device.
         num_samples: Samples of z per example and estimate.
         num_trials: Trials, each with its own masks.
-        seed: Of masks and samples.
+        seed: Random seed of masks and samples.
         baselines: Also score mean, kNN and iterative imputation on the same masks.
 
     Raises:
-        UserError: An argument is wrong, or does not fit the run.
+        UserError: An argument is wrong, or does not match the run.
     """
     arguments = check(evaluate, dict(locals()))
     run = open_run(run_dir, "pm_vae", dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)

@@ -1,4 +1,4 @@
-"""The models, and the registry of those that a run can hold."""
+"""The models, and the registry of those that can be trained."""
 
 from flax import nnx
 
@@ -31,6 +31,6 @@ def build(name: str, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> nnx.
         rngs: Source of initial weights.
 
     Raises:
-        OptionError: A key is unknown, missing or out of range, or the parts do not fit each other or the data.
+        OptionError: A key is unknown, missing or out of range, or the parts do not match each other or the data.
     """
     return call(MODELS[name], config, "model", input_shape=tuple(input_shape), rngs=rngs)

@@ -1,8 +1,8 @@
-"""Tables of mixed columns: what networks see of them, and the likelihood head that gives them back.
+"""Tables of mixed columns: their encoding for networks, and the likelihood head over them.
 
-`cardinalities` has one entry per column: 0 for a real column, K >= 1 for a categorical one of K values; () stands for
-real columns only. In `x: [..., d]` a category is its index, a missing value 0. The *features* of a row, `[..., width]`,
-are its columns in order: a real value as it is, a category one-hot.
+`cardinalities` has one entry per column: 0 for a real column, K >= 1 for a categorical one with K values; () stands for
+real columns only. In `x: [..., d]` a category is given by its index, a missing value by 0. The *features* of a row,
+`[..., width]`, are its columns in order: real values unchanged, categories one-hot.
 """
 
 import math
@@ -23,8 +23,8 @@ from posterior_matching.models.networks import Shape
 
 Cardinalities = tuple[Annotated[int, Field(ge=0)], ...]
 
-# In standard deviations of a column. A column of repeated values, or one that the others determine, would otherwise
-# have an unbounded likelihood, and outweigh all other columns.
+# In standard deviations of a column. Otherwise a column of repeated values, or one determined by the others, would have
+# an unbounded likelihood and outweigh all other columns.
 MIN_SCALE = 1e-3
 _UNCHECKED = {"validate_args": False}
 
@@ -54,7 +54,7 @@ def column_partial_input_shape(input_shape: Shape, cardinalities: Cardinalities)
 
 
 def column_partial_input(x: jax.Array, b: jax.Array, cardinalities: Cardinalities) -> jax.Array:
-    """Returns what every conditional model sees: the features of what is observed, 0 elsewhere, and the mask.
+    """Returns what every conditional model sees: the observed features, 0 elsewhere, and the mask.
 
     Args:
         x: Rows `[..., d]`.
@@ -71,7 +71,7 @@ def column_partial_input(x: jax.Array, b: jax.Array, cardinalities: Cardinalitie
 
 
 def column_values(features: jax.Array, cardinalities: Cardinalities) -> jax.Array:
-    """Returns rows `[..., d]` from features `[..., width]`, or from their means: of a category the most probable."""
+    """Returns rows `[..., d]` from features `[..., width]`, or from their means, with the most probable categories."""
     if not any(cardinalities):
         return features
     rows = []
@@ -82,13 +82,13 @@ def column_values(features: jax.Array, cardinalities: Cardinalities) -> jax.Arra
 
 
 def _layout(cardinalities: Cardinalities) -> tuple[np.ndarray, np.ndarray]:
-    """The column that each feature belongs to, and the category that it stands for; both `[width]`."""
+    """The column that each feature belongs to, and the category that it encodes; both `[width]`."""
     sizes = [max(k, 1) for k in cardinalities]
     return np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
 
 
 def _groups(cardinalities: Cardinalities) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """By cardinality, so that equal columns are computed together: the columns `[n]`, and where their features are."""
+    """By cardinality, the columns `[n]` and the positions of their features, so that equal columns are batched."""
     of_column, of_feature = np.array(cardinalities), np.array(cardinalities)[_layout(cardinalities)[0]]
     return {int(k): (np.flatnonzero(of_column == k), np.flatnonzero(of_feature == k)) for k in np.unique(of_column)}
 
@@ -99,18 +99,18 @@ def _in_order(parts: Sequence[jax.Array], indices: Sequence[np.ndarray]) -> jax.
 
 
 class Columns(nnx.Module):
-    """Features -> independent columns: a Gaussian or a mixture of Gaussians for a real one, a softmax for a category.
+    """Features -> independent columns: a Gaussian or a mixture of Gaussians for real ones, a softmax for categories.
 
     Args:
         features_shape: Shape of the decoder's output for one example; flattened.
         data_shape: `(d,)`.
-        num_components: Gaussians of each real column. With 1 the features give its mean, and its scale is a parameter,
-            1 at first; with more they give weights, means and scales.
+        num_components: Gaussians per real column. With 1 the features give the mean, and the scale is a parameter,
+            initially 1; with more they give weights, means and scales.
         cardinalities: See above.
         rngs: Source of initial weights.
 
     Raises:
-        OptionError: The data are no table.
+        OptionError: The data are not a table.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Columns(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if len(data_shape) != 1:
-            raise OptionError("name", f"{{}} Columns is for tables, the data have shape {tuple(data_shape)}")
+            raise OptionError("name", f"{{}} Columns is for tables, but the data have shape {tuple(data_shape)}")
         self.cardinalities = cardinalities or (0,) * data_shape[0]
         self.num_components = num_components
         num_real = self.cardinalities.count(0)
@@ -144,7 +144,7 @@ class Columns(nnx.Module):
         )
 
     def _marginals(self, cardinality: int, parameters: jax.Array) -> dist.Distribution:
-        """The columns of one group, batch shape `[B, n]`, from their parameters `[B, n, ...]`."""
+        """The distribution of one group's columns, batch shape `[B, n]`, from their parameters `[B, n, ...]`."""
         if cardinality:
             return dist.Categorical(logits=parameters, **_UNCHECKED)
         if self.num_components == 1:
@@ -159,7 +159,7 @@ class IndependentColumns:
 
     Args:
         cardinalities: One per column.
-        marginals: By cardinality, a distribution of batch shape `[B, n]` over the n columns that have it.
+        marginals: For each cardinality, a distribution with batch shape `[B, n]` over the n columns that have it.
     """
 
     def __init__(self, cardinalities: Cardinalities, marginals: Mapping[int, dist.Distribution]):

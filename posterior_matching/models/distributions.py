@@ -1,13 +1,13 @@
-"""Distribution heads: features of a network in, distribution out. The one file that knows the distribution library.
+"""Distribution heads, which map network features to distributions. Only this file uses the distribution library.
 
 Two kinds:
 
 * over a latent `z: [..., e]` (`LATENT_HEADS`): `log_prob(z)` is summed over `e`, in nats;
 * over data given the latent (`LIKELIHOOD_HEADS`): features are independent, `log_prob(x)` has one entry per feature, so
-  that any subset of them can be summed (`likelihood.log_prob_of_observed`).
+  any subset of them can be summed (`likelihood.log_prob_of_observed`).
 
-All are a `Distribution`. What is in closed form for some of them only (`mean`, `entropy`, `sample_and_log_prob`,
-`kl_to_standard_normal`) is a function here, which dispatches on the type.
+All are a `Distribution`. Operations with a closed form for only some of them (`mean`, `entropy`,
+`sample_and_log_prob`, `kl_to_standard_normal`) are functions that dispatch on the type.
 """
 
 import functools
@@ -27,14 +27,14 @@ from posterior_matching.models.networks import ResidualMLP, Shape
 from posterior_matching.numerics import materialise, triangular
 
 _MIN_SCALE = 1e-5
-# Validation would give grey values between 0 and 1 a Bernoulli log-probability of -inf. As in the paper, it is the
-# cross-entropy.
+# With validation, grey values between 0 and 1 would have a Bernoulli log-probability of -inf. As in the paper, we use
+# the cross-entropy.
 _UNCHECKED = {"validate_args": False}
 _NEEDS_GAUSSIAN = "the posterior must be DiagonalGaussian or TriLGaussian: the ELBO needs its KL in closed form"
 
 
 class Distribution(Protocol):
-    """What the models ask of a distribution; NumPyro's all are one."""
+    """The interface that the models require; all of NumPyro's distributions have it."""
 
     def sample(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> jax.Array:
         """Draws `[*sample_shape, *batch_shape, *event_shape]`."""
@@ -44,7 +44,7 @@ class Distribution(Protocol):
 
 
 class ExplicitDistribution(Distribution, Protocol):
-    """A distribution whose mean is known: every likelihood p(x | z), and every Gaussian."""
+    """A distribution with a known mean: every likelihood p(x | z), and every Gaussian."""
 
     @property
     def mean(self) -> jax.Array:
@@ -69,7 +69,7 @@ class DiagonalGaussian(nnx.Module):
         return diagonal_gaussian(self.linear(_flat(features)))
 
     def set_scale(self, scale: jax.Array) -> None:
-        """Sets the scale, `[e]` and above 1e-5, whatever the features, from where training changes it."""
+        """Sets the scale, `[e]` and above 1e-5, independently of the features, as a starting point for training."""
         e, bias = len(scale), _bias(self.linear)
         self.linear.kernel[...] = self.linear.kernel[...].at[:, e:].set(0.0)
         bias[...] = bias[...].at[e:].set(jnp.log(jnp.expm1(scale - _MIN_SCALE)))  # softplus^-1
@@ -106,7 +106,7 @@ def diagonal_gaussian(parameters: jax.Array) -> dist.Distribution:
 
 
 def tril_gaussian_parameters(event_size: int) -> int:
-    """How many parameters `tril_gaussian` takes: e means and the e (e + 1) / 2 entries of a triangle."""
+    """The number of parameters of `tril_gaussian`: e means and the e (e + 1) / 2 entries of a triangle."""
     return event_size + event_size * (event_size + 1) // 2
 
 
@@ -121,7 +121,7 @@ class AutoregressiveGMM(nnx.Module):
     """Features -> prod_i p(z_i | z_<i, c): every conditional is a one-dimensional mixture of Gaussians.
 
     One network serves all dimensions: the parameters of dimension i are slice i of
-    `Linear(3 K e)(ResidualMLP([z * m_i, m_i, c]))`, where m_i marks the first i dimensions and c is the features.
+    `Linear(3 K e)(ResidualMLP([z * m_i, m_i, c]))`, where m_i marks the first i dimensions and c are the features.
 
     Args:
         features_shape: Shape of the features of one example; flattened.
@@ -166,7 +166,7 @@ class AutoregressiveMixture:
     def __init__(self, head: AutoregressiveGMM, context: jax.Array):
         self._head = head
         self._first_z, self._first_m, first_c, self._output, self._output_bias = head.split_kernels()
-        # What the first layer makes of the context is the same for every dimension and sample: [B, h].
+        # The context's contribution to the first layer is the same for every dimension and sample: [B, h].
         self._from_context = context @ first_c + _bias(head.network.linear_in)[...]
 
     def log_prob(self, z: jax.Array) -> jax.Array:
@@ -189,7 +189,7 @@ class AutoregressiveMixture:
     def sample_and_log_prob(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
         """Draws z `[*sample_shape, B, e]` and returns it with its log-density `[*sample_shape, B]`, at no extra cost.
 
-        One dimension after the other; every draw has its own randomness.
+        One dimension at a time; every draw has its own randomness.
         """
 
         def draw(hidden, inputs):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
@@ -213,8 +213,8 @@ def _mixture(parameters: jax.Array) -> dist.Distribution:
 
 
 class IdentityGaussian(nnx.Module):
-    """Linear(features) are the means of independent Normals over the data, all with one learned scale: covariance
-    scale^2 times the identity. The log scale starts at 0. Its name is that of the published configs."""
+    """Independent Normals over the data with means Linear(features) and one learned scale: covariance scale^2 times the
+    identity. The log scale starts at 0. The name follows the published configs."""
 
     def __init__(self, features_shape: Shape, data_shape: Shape, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(math.prod(features_shape), math.prod(data_shape), rngs=rngs)
@@ -228,7 +228,7 @@ class IdentityGaussian(nnx.Module):
 
 
 class SharedScaleGaussian(nnx.Module):
-    """The features themselves are the means of independent Normals, all with one learned scale (log scale starts at 0).
+    """Independent Normals whose means are the features themselves, with one learned scale (log scale starts at 0).
 
     Raises:
         UserError: The network's output does not have the shape of the data.
@@ -261,8 +261,8 @@ class Bernoulli(nnx.Module):
 def _require_data_shape(head: str, meaning: str, features_shape: Shape, data_shape: Shape) -> None:
     if tuple(features_shape) != tuple(data_shape):
         raise UserError(
-            f"a {head} decoder takes the network's output as {meaning}: its shape {tuple(features_shape)} is not "
-            f"that of the data, {tuple(data_shape)}; adapt the decoder"
+            f"a {head} decoder takes the network's output as {meaning}: its shape {tuple(features_shape)} differs "
+            f"from the data's, {tuple(data_shape)}: adapt the decoder"
         )
 
 
@@ -281,7 +281,7 @@ def kl_to_standard_normal(q: Distribution) -> jax.Array:  # noqa: ARG001 (the me
     """KL(q || N(0, I)) in nats, `[B]`, for the Gaussian heads: (tr S + m^T m - e - log det S) / 2.
 
     Raises:
-        UserError: `q` is not Gaussian, so that no closed form exists.
+        UserError: `q` is not Gaussian, so there is no closed form.
     """
     raise UserError(_NEEDS_GAUSSIAN)
 
@@ -320,7 +320,7 @@ def _standard_log_prob(noise: jax.Array) -> jax.Array:
 
 
 def kl_divergence(q: dist.Distribution, p: dist.Distribution) -> jax.Array:
-    """KL(q || p) in nats, `[...]`, of a diagonal Gaussian q over `[..., e]` to a diagonal or full-covariance one."""
+    """KL(q || p) in nats, `[...]`, for a diagonal Gaussian q over `[..., e]` and a diagonal or full-covariance p."""
     if not isinstance(p, dist.MultivariateNormal):
         return dist.kl_divergence(q, p)
     # With p = N(m, L L^T) and q = N(n, S^2): (||L^-1 S||^2 + |L^-1 (n - m)|^2 - e) / 2 + log det L - log det S.
@@ -347,7 +347,7 @@ def _(q: AutoregressiveMixture, key: jax.Array, sample_shape: Sequence[int] = ()
 
 @sample_and_log_prob.register
 def _(q: dist.MultivariateNormal, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
-    noise = jax.random.normal(key, q.shape(sample_shape))  # its log-density needs no triangular system solved
+    noise = jax.random.normal(key, q.shape(sample_shape))  # its log-density needs no triangular solve
     log_determinant = jnp.log(triangular.diagonal(q.scale_tril)).sum(-1)
     return q.loc + jnp.einsum("...ij,...j->...i", q.scale_tril, noise), _standard_log_prob(noise) - log_determinant
 
@@ -365,7 +365,7 @@ def _(q: dist.Distribution, key: jax.Array, num_samples: int) -> jax.Array:  # n
 
 @functools.singledispatch
 def mean(q: Distribution, key: jax.Array, num_samples: int) -> jax.Array:
-    """Mean of `q`, `[B, e]`: exact for Gaussians, else of `num_samples` draws."""
+    """Mean of `q`, `[B, e]`: exact for Gaussians, else the mean of `num_samples` draws."""
     return q.sample(key, (num_samples,)).mean(0)
 
 

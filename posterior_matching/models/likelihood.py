@@ -1,4 +1,4 @@
-"""Log-likelihoods, per example and in nats: of observed features given z, and by importance sampling without z."""
+"""Per-example log-likelihoods in nats: of observed features given z, and marginal over z by importance sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,19 +15,19 @@ def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Ar
 
     Args:
         p: p(x | z), a distribution with one independent entry per feature and batch shape `[..., B, *data_shape]`.
-        x: `[B, d]` or `[B, H, W, C]`; unobserved values have no influence, whatever they are.
+        x: `[B, d]` or `[B, H, W, C]`; unobserved values have no influence, even if not finite.
         b: Mask, `[B, d]` or `[B, H, W, 1]`; ones for log p(x | z).
 
     Returns:
         `[..., B]`, nats.
     """
-    # Selected, not multiplied, and on both sides: -inf * 0 is NaN, in the value or in its gradient.
+    # `where` in place of a product, and on both sides: -inf * 0 is NaN, in the value or in its gradient.
     log_prob = jnp.where(b == 1, p.log_prob(jnp.where(b == 1, x, 0.0)), 0.0)
     return log_prob.sum(tuple(range(log_prob.ndim - (x.ndim - 1), log_prob.ndim)))  # over features
 
 
 class ConditionalLogProb(NamedTuple):
-    """Importance-sampled log-likelihoods in nats, and how far to trust them; all `[B]`."""
+    """Importance-sampled log-likelihoods in nats, and their effective sample sizes; all `[B]`."""
 
     log_p_x: jax.Array  # log p(x)
     log_p_xo: jax.Array  # log p(x_o)
@@ -61,14 +61,14 @@ def importance_log_prob(
     num_samples: int,
     chunk_size: int = 128,
 ) -> ImportanceEstimate:
-    """Estimates the log of the integral of exp(log_joint(z)) dz with `num_samples` draws from `proposal`.
+    """Estimates the log of the integral of exp(log_joint(z)) over z with `num_samples` draws from `proposal`.
 
     Args:
         log_joint: Maps `z: [S, B, e]` to log p(x_o | z) + log p(z), `[S, B]`, nats.
         proposal: q, a distribution over `[B, e]`.
         key: Random key.
         num_samples: K.
-        chunk_size: Most samples held at once.
+        chunk_size: Maximum samples held at once.
     """
 
     def log_weights(key, chunk_size):
@@ -83,13 +83,13 @@ def log_mean_weight(
 ) -> ImportanceEstimate:
     """Estimates the log of the mean of importance weights from `num_samples` draws of their logs.
 
-    Works in log space throughout, `chunk_size` samples at a time, so that memory does not grow with `num_samples`.
+    Works in log space throughout, `chunk_size` samples at a time, so memory does not grow with `num_samples`.
 
     Args:
         log_weights: `log_weights(key, S)` draws `[S, B]`, nats.
         key: Random key.
         num_samples: K.
-        chunk_size: Most samples held at once.
+        chunk_size: Maximum samples held at once.
     """
     chunk_size = min(chunk_size, num_samples)
     num_chunks = -(-num_samples // chunk_size)
@@ -97,7 +97,7 @@ def log_mean_weight(
     def add_chunk(sums, inputs):
         index, key = inputs
         log_weight = log_weights(key, chunk_size)
-        counted = index * chunk_size + jnp.arange(chunk_size) < num_samples  # the last chunk may overhang
+        counted = index * chunk_size + jnp.arange(chunk_size) < num_samples  # the last chunk may be partial
         log_weight = jnp.where(counted[:, None], log_weight, -jnp.inf)
         log_sum, log_sum_squares = sums
         log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(log_weight, axis=0))

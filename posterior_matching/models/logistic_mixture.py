@@ -1,4 +1,4 @@
-"""A likelihood of whole-numbered pixels, the discretised mixture of logistics (PixelCNN++, arXiv 1701.05517)."""
+"""A likelihood for integer pixel values, the discretised mixture of logistics (PixelCNN++, arXiv 1701.05517)."""
 
 import math
 
@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 
 class DiscretisedLogisticMixture:
-    """Mixtures of logistics over whole pixel values 0, ..., L - 1, one per pixel, its channels together.
+    """Mixtures of logistics over integer pixel values 0, ..., L - 1: one mixture per pixel, over its channels jointly.
 
     In units where the values span [-1, 1], component k has a location m_k, a scale s_k and the distribution function
-    F_k; value v has probability F_k(v + 1/2) - F_k(v - 1/2), and the two outermost values also have the tails, so that
-    probabilities sum to one. With three channels the location of green is shifted by a linear function of red, and
-    that of blue by one of red and green (as in PixelCNN++, Salimans et al. 2017, but with unbounded coefficients).
+    F_k; value v has probability F_k(v + 1/2) - F_k(v - 1/2), and the two extreme values also get the tails, so the
+    probabilities sum to one. With three channels the green location is shifted by a linear function of red, and the
+    blue one by a linear function of red and green (as in PixelCNN++, Salimans et al. 2017, but with unbounded
+    coefficients).
 
     Args:
         parameters: `[..., logistic_mixture_parameters(C, K)]`.
@@ -30,14 +31,14 @@ class DiscretisedLogisticMixture:
         self._channels, self._last = channels, num_levels - 1
 
     def log_prob(self, x: jax.Array) -> jax.Array:
-        """Log-probability in nats of pixels `[..., C]`, whole numbers 0..L-1, all channels together: `[..., 1]`."""
+        """Log-probability in nats of pixels `[..., C]`, integers 0..L-1, over all channels jointly: `[..., 1]`."""
         x = x[..., None, :]  # [..., 1, C]
         value = 2.0 * x / self._last - 1.0
         centred = value - _locations(self._loc, self._shift, value)  # [..., K, C]
-        half = 1.0 / self._last  # of the distance between two values
+        half = 1.0 / self._last  # half the distance between two values
         upper, lower = (centred + half) / self._scale, (centred - half) / self._scale
         first, last = x < 0.5, x > self._last - 0.5
-        # F(u) - F(l) = F(u) (1 - F(l)) (1 - exp(l - u)), which loses no digits however small it is.
+        # F(u) - F(l) = F(u) (1 - F(l)) (1 - exp(l - u)), which keeps full precision however small it is.
         below = jnp.where(last, 0.0, jax.nn.log_sigmoid(upper))
         above = jnp.where(first, 0.0, jax.nn.log_sigmoid(-lower))
         width = jnp.where(first | last, 0.0, jnp.log(-jnp.expm1(-2.0 * half / self._scale)))
@@ -53,13 +54,13 @@ class DiscretisedLogisticMixture:
         )
         noise = scale * jax.random.logistic(key_noise, scale.shape)
         x = jnp.zeros_like(loc)
-        for _ in range(self._channels):  # a channel depends on those before it only: after round c it is final
+        for _ in range(self._channels):  # a channel depends only on those before it: after round c it is final
             x = jnp.round(self._level(_locations(loc, shift, 2.0 * x / self._last - 1.0) + noise))
         return x
 
     @property
     def mean(self) -> jax.Array:
-        """Weighted average of the components' locations, each clipped to the values, rounded: pixels `[..., C]`."""
+        """Weighted average of the components' locations, each clipped to [-1, 1], rounded: pixels `[..., C]`."""
         value = jnp.zeros_like(self._loc)
         for _ in range(self._channels):  # as in `sample`
             value = jnp.clip(_locations(self._loc, self._shift, value), -1.0, 1.0)
@@ -79,6 +80,6 @@ def _locations(loc: jax.Array, shift: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def logistic_mixture_parameters(channels: int, num_components: int) -> int:
-    """How many parameters a pixel's `DiscretisedLogisticMixture` takes: weight, locations, scales and shifts of each
-    component."""
+    """The number of parameters per pixel of a `DiscretisedLogisticMixture`: each component's weight, locations, scales
+    and shifts."""
     return num_components * (1 + 2 * channels + channels * (channels - 1) // 2)

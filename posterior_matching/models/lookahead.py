@@ -18,17 +18,17 @@ from posterior_matching.numerics import map_in_cache
 
 TARGETS = ("conditional", "marginal")
 
-# With target "conditional" a lookahead posterior of mean m, whose mean should be c, is fitted to samples around
-# m + PULL (c - m). The gradient in m still points to c, while the distance adds only PULL^2 (c - m)^2 to the variance
-# that the samples show.
+# With target "conditional", a lookahead posterior with mean m, which should have mean c, is fitted to samples around
+# m + PULL (c - m). The gradient with respect to m still points to c, but the distance adds only PULL^2 (c - m)^2 to the
+# variance of the samples.
 PULL = 0.1
 
 
 class LookaheadPosterior(nnx.Module):
-    """For every feature i a diagonal Gaussian over z: q(z | x_o, x_i), averaged over the unknown x_i (section 4.3).
+    """A diagonal Gaussian over z for every feature i: q(z | x_o, x_i), averaged over the unknown x_i (section 4.3).
 
-    One forward pass gives them all. Expected information gains by sampling take one pass of the partial encoder for
-    every feature and every imputation.
+    One forward pass gives all of them, whereas estimating expected information gains by sampling takes one pass of the
+    partial encoder for every feature and every imputation.
 
     Args:
         pm_vae: Config of the `PosteriorMatchingVAE` underneath.
@@ -86,8 +86,8 @@ class LookaheadPosterior(nnx.Module):
         """The training objective: the log-probability of samples z ~ q(z | x_o, x_i) under lookahead posterior i.
 
         `num_features` features are chosen at random, the same for the whole batch. Each is revealed in `num_samples`
-        imputations, and one z drawn for each. The log-probabilities are averaged over imputations and over the chosen
-        features that are not observed yet.
+        imputations, and one z is drawn for each. The log-probabilities are averaged over the imputations and over the
+        chosen features that are not yet observed.
 
         Args:
             x: `[B, *input_shape]`, finite.
@@ -95,18 +95,19 @@ class LookaheadPosterior(nnx.Module):
             key: Random key.
             num_samples: Imputations per example.
             num_features: Features to choose.
-            available: Mask of the values that exist in the data; None: all. Others are never looked at.
-            target: The variance that the lookahead posteriors are to have. By the law of total variance
+            available: Mask of the values that exist in the data; None: all. Others are never revealed.
+            target: The variance that the lookahead posteriors should have. By the law of total variance
                 Var(z | x_o) = E[Var(z | x_o, x_i)] + Var(E[z | x_o, x_i]), expectations over x_i given x_o.
                 "conditional": the first term, which remains once x_i is seen. Their mean is E[z | x_o].
-                "marginal", as published: the variance of z over all imputations, hence the sum, which counts what x_i
-                will tell as unknown. Were x_i ~ p(x_i | x_o) it would be the same for all features; they differ only
-                because decoder means vary less than data.
+                "marginal", as published: the variance of z over all imputations, and hence the sum, which still counts
+                the information in x_i as unknown. With x_i ~ p(x_i | x_o) it would be the same for all features; they
+                differ only because decoder means vary less than data.
             rngs: Dropout streams, while training.
 
         Returns:
             `[B]`, nats; 0 where all chosen features are observed or missing.
         """
+        x, b = checked(x, b, self.pm_vae.vae.input_shape)
         key_chosen, key_impute, key_centre, key_z = jax.random.split(key, 4)
         (batch, *_), flat = b.shape, b.reshape(len(b), -1)
         chosen = jax.random.choice(key_chosen, self.num_features, (num_features,), replace=False)
@@ -134,7 +135,7 @@ class LookaheadPosterior(nnx.Module):
         key: jax.Array,
     ) -> jax.Array:
         """Reveals each of the `chosen` features `[K]` in each of the `imputations` `[S, B, *input_shape]`, and draws
-        from q(z | x_o, x_i) as `draw(q, key)` does: `[S, B, K, e]`.
+        from q(z | x_o, x_i) with `draw(q, key)`: `[S, B, K, e]`.
         """
         values = imputations.reshape(len(imputations), len(x), self.num_features, -1)  # [S, B, features, C]
 
@@ -144,7 +145,7 @@ class LookaheadPosterior(nnx.Module):
             keys = jax.random.split(key, len(values))
             return map_in_cache(lambda inputs: draw(posterior(inputs[0]), inputs[1]), (values[:, :, i], keys), len(x))
 
-        # One feature after the other, so that memory does not grow with their number: [K, S, B, e].
+        # One feature at a time, so that memory does not grow with their number: [K, S, B, e].
         z = jax.lax.map(reveal_feature, (chosen, jax.random.split(key, len(chosen))))
         return z.transpose(1, 2, 0, 3)
 
@@ -174,6 +175,6 @@ def _draw(q: Distribution, key: jax.Array) -> jax.Array:
 
 
 def _centred_draw(q: Distribution, key: jax.Array) -> jax.Array:
-    """A draw of mean zero with the covariance of q, whatever q is: the difference of two draws over sqrt(2)."""
+    """A draw with mean zero and the covariance of q, for any q: the difference of two draws over sqrt(2)."""
     z = q.sample(key, (2,))
     return (z[0] - z[1]) / math.sqrt(2)

@@ -1,8 +1,8 @@
-"""Network bodies: arrays in, features out. The heads in `distributions.py` give the features a meaning.
+"""Network bodies, which map arrays to features. The heads in `distributions.py` map the features to distributions.
 
 Every network takes `x: [B, *input_shape]` and returns `[B, *output_shape]`: `after_first(first(x))`, where `first` is
-affine. `rngs` is given while training only: without it, dropout is off. Kernels start truncated normal with standard
-deviation 1 / sqrt(fan_in), biases at zero.
+affine. `rngs` is passed only in training: without it, dropout is off. Kernels are initialised from a truncated normal
+with standard deviation 1 / sqrt(fan_in), biases with zeros.
 """
 
 import math
@@ -34,7 +34,7 @@ class ResidualMLP(nnx.Module):
         input_shape: Shape of one example; flattened.
         residual_blocks: Number of blocks.
         hidden_units: Width, also of the output.
-        layer_norm: Normalise after every linear layer, with neither scale nor offset.
+        layer_norm: Normalise after every linear layer, without scale or offset.
         dropout: Share of units dropped inside each block while training.
     """
 
@@ -79,7 +79,7 @@ class ResidualMLP(nnx.Module):
 
 
 class KeySource(Protocol):
-    """Where keys of initial weights come from: `nnx.Rngs`, `numerics.InitialKeys`."""
+    """A source of keys for initial weights: `nnx.Rngs`, `numerics.InitialKeys`."""
 
     def params(self) -> jax.Array:
         """The next key."""
@@ -94,7 +94,7 @@ class Conv(nnx.Module):
         size: Height and width of the kernel.
         stride: Stride of both axes.
         padding: "SAME" or "VALID".
-        kernel_scale: Factor of the initial kernel.
+        kernel_scale: Scales the initial kernel.
         rngs: Source of initial weights.
     """
 
@@ -221,7 +221,7 @@ class ConvDecoder(nnx.Module):
 
 def _require_image(shape: Shape, name: str) -> None:
     if len(shape) != 3:
-        raise UserError(f"{name} needs images (H, W, C), the data have shape {shape}; use ResidualMLP")
+        raise UserError(f"{name} needs images (H, W, C), but the data have shape {shape}; use ResidualMLP")
 
 
 NETWORKS = {"ResidualMLP": ResidualMLP, "ConvEncoder": ConvEncoder, "ConvDecoder": ConvDecoder}

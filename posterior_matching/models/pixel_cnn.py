@@ -4,8 +4,8 @@ Two stacks of layers: the vertical one sees all rows above a position; the horiz
 in its own row, and the vertical stack. So code (i, j) depends only on the codes before it in raster order.
 
 The layers compute a `Region` of the grid: all of it in training, and one row (vertical stack) or one position
-(horizontal stack) at a time in sampling. Then a cache keeps the input of every convolution at earlier positions, so
-that a new code costs one position's work and a whole grid no more than one pass.
+(horizontal stack) at a time in sampling. When sampling, a cache keeps the input of every convolution at earlier
+positions, so a new code costs one position's work and a whole grid no more than one pass.
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -20,11 +20,11 @@ from pydantic import Field
 from posterior_matching.config import Blocks, Dropout, Units
 from posterior_matching.errors import OptionError
 
-# The input of every convolution at the positions computed so far, by the convolution's name, and "embedding", that of
-# the codes drawn so far: [ABOVE + H, SIDE + W + SIDE, B, C] at the depth of that input, with zeros elsewhere.
-# (Positions come first so that those of a region lie together.)
+# The input of every convolution at the positions computed so far, by the convolution's name, and under "embedding" the
+# embedded codes drawn so far: [ABOVE + H, SIDE + W + SIDE, B, C] at the depth of the input, with zeros elsewhere.
+# (Positions come first so that a region is contiguous.)
 Cache = dict[str, jax.Array]
-ABOVE, SIDE = 2, 1  # margins of zeros: no convolution looks further up, or further to a side
+ABOVE, SIDE = 2, 1  # margins of zeros: no convolution looks further up or sideways
 
 _kernel_init = nnx.initializers.lecun_normal()
 
@@ -50,13 +50,13 @@ def concat_elu(x: jax.Array) -> jax.Array:
 class CausalConv(nnx.Module):
     """A convolution that sees, from position (i, j), rows i + rows[0] to i + rows[1] and columns likewise.
 
-    With stride 2, output (i, j) stands at (2 i, 2 j) of the input. XLA's own convolution, not `numerics.convolution`,
-    which is for square, centred kernels, and gains nothing at stride 1.
+    With stride 2, output (i, j) is at (2 i, 2 j) of the input. This uses XLA's own convolution, as
+    `numerics.convolution` is for square, centred kernels and gains nothing at stride 1.
 
     Attributes:
         name: Key of its input in the cache, set by `PixelCNN`.
-        depth: Depth of the hierarchies at which its input stands.
-        output_depth: The same of its output.
+        depth: Depth of its input in the hierarchies.
+        output_depth: Depth of its output in the hierarchies.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class CausalConv(nnx.Module):
         Args:
             x: `[B, h, w, C]`, the input at `region.at(depth)`.
             region: The region.
-            cache: Where to add x, and to find the input at earlier positions. None: the region is the whole grid.
+            cache: Holds the input at earlier positions; x is added to it. None: the region is the whole grid.
 
         Returns:
             `[B, ceil(h / stride), ceil(w / stride), features]`.
@@ -95,7 +95,7 @@ class CausalConv(nnx.Module):
         return self.read(cache[self.name], region)
 
     def read(self, cached: jax.Array, region: Region) -> jax.Array:
-        """The output of a region, from an entry of the cache: of few positions, so a matrix product is fastest."""
+        """The output of a region, from an entry of the cache. It has few positions, so a matrix product is fastest."""
         out, (kernel_height, kernel_width, *_) = region.at(self.output_depth), self.kernel.shape
         top = out.row * self.stride + ABOVE + self.rows[0]
         left = out.column * self.stride + SIDE + self.columns[0]
@@ -111,14 +111,14 @@ class CausalConv(nnx.Module):
 
 
 def write(cached: jax.Array, x: jax.Array, region: Region) -> jax.Array:
-    """Enters the features x, `[B, h, w, C]`, of a region into an entry of the cache."""
+    """Writes the features x, `[B, h, w, C]`, of a region into an entry of the cache."""
     return lax.dynamic_update_slice(cached, jnp.moveaxis(x, 0, 2), (region.row + ABOVE, region.column + SIDE, 0, 0))
 
 
 class UpsamplingLinear(nnx.Linear):
     """Doubles the grid: position (i, j) feeds the 2x2 positions from (2 i, 2 j) on.
 
-    With `left` it also feeds the two positions left of them. The vertical stack may, as it sees rows in full.
+    With `left` it also feeds the two positions to their left, as the vertical stack may, since it sees entire rows.
     """
 
     def __init__(self, features: int, depth: int, left: bool, *, rngs: nnx.Rngs):
@@ -163,7 +163,7 @@ class GatedResidual(nnx.Module):
         self.depth = depth
         self.first = CausalConv(2 * features, features, rows, columns, depth, rngs=rngs)
         self.second = CausalConv(2 * features, 2 * features, rows, columns, depth, rngs=rngs)
-        # The layer of the auxiliary features. Saved runs know its weights by this name.
+        # The layer of the auxiliary features. Saved runs have its weights under this name.
         self.beside = nnx.Linear(2 * auxiliary_features, features, rngs=rngs) if auxiliary_features else None
         self.condition = nnx.Linear(conditional_dim, 2 * features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
@@ -191,9 +191,9 @@ class Stack(nnx.Module):
     """One of the two stacks: `num_resnet` layers down every hierarchy, and as many up again with skip connections.
 
     Args:
-        rows: What its convolutions see.
-        columns: What its convolutions see.
-        vertical: Whether it is the vertical stack. Every layer of the horizontal one also sees the vertical one's.
+        rows: The rows that its convolutions see.
+        columns: The columns that its convolutions see.
+        vertical: Whether it is the vertical stack. Each horizontal layer also sees the corresponding vertical one.
         num_resnet: See `PixelCNN`.
         num_filters: See `PixelCNN`.
         num_hierarchies: See `PixelCNN`.
@@ -223,7 +223,7 @@ class Stack(nnx.Module):
             return nnx.List(GatedResidual(*options, rngs=rngs) for _ in range(count))
 
         self.down = nnx.List(layers(num_resnet, other, depth) for depth in range(num_hierarchies))
-        # Above the lowest hierarchy there is one more to go up: the skip of the layer that entered the hierarchy.
+        # Every hierarchy but the lowest has one more layer on the way up, for the skip from the hierarchy's input.
         self.up = nnx.List(layers(num_resnet + (depth < bottom), other + f, depth) for depth in range(num_hierarchies))
         self.shrink = nnx.List(CausalConv(f, f, rows, columns, depth, stride=2, rngs=rngs) for depth in range(bottom))
         self.grow = nnx.List(UpsamplingLinear(f, depth + 1, left=vertical, rngs=rngs) for depth in range(bottom))
@@ -241,7 +241,7 @@ class Stack(nnx.Module):
 
         Args:
             h: The input.
-            vertical: For the horizontal stack: the outputs of the vertical one's layers, at whole rows.
+            vertical: For the horizontal stack: the outputs of the vertical stack's layers, over entire rows.
             condition: `[B, conditional_dim]`.
             region: The region.
             cache: Inputs of the convolutions at earlier positions, updated. None: the region is the whole grid.
@@ -281,14 +281,14 @@ class PixelCNN(nnx.Module):
         grid: Height and width of the code grid.
         codebook_size: K, number of codes.
         conditional_dim: Length of the conditional input.
-        num_resnet: Layers down, and up again, in every hierarchy.
+        num_resnet: Layers on the way down, and as many on the way up, in every hierarchy.
         num_filters: Channels.
         num_hierarchies: Resolutions; each after the first halves the grid.
         dropout: Share of units dropped in every layer while training.
         rngs: Source of initial weights.
 
     Raises:
-        UserError: A size is below one, or the grid is too small for so many hierarchies.
+        UserError: A size is below one, or the grid is too small for this many hierarchies.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ class PixelCNN(nnx.Module):
             )
         self.grid, f = (grid[0], grid[1]), num_filters
         self.embedding = nnx.Embed(codebook_size, f, rngs=rngs)
-        # The first layers leave out the current position, so all later ones may include it.
+        # The first layers exclude the current position, so all later ones may include it.
         self.vertical_in = CausalConv(f, f, rows=(-2, -1), columns=(-1, 1), rngs=rngs)
         self.horizontal_in_above = CausalConv(f, f, rows=(-1, -1), columns=(-1, 1), rngs=rngs)
         self.horizontal_in_left = CausalConv(f, f, rows=(0, 0), columns=(-1, -1), rngs=rngs)
@@ -343,7 +343,7 @@ class PixelCNN(nnx.Module):
         return jnp.take_along_axis(log_probs, codes[..., None], axis=-1).sum((1, 2, 3))  # over positions
 
     def sample(self, condition: jax.Array, key: jax.Array) -> jax.Array:
-        """Draws codes, int32 `[B, H, W]`, given `condition: [B, conditional_dim]`, one position after the other."""
+        """Draws codes, int32 `[B, H, W]`, given `condition: [B, conditional_dim]`, one position at a time."""
         height, width = self.grid
 
         def draw_row(cache: Cache, inputs: tuple[jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:

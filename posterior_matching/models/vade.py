@@ -44,7 +44,7 @@ class VADE(VAE):
         rngs: Source of initial weights.
 
     Raises:
-        UserError: An option is out of range, or the posterior another distribution.
+        UserError: An option is out of range, or the posterior is another distribution.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class VADE(VAE):
         if not isinstance(self.posterior_head, distributions.DiagonalGaussian):
             raise OptionError("posterior", "must be a DiagonalGaussian in a VaDE")
         self.num_clusters = num_clusters
-        # Zero until `initialise_prior`: what they should be depends on the pretrained encoder.
+        # Zero until `initialise_prior`, since good values depend on the pretrained encoder.
         self.logits = nnx.Param(jnp.zeros(num_clusters))
         self.means = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
         self.log_scales = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
@@ -114,15 +114,15 @@ class VADE(VAE):
         Args:
             x: `[B, *input_shape]`, finite; missing values are zeros.
             key: Random key of z.
-            corrupted_x: What the encoder sees in place of x while training: x with noise or distortions. The decoder
-                still reconstructs x, so z learns to ignore them; the ELBO stays a bound on log p(x). None: x.
+            corrupted_x: The encoder's input during training, x with noise or distortions. The decoder still
+                reconstructs x, so z learns to ignore them; the ELBO remains a bound on log p(x). None: x.
             available: Mask of the values that exist in the data, `[B, d]` or `[B, H, W, 1]`; None: all.
             rngs: Dropout streams, while training.
         """
         q = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available)
         z = q.sample(key)  # reparameterised
-        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) in place of log p(z). They are equal:
-        # by Bayes' rule every bracket is log p(z).
+        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) in place of log p(z). They are equal,
+        # because every bracket is log p(z) by Bayes' rule.
         return VaDETerms(
             reconstruction_ll=self._reconstruction_ll(z, x, available, rngs),
             kl=q.log_prob(z) - self.prior().log_prob(z),
@@ -173,7 +173,7 @@ class PosteriorMatchingVADE(Imputing):
         input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
         vade: The options of `VADE`.
         partial_posterior: Head config of q(z | x_o).
-        partial_encoder: Network config of q(z | x_o); None: as the VaDE's encoder, with weights of its own.
+        partial_encoder: Network config of q(z | x_o); None: the same as the VaDE's encoder, with separate weights.
         rngs: Source of initial weights.
     """
 
@@ -225,7 +225,7 @@ class PosteriorMatchingVADE(Imputing):
     def predict_cluster(
         self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
     ) -> jax.Array:
-        """As `VADE.predict_cluster`."""
+        """See `VADE.predict_cluster`."""
         return self.vade.predict_cluster(x, num_samples, key=key, available=available)
 
     def partial_cluster_probs(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:

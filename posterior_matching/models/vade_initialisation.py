@@ -1,4 +1,4 @@
-"""How VaDE's main training begins: the best of several pretrained autoencoders, a mixture fitted to its latents."""
+"""Initialises VaDE's main training: the best of several pretrained autoencoders, and a mixture fit to its latents."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -52,17 +52,17 @@ class Restarts(nnx.Module):
 def choose(
     restarts: Restarts, mixture_inits: int, mixture_iterations: int, train_set: data.Dataset, seed: int
 ) -> "tuple[VADE, GaussianMixture, dict[str, float]]":
-    """Initialises the prior of every restart with a mixture of its training latents, and takes that of the best ELBO.
+    """Initialises the prior of every restart with a mixture fit to its training latents, and picks the best ELBO.
 
-    The ELBO of the training data bounds the same log p(x) for all restarts, so it compares them, whatever the scale of
-    their latents. The likelihood of a mixture does not.
+    The ELBO of the training data bounds the same log p(x) for all restarts, so it can compare them, whatever the scale
+    of their latents. The likelihood of a mixture cannot.
 
     Args:
         restarts: The pretrained models; their priors and posterior scales are set.
-        mixture_inits: Fits of each mixture, of which the likeliest is taken.
-        mixture_iterations: Most iterations of a fit.
+        mixture_inits: Fits of each mixture; the most likely one is used.
+        mixture_iterations: Maximum iterations of a fit.
         train_set: The training data.
-        seed: Of the fits.
+        seed: Random seed of the fits.
 
     Returns:
         The best model, its mixture, and every restart's ELBO in nats with the index of the best, to log.
@@ -87,10 +87,10 @@ def choose(
 
 
 def initialise_posterior_scale(model: VADE, train_set: data.Dataset) -> float:
-    """Sets the scale of q(z | x), which pretraining leaves at random, and returns the ELBO of the training data, nats.
+    """Sets the scale of q(z | x), which pretraining leaves random, and returns the ELBO of the training data in nats.
 
-    It becomes the share of the clusters' own scale for which the ELBO is best. Left at random, the ELBO begins
-    hundreds of nats lower, and its first steps undo much of the pretraining.
+    The scale becomes the fraction of the clusters' own scale with the best ELBO. With the random scale, the ELBO would
+    begin hundreds of nats lower, and its first steps would undo much of the pretraining.
     """
     variance = jax.nn.softmax(model.logits[...]) @ jnp.exp(2 * model.log_scales[...])  # within clusters, [e]
     elbos: dict[float, float] = {}

@@ -1,4 +1,4 @@
-"""The VAE, and Posterior Matching: a second encoder q(z | x_o) that gives it every conditional p(x_u | x_o)."""
+"""The VAE, and Posterior Matching: a second encoder q(z | x_o), which gives it every conditional p(x_u | x_o)."""
 
 import math
 from collections.abc import Callable
@@ -47,12 +47,12 @@ class VAE(nnx.Module):
         posterior: Head config of q(z | x); one of `distributions.LATENT_HEADS` with a closed-form KL.
         decoder: Network config.
         likelihood: Head config of p(x | z); one of `distributions.LIKELIHOOD_HEADS`.
-        cardinalities: Of a table with categorical columns, see `models.columns`; training fills it in from the data.
-        availability: Whether q(z | x) sees which values of x exist; else missing ones look like zeros.
+        cardinalities: For a table with categorical columns, see `models.columns`; training sets it from the data.
+        availability: Whether q(z | x) sees which values of x exist; otherwise missing ones look like zeros.
         rngs: Source of initial weights.
 
     Raises:
-        OptionError: An option is out of range, or does not fit the data or the others.
+        OptionError: An option is out of range, or does not match the data or the other options.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class VAE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if cardinalities and input_shape != (len(cardinalities),):
-            raise OptionError("cardinalities", f"has {len(cardinalities)} entries, the data have shape {input_shape}")
+            raise OptionError(
+                "cardinalities", f"has {len(cardinalities)} entries, but the data have shape {input_shape}"
+            )
         if any(cardinalities) and likelihood.get("name") != "Columns":
             raise OptionError("likelihood.name", "must be Columns: the data have categorical columns")
         self.latent_dim = latent_dim
@@ -107,7 +109,7 @@ class VAE(nnx.Module):
         Args:
             x: `[B, *input_shape]`, finite; missing values are zeros.
             rngs: Dropout streams, while training.
-            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`, for a VAE that sees it; None: all.
+            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`, if the VAE sees it; None: all.
         """
         return self.posterior_head(self._encode(x, rngs, available))
 
@@ -131,7 +133,7 @@ class VAE(nnx.Module):
     def decode_mean(self, z: jax.Array, chunk_size: int = 128) -> jax.Array:
         """E[features of x | z], `[S, B, *input_shape]` or, with categories, `[S, B, width]`, for `z: [S, B, e]`.
 
-        Features of categories are their probabilities. Decodes `chunk_size` samples at once.
+        The features of categories are their probabilities. Decodes `chunk_size` samples at once.
         """
 
         def mean(z: jax.Array) -> jax.Array:
@@ -141,7 +143,7 @@ class VAE(nnx.Module):
         return jax.lax.map(mean, z, batch_size=chunk_size)
 
     def decode_draw(self, z: jax.Array, key: jax.Array, means: bool = False, chunk_size: int = 128) -> jax.Array:
-        """Draws x ~ p(x | z), `[S, B, *input_shape]`, for `z: [S, B, e]`; with `means`, draws of categories only."""
+        """Draws x ~ p(x | z), `[S, B, *input_shape]`, for `z: [S, B, e]`; with `means`, only categories are drawn."""
 
         def draw(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             z, key = inputs
@@ -193,15 +195,15 @@ class PartialPosterior(nnx.Module):
     def with_feature(self, x: jax.Array, b: jax.Array, i: jax.Array) -> Callable[[jax.Array], Distribution]:
         """Returns the function from values of feature i, `[B, C]`, to q(z | x_o, x_i) over `[B, e]`.
 
-        Only feature i of the encoder's input depends on the value, and the encoder's first layer is affine. So the
-        layer is applied to `[x * b, b]` once, and every value adds its multiple of what the layer makes of feature i.
+        Only feature i of the encoder's input depends on the value, and the encoder's first layer is affine. The layer
+        is therefore applied to `[x * b, b]` once, and every value adds its multiple of feature i's contribution.
 
         Args:
             x: `[B, *input_shape]`, or one example `[1, *input_shape]` for all values.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. Examples that have feature i observed keep their value.
+            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. If feature i is already observed, it keeps its value.
             i: Index of a mask entry.
         """
-        if any(self.cardinalities):  # the value of a category chooses its entry in the one-hot
+        if any(self.cardinalities):  # one-hot: not affine in the category's index
             at_i = jnp.arange(b.shape[-1]) == i
             with_i = jnp.where(at_i, 1.0, b)
 
@@ -221,9 +223,9 @@ class PartialPosterior(nnx.Module):
         return posterior
 
     def _added_by_feature(self, i: jax.Array, input_shape: Shape, mask_shape: Shape) -> jax.Array:
-        """What a unit of each channel of feature i, and a unit of its mask, add to the first layer: `[C + 1, ...]`.
+        """What one unit of each channel of feature i, and one of its mask, add to the first layer: `[C + 1, ...]`.
 
-        (`jax.linearize` would give the same, but `numerics.convolution` has reverse-mode derivatives only.)
+        (`jax.linearize` would give the same, but `numerics.convolution` only has reverse-mode derivatives.)
         """
         mask = jnp.zeros(math.prod(mask_shape)).at[i].set(1.0).reshape(1, *mask_shape)
         channels = math.prod(input_shape) // mask.size
@@ -251,7 +253,7 @@ class VAETerms(NamedTuple):
 
 
 class Imputing(nnx.Module):
-    """Imputation with z ~ q(z | x_o), for models that have a `partial_posterior` and a VAE to decode with."""
+    """Imputation with z ~ q(z | x_o), for models with a `partial_posterior` and a VAE to decode z."""
 
     partial_posterior: PartialPosterior
 
@@ -261,9 +263,9 @@ class Imputing(nnx.Module):
         raise NotImplementedError
 
     def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Imputes with decoder means, of z ~ q(z | x_o); categories are drawn. Observed values are copied.
+        """Imputes with decoder means for z ~ q(z | x_o); categories are drawn. Observed values are copied.
 
-        What spreads is z, not the noise of p(x | z): see `draw`.
+        The imputations vary by z but not by the noise of p(x | z), which `draw` adds.
 
         Args:
             x: `[B, *input_shape]`; values where b = 0 have no influence, and may be NaN.
@@ -286,7 +288,7 @@ class Imputing(nnx.Module):
         return jnp.where(b == 1, x, imputations)
 
     def draw(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Draws x_u ~ p(x_u | x_o), the noise of p(x | z) included; otherwise as `impute`."""
+        """Draws x_u ~ p(x_u | x_o), including the noise of p(x | z); otherwise like `impute`."""
         x, b = checked(x, b, self.decoding.input_shape)
         key_z, key_x = jax.random.split(key)
         draws = self.decoding.decode_draw(self._latents(x, b, num_samples, key_z), key_x)
@@ -295,7 +297,7 @@ class Imputing(nnx.Module):
     def point(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """Estimates x_u, `[B, *input_shape]`: E[x_u | x_o] over `num_samples` draws of z, observed values copied.
 
-        Of a category the most probable: its probability is averaged over z. Otherwise as `impute`.
+        For categories it is the most probable one, with probabilities averaged over z. Otherwise like `impute`.
         """
         x, b = checked(x, b, self.decoding.input_shape)
         mean = self.decoding.decode_mean(self._latents(x, b, num_samples, key)).mean(0)
@@ -306,19 +308,19 @@ class Imputing(nnx.Module):
 
 
 class PosteriorMatchingVAE(Imputing):
-    """A VAE that answers every conditional p(x_u | x_o) through z ~ q(z | x_o).
+    """A VAE that models every conditional p(x_u | x_o) through z ~ q(z | x_o).
 
     Args:
         input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        latent_dim: Of the `VAE`, as are the four below.
+        latent_dim: See `VAE`.
         encoder: See `VAE`.
         posterior: See `VAE`.
         decoder: See `VAE`.
         likelihood: See `VAE`.
         cardinalities: See `VAE`.
         availability: See `VAE`.
-        partial_encoder: Network config of q(z | x_o); None: as the encoder, with weights of its own.
-        partial_posterior: Head config of q(z | x_o); None: as the posterior, with weights of its own.
+        partial_encoder: Network config of q(z | x_o); None: the same as the encoder, with separate weights.
+        partial_posterior: Head config of q(z | x_o); None: the same as the posterior, with separate weights.
         rngs: Source of initial weights.
     """
 
@@ -411,7 +413,7 @@ class PosteriorMatchingVAE(Imputing):
             num_samples: Samples of z for each of the two estimates.
             key: Random key.
             available: Mask of the values that exist in the data; None: all that are not NaN. Others are never scored.
-            chunk_size: Most samples per example held at once.
+            chunk_size: Maximum samples per example held at once.
 
         Raises:
             UserError: See `masking.checked`.
@@ -435,19 +437,19 @@ class PosteriorMatchingVAE(Imputing):
         key: jax.Array,
         chunk_size: int = 128,
     ) -> jax.Array:
-        """Estimates log p(x_t | x_o) of any targets given any others, `[B]`, in nats.
+        """Estimates log p(x_t | x_o), `[B]`, in nats, for any target features x_t given any others.
 
-        It is log p(x_t, x_o) - log p(x_o), each importance-sampled with the partial posterior as proposal, hence right
-        in the limit of many samples. Real columns have densities per unit of `x` (standardised, for a table of one's
-        own; `data.Columns.log_det_jacobian` turns to the table's units), categories have probabilities.
+        It is log p(x_t, x_o) - log p(x_o), each importance-sampled with the partial posterior as proposal, so it is
+        consistent as the number of samples grows. Real columns have densities per unit of `x` (standardised, for the
+        user's own table; `data.Columns.log_det_jacobian` converts them to the table's units), categories probabilities.
 
         Args:
             x: `[B, *input_shape]`; values in neither mask have no influence, and may be NaN.
-            b_target: Mask of x_t, `[B, d]` or `[B, H, W, 1]`; what is given as well is left out.
+            b_target: Mask of x_t, `[B, d]` or `[B, H, W, 1]`; values that are also given are left out.
             b_given: Mask of x_o, the same shape; zeros for log p(x_t).
             num_samples: Samples of z for each of the two estimates.
             key: Random key.
-            chunk_size: Most samples per example held at once.
+            chunk_size: Maximum samples per example held at once.
 
         Raises:
             UserError: See `masking.checked`.
@@ -458,7 +460,7 @@ class PosteriorMatchingVAE(Imputing):
         def estimate(b: jax.Array, key: jax.Array) -> jax.Array:
             q = self.partial_posterior(x, b)
             estimated = self._importance_log_prob(q, x, b, num_samples, key, chunk_size).log_prob
-            return jnp.where(b.reshape(len(b), -1).any(-1), estimated, 0.0)  # of nothing, log p is known
+            return jnp.where(b.reshape(len(b), -1).any(-1), estimated, 0.0)  # log p of nothing is 0
 
         key_both, key_given = jax.random.split(key)
         return estimate(jnp.maximum(target, given), key_both) - estimate(given, key_given)
@@ -486,7 +488,7 @@ class PosteriorMatchingVAE(Imputing):
             b: Its mask, `[d]` or `[H, W, 1]`.
             num_samples: Imputations to average over.
             key: Random key.
-            features_at_once: Features to look at together; memory grows with it, the result does not depend on it.
+            features_at_once: Features to evaluate together; memory grows with it, the result does not depend on it.
 
         Returns:
             `[b.size]`, one entry per mask entry, -inf where observed.

@@ -7,9 +7,9 @@ Latents z_1, ..., z_L, one per decoder block, are grids of vectors, from coarse 
     q(z | x_o) = prod_l q(z_l | z_<l, x_o)
 
 The first two are the VAE. The third, the partially observed posterior, has its own encoder and one more head in every
-decoder block. They see the decoder's state but send it no gradient, so the VAE trains as it would alone.
+decoder block. They see the decoder's state but pass no gradient to it, so the VAE trains as it would alone.
 
-Images are whole numbers 0, ..., L - 1 (255 for 8 bits), not [0, 1].
+Pixels are integers 0, ..., L - 1 (255 for 8 bits), not in [0, 1].
 """
 
 import functools
@@ -23,7 +23,7 @@ from pydantic import Field
 
 from posterior_matching.config import Positive, Steps, Units
 from posterior_matching.errors import UserError
-from posterior_matching.masking import partial_input
+from posterior_matching.masking import checked, partial_input
 from posterior_matching.models.distributions import (
     Distribution,
     ExplicitDistribution,
@@ -86,7 +86,7 @@ class BottleneckBlock(nnx.Module):
 
 
 class BlockOptions(NamedTuple):
-    """What all blocks share."""
+    """The options shared by all blocks."""
 
     bottleneck: float
     compute_dtype: Any
@@ -96,7 +96,7 @@ class BlockOptions(NamedTuple):
     def block(
         self, features_in: int, width: int, features: int, resolution: int, output_scale: float = 1.0
     ) -> BottleneckBlock:
-        """A block whose middle has the share `bottleneck` of `width` channels."""
+        """A block with `bottleneck * width` channels in the middle."""
         middle = max(1, int(width * self.bottleneck))
         return BottleneckBlock(
             features_in, middle, features, resolution, self.compute_dtype, output_scale=output_scale, rngs=self.rngs
@@ -104,7 +104,7 @@ class BlockOptions(NamedTuple):
 
 
 class PyramidEncoder(nnx.Module):
-    """Residual blocks and average pooling: an image in, one activation per resolution out."""
+    """Residual blocks and average pooling, from an image to one activation per resolution."""
 
     def __init__(self, channels: int, layers: list[EncoderLayer], widths: dict[int, int], options: BlockOptions):
         self.pools = tuple(layer.pool for layer in layers)
@@ -149,7 +149,7 @@ class DecoderBlock(nnx.Module):
         return self.posterior_head(jnp.concatenate([x, encoded[self.resolution]], axis=-1))
 
     def partial_posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
-        """Parameters of q(z_l | z_<l, x_o), a full-covariance Gaussian. No gradient goes into the state."""
+        """Parameters of q(z_l | z_<l, x_o), a full-covariance Gaussian. No gradient flows into the state."""
         return self.partial_posterior_head(
             jnp.concatenate([jax.lax.stop_gradient(x), encoded[self.resolution]], axis=-1)
         )
@@ -183,7 +183,7 @@ class VDVAETerms(NamedTuple):
 
 
 class PosteriorMatchingVDVAE(nnx.Module):
-    """A very deep VAE of images that answers every conditional p(x_u | x_o).
+    """A very deep VAE of images that models every conditional p(x_u | x_o).
 
     Args:
         input_shape: `(H, H, C)`, with 1 or 3 channels.
@@ -194,16 +194,16 @@ class PosteriorMatchingVDVAE(nnx.Module):
         latent_dim: e, channels of every latent grid.
         width: Channels of the state.
         bottleneck: Channels inside the blocks, as a share of the width.
-        custom_widths: Widths of single resolutions that differ from `width`, "14:128,7:256".
+        custom_widths: Widths of individual resolutions that differ from `width`, such as "14:128,7:256".
         no_bias_above: States of resolutions up to this start at a learned bias, others at zero.
         num_components: Components of the discretised mixture of logistics p(x | z).
-        num_levels: How many values a pixel can have: x is in 0..num_levels - 1.
+        num_levels: The number of values that a pixel can have: x is in 0..num_levels - 1.
         rematerialise: Recompute activations inside blocks in the backward pass, to save memory.
-        compute_dtype: "float32" or "bfloat16", of the convolutions in the blocks; all else is float32.
+        compute_dtype: "float32" or "bfloat16", for the convolutions in the blocks; everything else is float32.
         rngs: Source of initial weights.
 
     Raises:
-        UserError: The blocks do not fit each other or the data.
+        UserError: The blocks do not match each other or the data.
     """
 
     def __init__(
@@ -224,7 +224,10 @@ class PosteriorMatchingVDVAE(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if len(input_shape) != 3 or input_shape[0] != input_shape[1] or input_shape[2] not in (1, 3):
-            raise UserError(f"a VDVAE needs square images of 1 or 3 channels, the data have shape {tuple(input_shape)}")
+            raise UserError(
+                f"a VDVAE needs square images of 1 or 3 channels, but the data have shape {tuple(input_shape)}"
+            )
+        self.input_shape = tuple(input_shape)
         size, _, self.channels = input_shape
         encoder_layers = parse_encoder(encoder, size)
         resolutions = encoder_resolutions(encoder_layers)
@@ -251,7 +254,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         self.conv_out = Conv(widths[size], outputs, 1, 1, "SAME", rngs=rngs)
 
     def to_levels(self, x: jax.Array) -> jax.Array:
-        """Images in [0, 1] -> whole numbers 0..num_levels - 1, which all other methods take and return."""
+        """Maps images in [0, 1] to integers 0..num_levels - 1, which all other methods take and return."""
         return jnp.round(x * (self.num_levels - 1))
 
     def from_levels(self, x: jax.Array) -> jax.Array:
@@ -262,7 +265,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """The terms of the training objective.
 
         Args:
-            x: `[B, H, W, C]`, whole numbers 0..num_levels - 1.
+            x: `[B, H, W, C]`, integers 0..num_levels - 1.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             key: Random key of z.
         """
@@ -275,7 +278,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
             return residual, diagonal_gaussian(posterior).sample(key), (prior, posterior, matched)
 
         p, collected = self._decode(step, key, len(x))
-        # All positions of all blocks in one array, `[B, positions, ...]`: one computation in place of one per block.
+        # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
         prior, posterior, matched = (
             jnp.concatenate([a.reshape(len(x), -1, a.shape[-1]) for a in parts], axis=1)
             for parts in zip(*collected, strict=True)
@@ -306,14 +309,15 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """Draws imputations: means of p(x | z) for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
 
         Args:
-            x: `[B, H, W, C]`; values where b = 0 have no influence (but must be finite).
+            x: `[B, H, W, C]`; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Imputations per example.
             key: Random key.
 
         Returns:
-            `[num_samples, B, H, W, C]`, whole numbers 0..num_levels - 1.
+            `[num_samples, B, H, W, C]`, integers 0..num_levels - 1.
         """
+        x, b = checked(x, b, self.input_shape)
         encoded = self._encode_observed(x, b)
 
         def draw(key):
@@ -336,14 +340,15 @@ class PosteriorMatchingVDVAE(nnx.Module):
         A weight is p(x_o | z) prod_l p(z_l | z_<l) / q(z_l | z_<l, ...) over all blocks.
 
         Args:
-            x: `[B, H, W, C]`, whole numbers 0..num_levels - 1.
+            x: `[B, H, W, C]`, integers 0..num_levels - 1.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Samples of z for each of the two estimates.
             key: Random key.
             available: Mask of the pixels that exist in the data; None: all. Others are never scored.
-            chunk_size: Most samples per example held at once.
+            chunk_size: Maximum samples per example held at once.
         """
-        available = jnp.ones_like(b) if available is None else available
+        x, b = checked(x, b, self.input_shape)
+        available = jnp.ones_like(b) if available is None else jnp.asarray(available)
         b = b * available
 
         def estimate(
@@ -436,13 +441,13 @@ def _average_pool(x: jax.Array, k: int) -> jax.Array:
 
 
 def _upsample(x: jax.Array, size: int) -> jax.Array:
-    """Nearest neighbours: pixel i of `size` is pixel floor(i * small / size) of `[B, small, small, C]`."""
+    """Nearest-neighbour upsampling: pixel i of `size` is pixel floor(i * small / size) of `[B, small, small, C]`."""
     index = jnp.arange(size) * x.shape[1] // size
     return x[:, index][:, :, index]
 
 
 def _with_channels(x: jax.Array, channels: int) -> jax.Array:
-    """Cuts channels off `[B, H, W, C]`, or appends zeros, where neighbouring resolutions differ in width."""
+    """Drops channels of `[B, H, W, C]`, or appends zeros, where adjacent resolutions differ in width."""
     x = x[..., :channels]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))
 

@@ -1,4 +1,4 @@
-"""The block strings of VDVAE configs, such as "28x6,28d2,14x4": which blocks stand at which resolution."""
+"""Parses the block strings of VDVAE configs, such as "28x6,28d2,14x4", which list the blocks of each resolution."""
 
 import re
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class EncoderLayer(NamedTuple):
 
     @property
     def output_resolution(self) -> int:
-        """What does not fill a window is dropped."""
+        """The resolution after pooling; incomplete windows are dropped."""
         return self.resolution // self.pool
 
 
@@ -30,14 +30,14 @@ def parse_blocks(blocks: str, letter: str, option: str) -> list[tuple[int, int |
 
     Args:
         blocks: Such as "28x6,28d2,14x4".
-        letter: What marks a block that changes resolution, "d" or "m".
-        option: Its name, for messages.
+        letter: Marks a block that changes resolution, "d" or "m".
+        option: The option's name, for messages.
 
     Returns:
-        For every block R and, where the resolution changes, K.
+        R and K of every block; K is None unless the block changes resolution.
 
     Raises:
-        OptionError: A part is neither.
+        OptionError: A part has neither form.
     """
     parsed: list[tuple[int, int | None]] = []
     for part in blocks.split(","):
@@ -57,7 +57,7 @@ def parse_encoder(blocks: str, size: int) -> list[EncoderLayer]:
     """Parses the encoder's blocks for images of `size` x `size` pixels.
 
     Raises:
-        OptionError: It is malformed, or a block is not at the resolution that the blocks before it lead to.
+        OptionError: The string is malformed, or a block is not at the resolution after the previous one.
     """
     layers: list[EncoderLayer] = []
     for resolution, pool in parse_blocks(blocks, "d", "encoder"):
@@ -82,8 +82,8 @@ def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[Decode
     """Parses the decoder's blocks for images of `size` x `size` pixels and an encoder with these `resolutions`.
 
     Raises:
-        OptionError: It is malformed, needs a resolution that the encoder does not have or the decoder has not yet, or
-            does not end at the image's.
+        OptionError: The string is malformed, uses a resolution that the encoder does not have or the decoder has not
+            reached yet, or does not end at the image's resolution.
     """
     layers = [DecoderLayer(*block) for block in parse_blocks(blocks, "m", "decoder")]
     reached: set[int] = set()

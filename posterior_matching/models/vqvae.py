@@ -11,7 +11,7 @@ from pydantic import Field
 
 from posterior_matching.config import Blocks, Config, Decay, NonNegative, Units, call
 from posterior_matching.errors import OptionError, UserError
-from posterior_matching.masking import partial_input, partial_input_shape
+from posterior_matching.masking import checked, partial_input, partial_input_shape
 from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
 from posterior_matching.models.likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Conv, ConvTranspose, Shape
@@ -43,15 +43,15 @@ class ResidualStack(nnx.Module):
 
 
 class GridEncoder(nnx.Module):
-    """Images to a grid of vectors: two 4x4 convolutions that may shrink them, a 3x3 one, residual blocks, a 1x1 one.
+    """Images to a grid of vectors: two 4x4 convolutions, possibly strided, a 3x3 one, residual blocks, a 1x1 one.
 
     Args:
         input_shape: `(H, W, C)`.
         features: Channels of the output.
         hidden_units: Channels inside; half as many after the first convolution.
         residual_units: Channels inside the residual blocks.
-        residual_blocks: Their number.
-        strides: Of the two 4x4 convolutions.
+        residual_blocks: Number of residual blocks.
+        strides: Strides of the two 4x4 convolutions.
 
     Raises:
         UserError: The data are not images, or the strides do not divide their size.
@@ -69,7 +69,7 @@ class GridEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if len(input_shape) != 3:
-            raise UserError(f"a VQ-VAE needs images (H, W, C), the data have shape {tuple(input_shape)}")
+            raise UserError(f"a VQ-VAE needs images (H, W, C), but the data have shape {tuple(input_shape)}")
         height, width, channels = input_shape
         shrink = math.prod(strides)
         if height % shrink or width % shrink:
@@ -120,29 +120,29 @@ class GridDecoder(nnx.Module):
 
 
 class Average(nnx.Variable):
-    """Part of the moving averages that a codebook follows: state, not parameter."""
+    """One of the moving averages behind a codebook: state, not a parameter."""
 
 
 class Quantized(NamedTuple):
-    """What the quantiser makes of `z: [B, h, w, e]`."""
+    """The quantiser's output for `z: [B, h, w, e]`."""
 
-    z: jax.Array  # [B, h, w, e], codebook vectors; their gradient goes straight through to the input
+    z: jax.Array  # [B, h, w, e], codebook vectors; the gradient passes straight through to the input
     indices: jax.Array  # [B, h, w] int32
     loss: jax.Array  # [B], mean squared distances, weighted
 
 
 class VectorQuantizer(nnx.Module):
-    """The nearest of `codebook_size` vectors, with a straight-through gradient.
+    """Maps each vector to the nearest of `codebook_size` codebook vectors, with a straight-through gradient.
 
-    By default the codebook follows the encoder by exponential moving averages (the paper's appendix A.1) and has no
-    gradient: `update` takes a step. Otherwise it is a parameter, trained by the codebook loss.
+    By default the codebook tracks the encoder by exponential moving averages (that paper's appendix A.1), one step per
+    call of `update`, and has no gradient. Otherwise it is a parameter, trained by the codebook loss.
 
     Args:
         codebook_size: K, number of vectors.
         embedding_dim: e, their length.
-        commitment_cost: Weight of the squared distance that holds the encoder close to the codebook.
-        use_ema: Use moving averages in place of a codebook loss.
-        decay: Of the moving averages.
+        commitment_cost: Weight of the squared distance that keeps the encoder close to the codebook.
+        use_ema: Use moving averages instead of a codebook loss.
+        decay: Decay of the moving averages.
         epsilon: Laplace smoothing of the codes' average counts.
         rngs: Source of the initial codebook.
     """
@@ -189,15 +189,15 @@ class VectorQuantizer(nnx.Module):
         return self.codebook[...][indices]
 
     def update(self, z: jax.Array, indices: jax.Array, axis_name: str | None = None) -> None:
-        """Moves the codebook towards the vectors that chose it; to be called once per training step.
+        """Moves the codebook towards the vectors assigned to it; call this once per training step.
 
-        Averages are divided by `1 - decay^t`, which corrects for their start at zero. A code that was never chosen
-        keeps its initial value (the formula would move it to zero).
+        Averages are divided by `1 - decay^t` to correct for their start at zero. A code that was never chosen keeps its
+        initial value (the formula would move it to zero).
 
         Args:
             z: Encoder outputs `[B, h, w, e]`.
             indices: `[B, h, w]`, from `__call__`.
-            axis_name: Axis of the devices over which to sum the statistics; None: this device's only.
+            axis_name: Axis of the devices over which to sum the statistics; None: this device only.
         """
         if not self.use_ema:
             return
@@ -218,7 +218,7 @@ class VectorQuantizer(nnx.Module):
 
 
 class VQVAETerms(NamedTuple):
-    """What training optimises, per example, and the codes chosen on the way."""
+    """What training optimises, per example, and the chosen codes."""
 
     reconstruction_ll: jax.Array  # [B], log p(x | q) in nats
     quantizer_loss: jax.Array  # [B], commitment (and codebook) loss
@@ -242,7 +242,7 @@ class VQVAE(nnx.Module):
         commitment_cost: See `VectorQuantizer`.
         use_ema: See `VectorQuantizer`.
         decay: See `VectorQuantizer`.
-        strides: Of the two convolutions that shrink the image to the code grid.
+        strides: Strides of the two convolutions that shrink the image to the code grid.
         rngs: Source of initial weights.
     """
 
@@ -291,7 +291,7 @@ class VQVAE(nnx.Module):
 
         Args:
             x: `[B, H, W, C]` in [0, 1].
-            update_codebook: Whether to move the codebook, too; while training.
+            update_codebook: Whether to update the codebook, as in training.
             axis_name: Axis of the devices over which the codebook's statistics are summed.
         """
         z = self.encoder(x)
@@ -304,7 +304,7 @@ class VQVAE(nnx.Module):
 
 
 class PosteriorMatchingVQVAE(nnx.Module):
-    """A VQ-VAE that answers p(x_u | x_o): a PixelCNN over code grids, conditioned on what is observed, is q(z | x_o).
+    """A VQ-VAE that models p(x_u | x_o): q(z | x_o) is a PixelCNN over code grids, conditioned on the observed pixels.
 
     Args:
         input_shape: `(H, W, C)`.
@@ -315,6 +315,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
     """
 
     def __init__(self, *, input_shape: Shape, vqvae: Config, conditional_dim: Units, pixel_cnn: Config, rngs: nnx.Rngs):
+        self.input_shape = input_shape
         self.vqvae: VQVAE = call(VQVAE, vqvae, "vqvae", input_shape=input_shape, rngs=rngs)
         body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
         self.partial_encoder = GridEncoder(
@@ -333,7 +334,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         self.pixel_cnn: PixelCNN = call(PixelCNN, pixel_cnn, "pixel_cnn", **context, rngs=rngs)
 
     def conditional_input(self, x: jax.Array, b: jax.Array) -> jax.Array:
-        """What the PixelCNN knows of the observed pixels of `x: [B, H, W, C]`: `[B, conditional_dim]`."""
+        """The PixelCNN's conditional input, from the observed pixels of `x: [B, H, W, C]`: `[B, conditional_dim]`."""
         features = self.partial_encoder(partial_input(x, b))
         return self.condition(features.reshape(len(x), -1))
 
@@ -348,10 +349,10 @@ class PosteriorMatchingVQVAE(nnx.Module):
         return self.pixel_cnn.log_prob(self.vqvae.indices(x), self.conditional_input(x, b), rngs)
 
     def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Draws imputations: decoder means for z ~ q(z | x_o), clipped to [0, 1]; the observed values where observed.
+        """Draws imputations: decoder means for z ~ q(z | x_o), clipped to [0, 1]; observed values are copied.
 
         Args:
-            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence (but must be finite).
+            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence, and may be NaN.
             b: Mask, `[B, H, W, 1]`, 1 = observed.
             num_samples: Imputations per example.
             key: Random key.
@@ -359,6 +360,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         Returns:
             `[num_samples, B, H, W, C]`.
         """
+        x, b = checked(x, b, self.input_shape)
         condition = self.conditional_input(x, b)
         codes = self.pixel_cnn.sample(jnp.tile(condition, (num_samples, 1)), key)  # [S B, h, w]
         means = jnp.clip(self.vqvae.decode(codes).mean, 0.0, 1.0)

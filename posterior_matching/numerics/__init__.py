@@ -1,4 +1,4 @@
-"""What only speed or a backend asks for. Nothing here changes a result beyond rounding."""
+"""Code that exists only for speed or for a backend. Nothing here changes a result beyond rounding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_ROWS_IN_CACHE = 64  # rows of a batch whose activations stay in a CPU's cache, for networks of a few hundred units
+_ROWS_IN_CACHE = 64  # rows of a batch whose activations fit into a CPU's cache, for networks of a few hundred units
 
 
 def on_cpu() -> bool:
-    """Returns whether JAX computes on CPUs. No other place asks for the backend."""
+    """Returns whether JAX runs on CPUs. No other code checks the backend."""
     return jax.default_backend() == "cpu"
 
 
 def first_argmin(values: jax.Array) -> jax.Array:
-    """Index, int32 `[...]`, of the least of `values: [..., K]`, the first of equals; K - 1 where all are NaN.
+    """Index, int32 `[...]`, of the first minimum of `values: [..., K]`; K - 1 where all are NaN.
 
-    Two minima take a CPU a third of the time of one `argmin`.
+    On CPUs two `min` reductions take a third of the time of one `argmin`.
     """
     last = values.shape[-1] - 1
     least = values == values.min(-1, keepdims=True)
@@ -25,18 +25,18 @@ def first_argmin(values: jax.Array) -> jax.Array:
 
 
 def materialise(x: jax.Array) -> jax.Array:
-    """Returns x, computed once: XLA may otherwise compute it again inside each of its uses."""
+    """Returns x, computed once: XLA may otherwise recompute it inside each of its uses."""
     return jax.lax.optimization_barrier(x)
 
 
 def map_in_cache(fn: Callable[..., Any], inputs: Any, rows: int) -> Any:
-    """`jax.lax.map(fn, inputs)`, several calls at once where that is faster.
+    """`jax.lax.map(fn, inputs)`, with several calls at once where that is faster.
 
-    On CPUs as many as keep the activations of a network in the cache, on accelerators all.
+    CPUs run as many at once as keep the activations of a network in the cache; accelerators run all.
 
     Args:
         fn: The function.
-        inputs: Arrays with one leading axis in common.
+        inputs: Arrays with a common leading axis.
         rows: Batch size of one call.
     """
     calls = len(jax.tree.leaves(inputs)[0])
@@ -44,9 +44,9 @@ def map_in_cache(fn: Callable[..., Any], inputs: Any, rows: int) -> Any:
 
 
 class InitialKeys:
-    """Keys of initial weights, one per `params()`, as `nnx.Rngs` gives them.
+    """Keys for initial weights, one per call of `params()`, as from `nnx.Rngs`.
 
-    Under tracing `nnx.Rngs` takes longer for every key; this does not, which counts for hundreds of layers.
+    Under tracing `nnx.Rngs` gets slower with every key; this does not, which matters for hundreds of layers.
     """
 
     def __init__(self, key: jax.Array):

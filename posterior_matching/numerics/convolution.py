@@ -1,11 +1,12 @@
-"""Two-dimensional convolution and its transpose, fast forwards and backwards on every backend.
+"""Two-dimensional convolution and its transpose, fast in the forward and backward pass on every backend.
 
-`conv` and `conv_transpose` are two faces of one bilinear map: the derivative of each in its images is the other, and
-both share the derivative in the kernel. `_method` decides once, from the shapes, how the three are computed.
+`conv` and `conv_transpose` are two sides of one bilinear map: each is the other's derivative with respect to the
+images, and both have the same derivative with respect to the kernel. `_method` decides once, from the shapes, how to
+compute the three.
 
-On CPUs XLA runs a convolution with stride one, and the kernel gradient of a strided one, at a good share of the
-processor's rate, but convolutions dilated by the stride (the input gradient of a strided convolution, and every
-convolution that a transposed one differentiates into) 4 to 20 times slower. `_Strided` computes those at stride one.
+On CPUs XLA runs convolutions with stride one, and kernel gradients of strided ones, at a good fraction of the peak
+rate, but convolutions dilated by the stride (input gradients of strided convolutions, and hence transposed
+convolutions) 4 to 20 times slower. `_Strided` computes those at stride one.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ def conv_transpose(y: jax.Array, kernel: jax.Array, stride: int, padding: str) -
 
 
 def _method(size: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int, padding: str) -> "_General":
-    """How to convolve images of `size` pixels."""
+    """Selects how to convolve images of `size` pixels."""
     k, _, features_in, features_out = kernel_shape
     cls = _General
     if padding == "VALID" and size == (k, k):
@@ -72,7 +73,7 @@ def _method(size: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int, p
 class _General:
     """A convolution `y = forward(x, kernel)` and its derivatives, as XLA computes them.
 
-    Shapes: x `[B, *size, I]`, kernel `[K, K, I, O]`, y `[B, H', W', O]`. Large batches go in blocks, see `_blocks`.
+    Shapes: x `[B, *size, I]`, kernel `[K, K, I, O]`, y `[B, H', W', O]`. Large batches are split, see `_blocks`.
     """
 
     size: tuple[int, int]
@@ -85,12 +86,12 @@ class _General:
         return _convolve(x, kernel, self.stride, self.padding)
 
     def input_gradient(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Gradient of `sum(y * forward(x, kernel))` in x: a convolution of y, dilated by the stride."""
+        """Gradient of `sum(y * forward(x, kernel))` with respect to x: a convolution of y, dilated by the stride."""
         flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
         return _convolve(y, flipped, 1, self._gradient_pads(y), dilation=self.stride)
 
     def kernel_gradient(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Gradient of `sum(y * forward(x, kernel))` in the kernel: a sum over images, hence over blocks of them."""
+        """Gradient of `sum(y * forward(x, kernel))` with respect to the kernel: a sum over (blocks of) images."""
         kernel = jax.ShapeDtypeStruct((self.k, self.k, x.shape[-1], y.shape[-1]), x.dtype)
 
         def one_block(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -103,7 +104,7 @@ class _General:
         return functools.reduce(jnp.add, map(one_block, _blocks(x), _blocks(y)))
 
     def _before(self) -> list[int]:
-        """Zeros that `padding` puts before the first row and column of x."""
+        """The number of zeros that `padding` adds before the first row and column of x."""
         return [lax.padtype_to_pads((n,), (self.k,), (self.stride,), self.padding)[0][0] for n in self.size]
 
     def _gradient_pads(self, y: jax.Array) -> list[tuple[int, int]]:
@@ -157,7 +158,7 @@ class _Strided(_General):
     """On CPUs, with a stride: the input gradient is a convolution at stride one, with one group of output channels per
     phase of the stride ("sub-pixel" convolution, Shi et al. 2016, arXiv 1609.05158).
 
-    Accelerators dilate without multiplying the zeros, so there `_General` does.
+    Accelerators do not multiply the zeros of a dilated convolution, so they use `_General`.
     """
 
     def input_gradient(self, y: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -197,9 +198,9 @@ def _convolve(
 
 
 def _blocks(x: jax.Array) -> list[jax.Array]:
-    """Splits 128 and more images into 8 blocks on CPUs, so that what a convolution touches stays in the cache: for 128
-    to 256 images, kernel gradients are up to 5 times as fast, other convolutions a fifth faster. (A compiled loop over
-    blocks is 30 times slower than these written out.)
+    """Splits batches of 128 or more images into 8 blocks on CPUs, so that a convolution's working set stays in the
+    cache: for 128 to 256 images, kernel gradients are up to 5 times as fast, other convolutions a fifth faster. (A
+    compiled loop over the blocks is 30 times slower than unrolling them.)
     """
     return jnp.array_split(x, 8 if len(x) >= 128 and on_cpu() else 1)
 

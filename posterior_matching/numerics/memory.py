@@ -1,4 +1,4 @@
-"""How this process's memory is handed out."""
+"""Memory allocation in this process."""
 
 import ctypes
 import sys
@@ -8,11 +8,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next allocation (elsewhere than on Linux with glibc: does nothing).
+    """Makes glibc keep freed memory for the next allocation (does nothing except on Linux with glibc).
 
-    On CPUs XLA allocates the buffers of a training step afresh at every step. By default glibc gets blocks of this size
-    from the kernel each time and returns them afterwards, and the kernel fills every page with zeros: a fifth of the
-    time of a step of `configs/pm_vae_gas.py`.
+    On CPUs XLA allocates new buffers for every training step. By default glibc gets blocks of this size from the kernel
+    each time and returns them afterwards, and the kernel fills every page with zeros, which takes a fifth of the time
+    of a step of `configs/pm_vae_gas.py`.
     """
     if not sys.platform.startswith("linux"):
         return

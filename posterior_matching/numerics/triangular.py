@@ -1,8 +1,8 @@
-"""Many small lower triangular matrices: filling, diagonals, inverses and systems of equations, with derivatives.
+"""Batches of small lower triangular matrices: filling, diagonals, inverses and linear systems, with derivatives.
 
-On CPUs forward substitution is faster than LAPACK's solver for them, and on two cores two of JAX's batched solvers at
-once can deadlock (seen with jaxlib 0.10.2). Accelerators use their own solver: there, a loop over the rows costs a
-kernel or more per row.
+On CPUs forward substitution is faster than LAPACK's solver for them, and two of JAX's batched solvers running at once
+on two cores can deadlock (seen with jaxlib 0.10.2). Accelerators use their own solver, since a loop over the rows
+would take at least one kernel per row.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def fill(entries: jax.Array, e: int, on_diagonal: Callable[[jax.Array], jax.Arra
 
     The diagonals are `on_diagonal` of their entries.
 
-    Their order is that of `tfp.math.fill_triangular`, which needs no gather or scatter: the e x e square, row by row,
-    is the entries from number e on, then all entries backwards.
+    The order follows `tfp.math.fill_triangular` and needs no gather or scatter: read row by row, the e x e square holds
+    the entries from index e on, and then all entries in reverse.
     """
     square = jnp.concatenate([entries[..., e:], entries[..., ::-1]], axis=-1).reshape(*entries.shape[:-1], e, e)
     return jnp.where(jnp.eye(e, dtype=bool), on_diagonal(diagonal(square))[..., None, :], jnp.tril(square))
@@ -33,7 +33,7 @@ def fill(entries: jax.Array, e: int, on_diagonal: Callable[[jax.Array], jax.Arra
 
 @jax.custom_vjp
 def solve(tril: jax.Array, v: jax.Array) -> jax.Array:
-    """w = L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]` (leading axes alike)."""
+    """w = L^-1 v for lower triangular L `[..., e, e]` and v `[..., e]` (same leading axes)."""
     if not on_cpu():
         return jax.lax.linalg.triangular_solve(tril, v[..., None], left_side=True, lower=True)[..., 0]
     index = jnp.arange(v.shape[-1])

@@ -1,4 +1,4 @@
-"""Which examples form a batch: epochs without replacement while training, every example once while evaluating."""
+"""Batches: epochs without replacement in training, every example once in evaluation."""
 
 import concurrent.futures
 import functools
@@ -15,11 +15,16 @@ from posterior_matching.errors import OptionError
 Arrays = dict[str, np.ndarray]
 
 
-class EpochOrder:
-    """An endless order of the rows 0..num_rows-1: one permutation per epoch, drawn from (seed, stream, epoch).
+def default_batch_size(num_rows: int) -> int:
+    """Returns the batch size for `num_rows` training rows per device: about an eighth, a power of 2 from 8 to 256."""
+    return min(num_rows, 2 ** min(max(num_rows // 8, 8).bit_length() - 1, 8))
 
-    A batch is a function of the step alone, so that resuming needs no iterator state. Batches run across the border of
-    two epochs, so that no row is ever dropped.
+
+class EpochOrder:
+    """An endless ordering of the rows 0..num_rows-1: one permutation per epoch, drawn from (seed, stream, epoch).
+
+    A batch depends on the step alone, so resuming needs no iterator state. Batches cross epoch boundaries, so no row is
+    ever dropped.
     """
 
     def __init__(self, num_rows: int, seed: int, stream: int = 0):
@@ -41,14 +46,14 @@ class EpochOrder:
 class TrainingFeed:
     """Batches for the compiled step, which gathers rows by index from the arrays it is given.
 
-    Device d of D owns rows d, d + D, ...; its share lives there when the data fit `memory_budget_gb` per device,
-    and only indices travel. Otherwise the rows of the coming dispatch are gathered on the host while the devices work.
+    Device d of D owns rows d, d + D, .... If the data fit into `memory_budget_gb` per device, they stay on the devices
+    and only indices are transferred. Otherwise the host gathers the rows of the next dispatch while the devices work.
 
     Args:
         arrays: The training data, leading axis N.
         batch_size: Per device.
-        seed: Of the epochs' permutations.
-        memory_budget_gb: Most gigabytes (1e9 bytes) of data per device; 0 streams always.
+        seed: Random seed of the permutations.
+        memory_budget_gb: Maximum gigabytes (1e9 bytes) of data per device; 0 always streams.
 
     Raises:
         OptionError: A batch is larger than a device's share of the data.
@@ -71,7 +76,7 @@ class TrainingFeed:
         size_gb = sum(a.nbytes for a in arrays.values()) / num_devices / 1e9
         self.resident = size_gb <= memory_budget_gb
         if self.resident:
-            length = -(-num_rows // num_devices)  # shares differ by one row at most; the filler is never indexed
+            length = -(-num_rows // num_devices)  # shares differ by at most one row; the padding is never indexed
             filled = [np.resize(rows, length) for rows in self._rows]
             self._shares = parallel.shard({k: np.stack([a[rows] for rows in filled]) for k, a in arrays.items()})
         else:
@@ -84,7 +89,7 @@ class TrainingFeed:
         Args:
             first_step: First step of the dispatch.
             num_steps: Steps of the dispatch.
-            next_num_steps: Steps of the one after it (0: none), prepared ahead when streaming.
+            next_num_steps: Steps of the next dispatch (0 if there is none), prepared in advance when streaming.
         """
         if self.resident:
             return self._shares, self._batches(first_step, num_steps)
@@ -115,7 +120,7 @@ def evaluation_chunks(arrays: Arrays, batch_size: int, chunk_gb: float = 0.25) -
     Args:
         arrays: The data, leading axis N.
         batch_size: Per device.
-        chunk_gb: About how many gigabytes of data a device gets at once.
+        chunk_gb: Approximate gigabytes of data per device and chunk.
 
     Yields:
         Arrays `[local devices, batches, batch_size, ...]` and weights `[local devices, batches, batch_size]`, 0 for

@@ -1,4 +1,4 @@
-"""Random changes of training data, against overfitting: noise, and distortions of images."""
+"""Random corruption of training data to reduce overfitting: noise, and distortions of images."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from posterior_matching.training.experiment import Batch
 def add_noise(
     x: jax.Array, available: jax.Array, key: jax.Array, std: float, cardinalities: Cardinalities = ()
 ) -> jax.Array:
-    """Adds Gaussian noise to the values that are available, categories (see `models.columns`) excepted."""
+    """Adds Gaussian noise to available values, except for categories (see `models.columns`)."""
     if not std:
         return x
     noisy = available * is_real(cardinalities) if any(cardinalities) else available
@@ -38,19 +38,19 @@ class CorruptionOptions:
         return add_noise(x, batch.available, key_noise, self.noise_std, cardinalities)
 
     def check(self, input_shape: tuple[int, ...]) -> None:
-        """Raises OptionError if data that are no images are to be distorted."""
+        """Raises OptionError if data other than images are to be distorted."""
         if self.distortion_std and len(input_shape) != 3:
-            raise OptionError("distortion_std", f"is for images, the data have shape {input_shape}")
+            raise OptionError("distortion_std", f"is for images, but the data have shape {input_shape}")
 
 
 def distort(key: jax.Array, x: jax.Array, std: float) -> jax.Array:
-    """Maps every image by a random affine map of its own: near the identity, bilinear, zeros beyond the border.
+    """Applies to each image its own random affine map near the identity; bilinear, with zeros outside the image.
 
     Args:
         key: Random key.
         x: Images `[B, H, W, C]`.
-        std: Standard deviation of all six coefficients' deviations from the identity, in coordinates in which the image
-            is the square [-1, 1]^2.
+        std: Standard deviation of each of the six coefficients around the identity, in coordinates where the image is
+            the square [-1, 1]^2.
 
     Returns:
         `[B, H, W, C]`.
@@ -60,7 +60,7 @@ def distort(key: jax.Array, x: jax.Array, std: float) -> jax.Array:
     pixels = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1).reshape(-1, 2)
     deviations = std * jax.random.normal(key, (len(x), 2, 3))
 
-    def one(image, deviation):  # the new image at each pixel is the old one at where the map takes it
+    def one(image, deviation):  # each new pixel is the old image at the point that the map sends it to
         u = pixels / half - 1
         source = (u + u @ deviation[:, :2].T + deviation[:, 2] + 1) * half
         interpolate = jax.vmap(lambda c: jax.scipy.ndimage.map_coordinates(c, list(source.T), order=1), -1, -1)

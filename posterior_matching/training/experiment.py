@@ -1,11 +1,11 @@
-"""What a run trains: its options, its data, and its phases, each with a model, a loss and an optimiser.
+"""An experiment: the options, data and phases of a run. Each phase has a model, a loss and an optimiser.
 
 Losses are functions
 
     loss(model, batch, rngs) -> {"loss": [B], "<term>_<unit>": [B] or scalar, ...}
 
-of per-example values, used alike for training (averaged over the batch) and for validation (averaged exactly over all
-examples, with EMA weights if there are any, and the same random keys every time).
+that return per-example values. They serve for training (averaged over the batch) and for validation (averaged exactly
+over all examples, with EMA weights if there are any, and the same random keys every time).
 """
 
 import dataclasses
@@ -27,24 +27,24 @@ class TrainingOptions:
 
     seed: Steps
     steps: Count
-    batch_size: Count  # per device
+    batch_size: Count | None  # per device; None: set from the number of rows, see `batching.default_batch_size`
     validation_every: Count
     log_every: Count
     checkpoint_every: Count | None  # in addition to every validation
-    patience: Count | None  # stop after so many validations in a row without a lower loss; None: never before `steps`
+    patience: Count | None  # stop after this many consecutive validations without a lower loss; None: never
     evaluate_checkpoint: Literal["best", "latest"]  # what evaluations load; "best": lowest validation loss
-    ema_decay: Decay | None  # of the weights that validation and evaluation use; None: the weights themselves
+    ema_decay: Decay | None  # of the weights for validation and evaluation; None: no averaging
     skip_nonfinite_updates: bool  # True: skip and count them; False: stop
-    data_memory_budget_gb: NonNegative  # data beyond this many gigabytes per device stream from the host
+    data_memory_budget_gb: NonNegative  # larger data (gigabytes per device) are streamed from the host
     optimizer: OptimizerOption
 
 
 class Batch(NamedTuple):
-    """The data that a loss sees."""
+    """A batch as the loss sees it."""
 
     x: jax.Array  # [B, *input_shape] float32: images in [0, 1], features with 0 where missing
-    available: jax.Array  # [B, d] or [B, H, W, 1]: 1 where the data have a value
-    label: jax.Array | None  # [B, classes], one-hot; None: the data have none
+    available: jax.Array  # [B, d] or [B, H, W, 1]: 1 where a value exists
+    label: jax.Array | None  # [B, classes], one-hot; None: the data are unlabelled
     step: jax.Array | None  # int32, steps since the phase began; None: validation
 
     @property
@@ -59,17 +59,17 @@ Loss = Callable[[Any, Batch, nnx.Rngs], Terms]
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of a run.
+    """A phase of a run.
 
     Attributes:
-        model: The model with its initial weights; of a later phase only its structure matters.
-        loss: See above.
-        steps: Number of steps; None, in the last phase: those that are left of `config.steps`.
-        optimizer: Its options.
+        model: The model with its initial weights; in later phases only its structure matters.
+        loss: See the top of this module.
+        steps: Number of steps; None for the last phase, which takes what is left of `config.steps`.
+        optimizer: The optimiser's options.
         trainable: NNX filter; other parameters are frozen and have no optimiser state.
-        begin: Of a later phase: the model that the phase before leaves -> the model that this one begins with, and
-            numbers to log; None: the same model. It runs on the host, and again if the run is killed in it or soon
-            after, so it must be deterministic.
+        begin: For later phases: maps the model trained by the previous phase to the initial model of this one, and
+            numbers to log; None: the same model. It runs on the host, and is repeated if the run is killed during it or
+            soon after, so it must be deterministic.
     """
 
     model: nnx.Module
@@ -82,7 +82,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """All that a run trains; `family.Family` builds it from a config.
+    """Everything that defines a run; `family.Family` builds it from a config.
 
     Attributes:
         config: The resolved config, which the run saves.
@@ -90,8 +90,8 @@ class Experiment:
         phases: At least one.
         train_set: The training data.
         validation_set: The validation data.
-        pictures: The model, with its evaluation weights -> images `[H, W, C]` in [0, 1] by name.
-        summarise: Means over the validation data and their number -> what is logged.
+        pictures: Maps the model, with its evaluation weights, to images `[H, W, C]` in [0, 1] by name.
+        summarise: Maps the means over the validation data and the number of examples to what is logged.
     """
 
     config: dict[str, Any]

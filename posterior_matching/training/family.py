@@ -1,4 +1,4 @@
-"""The front door: a training script declares its family of models, and the engine does the rest.
+"""The front door: a training script declares its family of models, and `Family.train` does the rest.
 
     FAMILY = Family(name="pm_vqvae", base=Base("vqvae"), options=Options, loss=loss, pictures=pictures)
 
@@ -18,6 +18,7 @@ from posterior_matching import config as configs
 from posterior_matching import data, models, runs
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape
+from posterior_matching.training.batching import default_batch_size
 from posterior_matching.training.corruption import CorruptionOptions
 from posterior_matching.training.experiment import Batch, Experiment, Phase, Terms, TrainingOptions
 from posterior_matching.training.loop import fit
@@ -45,7 +46,7 @@ class ModelOptions:
 
 
 class Parsed(NamedTuple):
-    """A config, taken apart and checked."""
+    """A config, parsed and checked."""
 
     config: dict[str, Any]
     options: Any  # of the family
@@ -54,7 +55,7 @@ class Parsed(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What the phases of a run are made from."""
+    """The inputs from which the phases of a run are built."""
 
     options: Any  # of the family
     training: TrainingOptions
@@ -69,17 +70,17 @@ class Family:
 
     Attributes:
         name: Key of `models.MODELS`.
-        options: A dataclass of the keys that a config of this family has in addition to those of every family
-            (`DataOptions`, `ModelOptions`, `TrainingOptions`). Its `mask_generator` and its
-            `CorruptionOptions`, if any, are checked against the data.
-        loss: `loss(model, batch, rngs, options) -> {"loss": [B], "<term>_<unit>": [B] or scalar}`; see `loop.Batch`.
+        options: A dataclass of the config keys specific to this family; `DataOptions`, `ModelOptions` and
+            `TrainingOptions` are common to all. Its `mask_generator` and its `CorruptionOptions`, if any, are checked
+            against the data.
+        loss: `loss(model, batch, rngs, options) -> {"loss": [B], "<term>_<unit>": [B] or scalar}`; see `Batch`.
         base: The trained model that this one is built on.
         pictures: `pictures(model, x, b)` of the first validation images `x: [8, H, W, C]` and masks `b` (None for a
             family without a mask generator): `{name: [H, W, C] in [0, 1]}` for TensorBoard.
         check: `check(options, model, train_set)` raises OptionError if they do not fit together.
-        summarise: Means over the validation data -> what is logged. Terms may be arrays per example, `[B, ...]`, that
-            only together mean something: how often each code was used, which cluster met which label.
-        phases: The phases of a run, if there are several or the loss is not the same in all.
+        summarise: Maps the means over the validation data to what is logged. Terms may be per-example arrays,
+            `[B, ...]`, that only have a meaning in aggregate, such as code usage or cluster-label contingency.
+        phases: The phases of a run, if it has more than the one phase with `loss`.
     """
 
     name: str
@@ -95,11 +96,11 @@ class Family:
         """Trains, or resumes training, and returns the run directory.
 
         Args:
-            config: A ConfigDict or nested dicts; not changed. What is saved in the run is what it resolves to.
+            config: A ConfigDict or nested dicts; it is not modified. The run saves the resolved config.
             run_dir: Run directory; resumed if it holds this run. None: a new one under `runs/`.
 
         Raises:
-            UserError: The config, the data, the base or the run directory does not fit.
+            UserError: The config, data, base or run directory is invalid, or they do not match.
         """
         parsed = self.parse(config)
         pretrained = load_pretrained(self.base, parsed.base_dir, self.name, run_dir) if self.base else None
@@ -120,10 +121,10 @@ class Family:
         return str(run.path)
 
     def parse(self, config: Any) -> Parsed:
-        """Takes a config apart and checks every key.
+        """Parses a config and checks every key.
 
         Raises:
-            OptionError: A key is unknown, missing, of another type or out of range.
+            OptionError: A key is unknown, missing, of the wrong type or out of range.
         """
         plain = configs.plain(config)
         groups = [self.options, TrainingOptions, DataOptions, ModelOptions]
@@ -140,12 +141,15 @@ class Family:
         validation_set: data.Dataset,
         pretrained: Pretrained | None = None,
     ) -> Experiment:
-        """Builds what the loop trains, on the pretrained part if there is one.
+        """Builds the experiment, on the pretrained part if there is one.
 
         Raises:
-            UserError: The options, the data and the pretrained part do not fit together.
+            UserError: The options, the data and the pretrained part are incompatible.
         """
-        shape, options, config = train_set.input_shape, parsed.options, parsed.config
+        shape, options, config, training = train_set.input_shape, parsed.options, parsed.config, parsed.training
+        if training.batch_size is None:
+            batch_size = default_batch_size(len(train_set) // jax.device_count())
+            config, training = config | {"batch_size": batch_size}, dataclasses.replace(training, batch_size=batch_size)
         generator = getattr(options, "mask_generator", None)
         if generator:
             generator.check(mask_shape(shape))
@@ -155,7 +159,7 @@ class Family:
             config = config | {"model": own | pretrained.config}
         else:
             config = config | {"model": self._resolved(config["model"], train_set)}
-        rngs = nnx.Rngs(parsed.training.seed)
+        rngs = nnx.Rngs(training.seed)
 
         def build() -> nnx.Module:
             model = models.build(self.name, config["model"], shape, rngs)
@@ -163,19 +167,19 @@ class Family:
                 setattr(model, pretrained.base.part, pretrained.part)
             return model
 
-        setup = Setup(options, parsed.training, train_set, validation_set, build)
+        setup = Setup(options, training, train_set, validation_set, build)
         trainable = pretrained.base.trainable() if pretrained else nnx.Param
         with configs.naming("config"):
             if isinstance(options, CorruptionOptions):
                 options.check(shape)
             phases = self.phases(setup) if self.phases else [self._only_phase(setup, trainable)]
-            if (others := sum(phase.steps or 0 for phase in phases[:-1])) >= parsed.training.steps:
+            if (others := sum(phase.steps or 0 for phase in phases[:-1])) >= training.steps:
                 raise OptionError("steps", f"must exceed the {others} steps of the phases before the last")
             if self.check:
                 self.check(options, phases[-1].model, train_set)
         return Experiment(
             config=config,
-            options=parsed.training,
+            options=training,
             phases=phases,
             train_set=train_set,
             validation_set=validation_set,
@@ -184,7 +188,7 @@ class Family:
         )
 
     def _resolved(self, model: configs.Config, train_set: data.Dataset) -> dict[str, Any]:
-        """Fills in what a model that knows columns has to know of the data: their kinds, and whether values miss."""
+        """Adds what column-aware models need to know about the data: column kinds, and whether values are missing."""
         resolved, known = dict(model), inspect.signature(models.MODELS[self.name].__init__).parameters
         if "cardinalities" in known and train_set.columns and any(train_set.columns.cardinalities):
             resolved["cardinalities"] = train_set.columns.cardinalities
@@ -217,7 +221,7 @@ def _first_pictures(
 
 
 def saved_columns(run_dir: str | None, config: dict[str, Any]) -> data.Columns | None:
-    """Returns the columns of the run that is being resumed, which are never decided again; None for a new run.
+    """Returns the saved columns of the run to resume, which are never inferred again; None for a new run.
 
     Raises:
         UserError: The table has changed since the run began.
@@ -228,7 +232,7 @@ def saved_columns(run_dir: str | None, config: dict[str, Any]) -> data.Columns |
     before, now = description.get("fingerprint"), data.fingerprint(config["dataset"])
     if before and now and before != now:
         raise UserError(
-            f"'{config['dataset']}' has changed since {run_dir} began to train on it: put the old file back, or choose "
-            "another --run_dir"
+            f"'{config['dataset']}' has changed since {run_dir} was begun: restore the old file, or choose another "
+            "--run_dir"
         )
     return runs.saved_columns(description)

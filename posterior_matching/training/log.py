@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: progress bar, TensorBoard, `metrics.jsonl`; only process 0 writes."""
+"""The training log: progress bar, TensorBoard and `metrics.jsonl`. Only process 0 writes."""
 
 import math
 import sys
@@ -15,20 +15,20 @@ from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
 
 _MAX_CONSECUTIVE_SKIPS = 100
-_COUNTS = ("skipped_updates", "skipped_in_a_row")  # metrics that are whole numbers
+_COUNTS = ("skipped_updates", "skipped_in_a_row")  # integer metrics
 
 
 class TrainingLog:
-    """The log of one run, from the run's step on.
+    """The log of one run, starting at the run's step.
 
     Args:
         run: The run.
         model: The model, for the table of its parameters.
-        trainable: Its trained part.
-        steps: Where training will end.
+        trainable: The part of its state that is trained.
+        steps: The last step.
         batch_size: Per device.
-        skip_nonfinite: Whether non-finite updates were skipped (and are counted), or are an error.
-        unwritten: Metrics of the steps before this that are to be logged with those to come, see `unwritten`.
+        skip_nonfinite: Whether non-finite updates are skipped and counted; otherwise they are an error.
+        unwritten: Metrics of earlier steps that are still to be written, see `unwritten`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TrainingLog:
             self._writer.close()
 
     def begin(self, phase: str) -> None:
-        """Names what the progress bar shows from now on, and forgets what was measured of the phase before."""
+        """Sets the description of the progress bar, and discards the measurements of the previous phase."""
         self._training = {}
         self.restart_clock()
         if self._writes:
@@ -90,7 +90,7 @@ class TrainingLog:
         """Takes the metrics of a dispatch, without waiting for them."""
         self._pending.append((step, num_steps, metrics))
         self._steps_timed += num_steps
-        if len(self._pending) > 2:  # at most two dispatches ahead of the devices, so that Ctrl-C and the bar are honest
+        if len(self._pending) > 2:  # at most two dispatches ahead of the devices: the bar is exact and Ctrl-C prompt
             jax.block_until_ready(self._pending[-3][2]["loss"])
         if self._writes:
             self._progress.update(num_steps)
@@ -110,7 +110,7 @@ class TrainingLog:
         self._step = step
 
     def unwritten(self) -> dict[str, list[float]]:
-        """What was collected since the last write, as JSON values; to be saved with a checkpoint."""
+        """Returns the metrics collected since the last write, as JSON values, to be saved with a checkpoint."""
         return {name: values.tolist() for name, values in self._unwritten.items()}
 
     def write_training(self) -> None:
@@ -142,8 +142,8 @@ class TrainingLog:
         self._write("val", step, values)
         if not self._writes:
             return
-        means = {k: v if math.isfinite(v) else None for k, v in self._training.items()}  # JSON knows no NaN
-        rate = {k: means.pop(k) for k in ("steps_per_second",) if k in means}  # not so where a phase begins
+        means = {k: v if math.isfinite(v) else None for k, v in self._training.items()}  # JSON has no NaN
+        rate = {k: means.pop(k) for k in ("steps_per_second",) if k in means}  # missing where a phase begins
         train, val = ({f"{prefix}_{k}": v for k, v in d.items()} for prefix, d in (("train", means), ("val", values)))
         self._run.append_metrics({"step": step} | train | val | rate)
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -155,13 +155,13 @@ class TrainingLog:
             self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def restart_clock(self) -> None:
-        """Starts timing steps afresh, so that validation and saving do not count."""
+        """Restarts the timing of steps, so that validation and saving do not count."""
         self._steps_timed, self._clock = 0, time.perf_counter()
 
     def _write(self, prefix: str, step: int, values: dict[str, float]) -> None:
         if self._writes:
             for name, value in values.items():
-                if math.isfinite(value):  # not so if every update since the last write was skipped
+                if math.isfinite(value):  # NaN if every update since the last write was skipped
                     self._writer.add_scalar(f"{prefix}/{name}", value, step)
 
     def _refuse_nonfinite(self, step: int, series: dict[str, np.ndarray]) -> None:

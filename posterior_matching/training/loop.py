@@ -1,9 +1,10 @@
-"""The training loop: a run from its latest checkpoint, or the start, to its last step."""
+"""The training loop, from a run's latest checkpoint, or the start, to its last step."""
 
 import contextlib
 import itertools
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,10 @@ from posterior_matching.training.step import CompiledPhase
 _MAX_STEPS_PER_DISPATCH = 1000
 
 
+class InterruptedRunError(UserError):
+    """Training was interrupted, after saving."""
+
+
 def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
     """Trains from the run's latest checkpoint, or the start, and returns the model with its evaluation weights.
 
@@ -32,7 +37,7 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
         run: Where checkpoints, metrics and TensorBoard events go.
 
     Raises:
-        UserError: The loss is not finite, or too many updates in a row had to be skipped; or Ctrl-C or SIGTERM.
+        UserError: The loss is not finite, too many consecutive updates were skipped, or Ctrl-C or SIGTERM was received.
     """
     options, trainer = experiment.options, Trainer(experiment, run)
     first_step = trainer.step
@@ -42,22 +47,22 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
                 trainer.begin_next_phase()
             trainer.run_dispatch()
             step, phase_is_over = trainer.step, trainer.phase_is_over()
-            # Where a phase ends, the model that the next one begins with is validated instead.
+            # At the end of a phase, the initial model of the next phase is validated instead.
             validates = (step % options.validation_every == 0 or step == options.steps) and not phase_is_over
             saves = phase_is_over or (options.checkpoint_every is not None and step % options.checkpoint_every == 0)
-            # Several processes have to stop at the same step, so they ask each other, though not at every step.
+            # All processes must stop at the same step, so they ask each other, though not at every step.
             asks = jax.process_count() == 1 or step % options.log_every == 0
             interrupted = asks and parallel.any_process(signalled())
             if step % options.log_every == 0 or validates or saves:
                 log.write_training()  # stops at a non-finite step, before anything is saved
             elif interrupted:
-                log.collect()  # likewise; what it collects is saved, and logged by the run that resumes
+                log.collect()  # likewise; the collected metrics are saved, and logged on resuming
             if validates:
                 trainer.validate_and_save()
             elif saves or interrupted:
                 trainer.save(best=False)
             if interrupted and step < options.steps and not trainer.has_converged():
-                raise UserError(f"interrupted: saved at step {step}; resume with --run_dir={run.path}")
+                raise InterruptedRunError(f"interrupted: saved at step {step}; resume with --run_dir={run.path}")
     if jax.process_index() == 0:
         done = "nothing to do" if first_step >= trainer.step else "done"
         print(f"{done}: step {trainer.step} of {options.steps}; run directory: {run.path}")
@@ -65,10 +70,11 @@ def fit(experiment: Experiment, run: runs.Run) -> nnx.Module:
 
 
 class Trainer:
-    """A run in memory: its current phase, the state of that on the devices, and the log."""
+    """A run in memory: its current phase, the phase's state on the devices, and the log."""
 
     def __init__(self, experiment: Experiment, run: runs.Run):
-        options = experiment.options
+        options, batch_size = experiment.options, experiment.options.batch_size
+        assert batch_size is not None, "the family settles it"
         self._experiment, self._options, self._run = experiment, options, run
         ends = [*itertools.accumulate(phase.steps or 0 for phase in experiment.phases[:-1]), options.steps]
         self._phases = [
@@ -78,13 +84,11 @@ class Trainer:
         self._index = self._phase_at(run.step)
         with naming("config"):
             self._feed = TrainingFeed(
-                _arrays(experiment.train_set), options.batch_size, options.seed, options.data_memory_budget_gb
+                _arrays(experiment.train_set), batch_size, options.seed, options.data_memory_budget_gb
             )
-        self._chunks = ValidationChunks(
-            _arrays(experiment.validation_set), options.batch_size, options.data_memory_budget_gb
-        )
+        self._chunks = ValidationChunks(_arrays(experiment.validation_set), batch_size, options.data_memory_budget_gb)
         state, self._frozen = self._phase.initial_state()
-        run.create()  # what can be wrong with the input has been found by now
+        run.create()  # all input has been checked by now
         self._best_loss, self._stalled, unwritten = math.inf, 0, {}
         if run.step:
             saved, record = run.restore(self._saved_structure)
@@ -98,7 +102,7 @@ class Trainer:
             model,
             nnx.state(model, trainable),
             steps=options.steps,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             skip_nonfinite=options.skip_nonfinite_updates,
             unwritten=unwritten,
         )
@@ -113,7 +117,7 @@ class Trainer:
         return self._phase is self._phases[-1]
 
     def _phase_at(self, step: int) -> int:
-        """The phase whose state a checkpoint at `step` holds; at the end of a phase, that one."""
+        """Index of the phase whose state a checkpoint at `step` holds; at a boundary, the phase that ends there."""
         return next((i for i, phase in enumerate(self._phases) if step <= phase.last_step), len(self._phases) - 1)
 
     def _saved_structure(self, step: int) -> dict[str, Any]:
@@ -130,7 +134,7 @@ class Trainer:
         return self._options.patience is not None and self._stalled >= self._options.patience
 
     def begin_next_phase(self) -> None:
-        """Makes the next phase's first model of what this phase trained, and validates it."""
+        """Builds the next phase's initial model from the one this phase trained, and validates it."""
         self.log.begin("preparing the next phase")
         begin = self._experiment.phases[self._index + 1].begin
         model, numbers = begin(self.evaluation_model()) if begin else (self.evaluation_model(), {})
@@ -164,7 +168,7 @@ class Trainer:
 
     def save(self, best: bool) -> None:
         """Saves a checkpoint."""
-        # Before the last phase there is no model that anybody could use.
+        # Before the last phase there is no usable model.
         weights = runs.flat_weights(nnx.state(self.evaluation_model())) if self._in_last_phase else None
         model = jax.tree.map(np.asarray, weights)
         train = {"state": parallel.unreplicate(self._state), "best_loss": np.float64(self._best_loss)}
@@ -186,7 +190,7 @@ class Trainer:
 
 
 def max_steps_per_dispatch(options: TrainingOptions) -> int:
-    """How many steps go into one compiled call: one on CPU, else a divisor of all intervals."""
+    """The number of steps in one compiled call: one on CPUs, else a divisor of all intervals."""
     if on_cpu():
         return 1
     intervals = math.gcd(options.log_every, options.validation_every, options.checkpoint_every or 0)
@@ -194,7 +198,7 @@ def max_steps_per_dispatch(options: TrainingOptions) -> int:
 
 
 def next_dispatch(step: int, options: TrainingOptions, last_step: int) -> int:
-    """Steps of the compiled call that begins at `step`: fewer after an interruption and at the end of the phase."""
+    """The number of steps in the compiled call that begins at `step`; fewer after an interruption or before the end."""
     usual = max_steps_per_dispatch(options)
     return max(0, min(usual - step % usual, last_step - step))
 
@@ -205,7 +209,10 @@ def _arrays(dataset: data.Dataset) -> Arrays:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and Ctrl-C into a question that the loop asks between dispatches; a second Ctrl-C kills."""
+    """Turns SIGTERM and Ctrl-C into a flag that the loop checks between dispatches; a second Ctrl-C kills."""
+    if threading.current_thread() is not threading.main_thread():  # only the main one receives signals
+        yield lambda: False
+        return
     received = []
 
     def receive(number, _frame):

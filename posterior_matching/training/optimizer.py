@@ -53,7 +53,7 @@ def constant(value: NonNegative = 1.0) -> Schedule:
 
 
 def monotonic(low: NonNegative, high: NonNegative, transition_begin: Steps, transition_steps: Count) -> Schedule:
-    """`low` until `transition_begin`, then a line that reaches `high` after `transition_steps` more steps."""
+    """`low` until `transition_begin`, then linear, reaching `high` after `transition_steps` more steps."""
     return lambda step: low + (high - low) * jnp.clip((step - transition_begin) / transition_steps, 0.0, 1.0)
 
 
@@ -74,7 +74,7 @@ def build_schedule(options: Config) -> Schedule:
     """Builds a schedule from options such as `{"name": "cyclic", ...}`; the keys are the arguments of the function.
 
     Raises:
-        OptionError: The name or a key is unknown or missing, or a value out of range.
+        OptionError: The name or a key is unknown or missing, or a value is out of range.
     """
     return build(SCHEDULES, options)
 

@@ -1,4 +1,4 @@
-"""The PM-VAE family: here and not in its script, since `estimator.py` trains it from an installed package too."""
+"""The PM-VAE family. It is not in its script because `estimator.py` trains it from an installed package, too."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from posterior_matching.training.pretrained import Base
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The keys of a PM-VAE config in addition to those of every family; `configs/common.py` says what they mean."""
+    """The keys specific to PM-VAE configs, documented in `configs/common.py`."""
 
     noise_std: NonNegative
     mask_generator: MaskOption

@@ -1,6 +1,6 @@
-"""Models built on a trained one, which is copied, frozen, and described in the new run's own config.
+"""Models built on a trained one, which is copied, frozen, and described in the new run's config.
 
-So the new run directory is complete: it resumes, loads and moves without the run it was built on.
+The new run directory is self-contained: it can be resumed, loaded and moved without the base run.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from posterior_matching.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What a family is built on, as the family declares it.
+    """A family's declaration of the trained model that it is built on.
 
     Attributes:
         model: Key of `models.MODELS` of the trained run.
         dir_key: Config key of that run's directory; default: `<model>_dir`.
-        part: Attribute of the new model that is taken over; default: the whole trained model, as attribute `<model>`.
-            Another name is a part of the trained model, an attribute of it too.
+        part: Attribute of the new model that is pretrained; default: the whole trained model, as attribute `<model>`.
+            Any other name is an attribute of both models.
         config_keys: Keys of the trained run's `config.model` that describe the part and go into the new `config.model`,
             in place of its own;
             default: all of them, as its group `<part>`.
-        required: Whether the family needs a base, or trains from scratch without one.
+        required: Whether the family needs a base; if not, it can also be trained from scratch.
     """
 
     model: str
@@ -41,21 +41,21 @@ class Base:
         object.__setattr__(self, "part", self.part or self.model)
 
     def options(self) -> type:
-        """Returns a dataclass of the one option that names the base's run directory."""
+        """Returns a dataclass with a single option, the base's run directory."""
         return dataclasses.make_dataclass("BaseOptions", [(self.dir_key, str | None)], frozen=True)
 
     def trainable(self) -> Any:
-        """Returns the NNX filter of the parameters that train: all but the part's."""
+        """Returns the NNX filter of the parameters that train: all except the part's."""
         return nnx.All(nnx.Param, nnx.Not(nnx.PathContains(self.part)))
 
 
 class Pretrained(NamedTuple):
-    """A trained part, loaded."""
+    """A trained part, loaded from its run."""
 
     base: Base
     part: nnx.Module
-    config: dict[str, Any]  # what it adds to config.model
-    dataset: str  # it was trained on
+    config: dict[str, Any]  # its keys of config.model
+    dataset: str  # that it was trained on
     input_shape: tuple[int, ...]
     columns: Columns | None = None  # of the table it was trained on
 
@@ -64,7 +64,7 @@ class Pretrained(NamedTuple):
         if tuple(input_shape) != self.input_shape:
             raise UserError(
                 f"the {self.base.model} run was trained on data of shape {self.input_shape}, "
-                f"config.dataset has shape {tuple(input_shape)}"
+                f"but config.dataset has shape {tuple(input_shape)}"
             )
 
 

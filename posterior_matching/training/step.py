@@ -1,4 +1,4 @@
-"""The training step and the validation pass, compiled."""
+"""The compiled training step and validation pass."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,16 +14,16 @@ from posterior_matching import data, parallel
 from posterior_matching.training.batching import Arrays, ValidationChunks
 from posterior_matching.training.experiment import Batch, Experiment, Phase
 
-# Every use of randomness in a training step has a stream of its own. Append only: the order fixes the numbers.
+# Each use of randomness in a training step has its own stream. Append only: the order determines the random numbers.
 STREAMS = ("noise", "mask", "sample", "dropout")
 
 
 class TrainState(NamedTuple):
-    """What a step changes. The frozen part of the model is not in it."""
+    """The state that a step updates, without the frozen part of the model."""
 
     step: jax.Array | np.integer  # int32, of the run
     trainable: nnx.State
-    mutable: nnx.State  # variables that are no parameters (codebook averages, ...)
+    mutable: nnx.State  # variables that are not parameters (codebook averages, ...)
     opt_state: optax.OptState
     ema: nnx.State | None
     skipped: jax.Array | np.integer  # int32, non-finite updates so far
@@ -49,7 +49,7 @@ class CompiledPhase:
         """Returns the state before the first step, and the frozen parameters; neither replicated.
 
         Args:
-            model: Whose weights to begin with; None: those of the phase's model.
+            model: The model with the initial weights; None: the phase's model.
         """
         trainable, frozen, mutable = nnx.state(self._model if model is None else model, self._trainable, nnx.Param, ...)
         state = TrainState(
@@ -71,7 +71,7 @@ class CompiledPhase:
     def _train_steps(self, state, frozen, arrays, indices):
         """Runs `len(indices)` steps on one device; returns the new state and metrics `[steps]`."""
         step = functools.partial(self._train_step, frozen, arrays)
-        if len(indices) == 1:  # no compiled loop around it: XLA's CPU compiler slows convolutions down in loops
+        if len(indices) == 1:  # without a compiled loop, in which XLA's CPU convolutions are slower
             state, metrics = step(state, indices[0])
             return state, jax.tree.map(lambda a: a[None], metrics)
         return jax.lax.scan(step, state, indices)
@@ -92,7 +92,7 @@ class CompiledPhase:
 
         gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
         gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
-        # Of one vector: leaf by leaf, it is a kernel for each on accelerators, and keeps the updates from being fused.
+        # Over one vector: leaf by leaf it takes a kernel each on accelerators, and keeps the updates from being fused.
         metrics["gradient_norm"] = jnp.linalg.norm(ravel_pytree(gradients)[0])
         metrics["learning_rate"] = learning_rate = self._schedule(step)
 
@@ -141,7 +141,7 @@ class CompiledPhase:
 
             def total(value):  # over the batch
                 value = jnp.broadcast_to(value, weight.shape) if jnp.ndim(value) == 0 else value
-                # `where`, so that what padding rows may produce cannot turn 0 * inf into NaN.
+                # `where`, not a product: padding rows may yield infinities, and 0 * inf is NaN.
                 return jnp.where(weight.reshape(-1, *[1] * (value.ndim - 1)) > 0, value, 0.0).sum(0)
 
             return None, jax.lax.psum(jax.tree.map(total, terms | {"count": 1.0}), parallel.AXIS)

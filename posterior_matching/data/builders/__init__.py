@@ -1,1 +1,1 @@
-"""TFDS builders of the paper's five tables, one file each; the class is named like the file."""
+"""TFDS builders of the paper's five tabular datasets, one file each; the class is named after the file."""

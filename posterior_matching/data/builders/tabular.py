@@ -1,4 +1,4 @@
-"""What the TFDS builders of the five tabular datasets share; the other files here hold facts only."""
+"""The base class of the TFDS builders of the five tabular datasets; the other files here hold only facts."""
 
 import os
 import tempfile
@@ -16,13 +16,13 @@ from posterior_matching.errors import UserError
 class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Float32 `features` in splits train, val and test, each from one text file of whitespace-separated numbers.
 
-    The files are `<TFDS data dir>/downloads/manual/<name>/{train,val,test}.txt`. Those not there yet are downloaded
-    from Google Drive to that place, so putting them there by hand does as well.
+    The files are `<TFDS data dir>/downloads/manual/<name>/{train,val,test}.txt`. Missing ones are downloaded there from
+    Google Drive; they can also be put there by hand.
 
     Attributes:
         NUM_FEATURES: Columns of every file.
-        ROWS: Rows of train, val and test after the standard preprocessing of Papamakarios et al. (2017); a file with
-            another number gets a warning.
+        ROWS: Rows of train, val and test after the standard preprocessing of Papamakarios et al. (2017); any other
+            number gives a warning.
         DRIVE_IDS: Google Drive file ids of train, val and test.
         HOMEPAGE: Where the raw data come from.
         CITATION: BibTeX entry of the raw data.
@@ -48,7 +48,7 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
-        del dl_manager  # Google Drive asks questions about large files, which gdown answers
+        del dl_manager  # Google Drive asks for confirmation of large downloads, which gdown handles
         folder = Path(self.data_dir_root) / "downloads" / "manual" / self.name
         files = {split: folder / f"{split}.txt" for split in ("train", "val", "test")}
         for path, drive_id in zip(files.values(), self.DRIVE_IDS, strict=True):
@@ -67,7 +67,7 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
                 unfinished = Path(temporary) / path.name
                 gdown.download(id=drive_id, output=str(unfinished))
-                os.replace(unfinished, path)  # only a whole file gets the name
+                os.replace(unfinished, path)  # only a complete file gets the name
         except Exception as error:  # of gdown, requests or the file system: they have no common base
             links = [f"https://drive.google.com/uc?id={drive_id}" for drive_id in self.DRIVE_IDS]
             raise UserError(
@@ -87,7 +87,7 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             raise UserError(f"row {np.argwhere(~np.isfinite(rows))[0, 0] + 1} of '{path}' is not finite: {remedy}")
         if len(rows) != num_rows:
             logging.warning(
-                "'%s' has %d rows, but the published file has %d: results differ", path, len(rows), num_rows
+                "'%s' has %d rows, but the published file has %d: results will differ", path, len(rows), num_rows
             )
         for index, row in enumerate(rows):
             yield index, {"features": row}

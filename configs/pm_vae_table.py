@@ -1,0 +1,14 @@
+"""PM-VAE on a table of your own, whatever its columns.
+
+python train_pm_vae.py --config configs/pm_vae_table.py --config.dataset=mine.csv
+"""
+
+from configs import common
+from posterior_matching.estimator import table_config
+
+
+def get_config():
+    config = common.pm_vae()
+    config.update(table_config())
+    config.batch_size = None  # found from the number of rows
+    return config

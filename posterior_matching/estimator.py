@@ -1,0 +1,528 @@
+"""Posterior Matching with scikit-learn's conventions, and the default config for tables.
+
+imputer = PosteriorMatchingImputer().fit(frame)
+filled = imputer.transform(frame)           # all cells filled: means, and the most likely categories
+copies = imputer.sample(frame, 5)           # multiple imputation: draws of p(x_u | x_o)
+imputer.log_prob(frame, given=["age"], of=["income"])
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+from flax import nnx
+from ml_collections import ConfigDict
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+
+from posterior_matching import config as configs
+from posterior_matching import runs
+from posterior_matching.data import Table, TableOptions, read_table, split_table
+from posterior_matching.errors import UserError, nearest
+from posterior_matching.imputation import Imputer, Kind, NumImputations, Unknown, impute_file, output_files
+from posterior_matching.training import loop
+from posterior_matching.training.batching import default_batch_size
+from posterior_matching.training.pm_vae import FAMILY
+
+Units = Literal["table", "standardised"]
+_MIN_ROWS = 10  # one of them for validation
+
+
+class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    """Imputes columns of any kind with a PM-VAE, and estimates likelihoods of any of them given any others.
+
+    Fitted on a DataFrame: DataFrames in, DataFrames out, with their dtypes, indices and observed cells; fitted on an
+    array: arrays out. Columns are
+    real, integer or categorical (texts, booleans, pandas categories, and what `categorical` declares), see
+    `data.kinds`. Constant and empty columns are set aside, dropped ones passed through; an empty column stays empty.
+    Of the rows given to `fit`, nine tenths are used for training and one tenth to decide when training stops.
+
+    Invalid input raises a one-line `ValueError`.
+
+    Args:
+        categorical: Columns to treat as categories although they hold numeric codes or many different texts. Here and
+            below, columns are given by name or, for arrays, by index.
+        real: Columns to treat as quantities although they look like codes or row numbers.
+        log: Positive columns to model on a logarithmic scale; imputations are positive.
+        quantile: Columns to model by their ranks; imputations stay between the smallest and the largest value.
+        drop: Columns to pass through unchanged.
+        missing_values: Values that mean missing, besides NaN and the usual spellings: `(-200, "?")`.
+        unknown_categories: How to treat categories that `fit` has not seen: as an "error" or as "missing".
+        kind: What `transform` fills in: "point" estimates, or "draws" of p(x_u | x_o).
+        num_samples: Draws of z that a point estimate averages.
+        batch_size: Rows filled at once.
+        config: Changes to `table_config`: `{"steps": 1000, "model": {"latent_dim": 4}}`.
+        run_dir: A run directory to train in, resumed if it holds this run; None: a temporary one.
+        random_state: Seed of training and imputations: an int, a `RandomState`, or None for a new seed in every fit.
+        verbose: Whether to show the progress of training.
+
+    Attributes:
+        model_: The trained `models.vae.PosteriorMatchingVAE`.
+        columns_: Its columns, see `data.Columns`.
+        description_: The run's `config.json`.
+        n_iter_: Step of the weights in use.
+        n_features_in_: Number of columns given to `fit`.
+        feature_names_in_: Their names, if all are strings.
+    """
+
+    def __init__(
+        self,
+        *,
+        categorical: Sequence[str | int] = (),
+        real: Sequence[str | int] = (),
+        log: Sequence[str | int] = (),
+        quantile: Sequence[str | int] = (),
+        drop: Sequence[str | int] = (),
+        missing_values: Sequence[str | float] = (),
+        unknown_categories: Unknown = "error",
+        kind: Kind = "point",
+        num_samples: int = 64,
+        batch_size: int = 128,
+        config: Mapping[str, Any] | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ):
+        self.categorical = categorical
+        self.real = real
+        self.log = log
+        self.quantile = quantile
+        self.drop = drop
+        self.missing_values = missing_values
+        self.unknown_categories = unknown_categories
+        self.kind = kind
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.config = config
+        self.run_dir = run_dir
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: ARG002
+        """Trains on the rows of `X`, a DataFrame or array `[N, d]` of at least 10 rows; cells may be missing."""
+        with _value_errors():
+            self._check_parameters()
+            seed = self.random_state
+            if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+                seed = check_random_state(seed).randint(1_000_000_000)
+            table = self._table(X, reset=True)
+            validation, train = np.split(np.random.default_rng(int(seed)).permutation(len(table)), [len(table) // 10])
+            table = dataclasses.replace(table, parts={"train": np.sort(train), "val": np.sort(validation)})
+            config = configs.plain(table_config(len(train), len(table.names)))
+            config = changed(config, configs.plain(self.config or {}))
+            config |= {"seed": int(seed), "table": configs.plain(dataclasses.asdict(table.options))}
+            with contextlib.ExitStack() as stack:
+                if not self.verbose:
+                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                run_dir = self.run_dir
+                if run_dir is None:
+                    run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="posterior_matching_"))
+                try:
+                    train_on(table, config, run_dir)
+                except loop.InterruptedRunError as error:
+                    raise KeyboardInterrupt(str(error) if self.run_dir else "training") from None
+                self._adopt(run_dir)
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Returns `X`, a DataFrame or array `[N, d]`, with missing cells filled according to `kind`."""
+        with _value_errors():
+            table, x = self._encoded(X)
+            filled = self._imputer.point(x) if self.kind == "point" else next(self._imputer.draws(x, 1))
+            return self._like(X, self.columns_.fill(table, filled))
+
+    def sample(self, X: Any, n: int = 1) -> list[Any]:
+        """Returns `n` copies of `X` with missing cells filled by draws of p(x_u | x_o): multiple imputation.
+
+        The missing cells of a row are drawn jointly. Equal rows of a copy get equal draws; for several draws given the
+        same cells, use several copies.
+        """
+        with _value_errors():
+            if not isinstance(n, int | np.integer) or n < 1:
+                raise UserError(f"n must be a number of copies, at least 1, not {n!r}")
+            table, x = self._encoded(X)
+            return [self._like(X, self.columns_.fill(table, filled)) for filled in self._imputer.draws(x, int(n))]
+
+    def score_samples(self, X: Any, units: Units = "standardised", num_samples: int = 512) -> np.ndarray:
+        """Estimates log p(x_o) of every row, over all cells that are not missing.
+
+        Args:
+            X: DataFrame or array `[N, d]`.
+            units: Whether densities of quantities are per standardised unit or per unit of the table, see `log_prob`.
+            num_samples: Importance samples per row. The estimate is biased slightly downwards, less so with more.
+
+        Returns:
+            `[N]` float64, nats.
+        """
+        return self.log_prob(X, units=units, num_samples=num_samples)
+
+    def score(self, X: Any, y: Any = None) -> float:  # noqa: ARG002
+        """Returns the mean of `score_samples`, for model selection."""
+        return float(self.score_samples(X).mean())
+
+    def log_prob(
+        self,
+        X: Any,
+        given: Sequence[str | int] = (),
+        of: Sequence[str | int] | None = None,
+        units: Units = "table",
+        num_samples: int = 512,
+    ) -> np.ndarray:
+        """Estimates log p(x_of | x_given) of every row by importance sampling.
+
+        Missing cells are neither scored nor conditioned on. Categorical columns contribute log-probabilities,
+        quantities log-densities.
+
+        Args:
+            X: DataFrame or array `[N, d]`.
+            given: The columns conditioned on, by name or index.
+            of: The columns scored; None: all others.
+            units: Densities "table": per unit of the table's columns; "standardised": per standard deviation of the
+                training rows (on the logarithmic or rank scale of `log` and `quantile` columns), so that columns can
+                be compared.
+            num_samples: Importance samples for each of log p(x_of, x_given) and log p(x_given).
+
+        Returns:
+            `[N]` float64, nats; 0 for rows where nothing is scored.
+        """
+        with _value_errors():
+            configs.check(_check_log_prob, {"units": units, "num_samples": num_samples})
+            _, x = self._encoded(X)
+            names = [column.name for column in self.columns_.columns]
+            is_given = np.isin(names, self._names(X, given))
+            is_scored = np.ones(len(names), bool) if of is None else np.isin(names, self._names(X, of))
+            log_prob = self._imputer.log_prob(x, is_given, is_scored, num_samples).astype(np.float64)
+            if units == "table":
+                log_prob += (self.columns_.log_det_jacobian(x) * (is_scored & ~is_given)).sum(axis=1)
+            return log_prob
+
+    def save(self, run_dir: str | os.PathLike[str]) -> None:
+        """Saves the model as a run directory, for `load`, `impute.py` and the evaluations."""
+        check_is_fitted(self)
+        with _value_errors():
+            path = pathlib.Path(run_dir)
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise UserError(f"{run_dir} exists: save in another directory")
+            saved = self.description_
+            run = runs.open_run(
+                str(run_dir), "pm_vae", saved["config"], saved["input_shape"], self.columns_, saved["fingerprint"]
+            )
+            run.create()
+            with run.finished_saving():
+                weights = runs.flat_weights(nnx.state(self.model_))
+                record = {"log": {}, "stalled_validations": 0}
+                step = {"step": np.int32(self.n_iter_)}
+                run.save(self.n_iter_, {name: np.asarray(a) for name, a in weights.items()}, step, record, best=True)
+
+    @classmethod
+    def load(cls, run_dir: str | os.PathLike[str], checkpoint: str | None = None, **parameters: Any) -> Self:
+        """Returns a fitted imputer from the run directory of a PM-VAE trained on a table.
+
+        Args:
+            run_dir: Made by `save`, `train_pm_vae.py` or `impute.py --train`.
+            checkpoint: "best" or "latest"; None: the one named in the run's config.
+            **parameters: Parameters of the constructor.
+        """
+        with _value_errors():
+            description = runs.read_description(run_dir, "pm_vae")
+            columns = runs.saved_columns(description)
+            if columns is None:
+                raise UserError(f"{run_dir} was trained on {description['config']['dataset']}, not on a table")
+            options = runs.saved_table_options(description)
+            saved = {key: getattr(options, key) for key in ("categorical", "real", "log", "quantile", "drop")}
+            saved |= {"missing_values": columns.missing_values, "random_state": description["config"]["seed"]}
+            imputer = cls(**(saved | parameters))
+            imputer._adopt(run_dir, checkpoint)
+            names = columns.names or tuple(column.name for column in columns.columns)
+            imputer.n_features_in_ = len(names)
+            if imputer._has_names:
+                imputer.feature_names_in_ = np.array(names, object)
+            return imputer
+
+    def _adopt(self, run_dir: str | os.PathLike[str], checkpoint: str | None = None) -> None:
+        self.description_ = runs.read_description(run_dir, "pm_vae")
+        columns = runs.saved_columns(self.description_)
+        assert columns is not None
+        self.columns_ = columns
+        self.model_ = runs.load_model(run_dir, "pm_vae", checkpoint)
+        self.n_iter_ = runs.latest_step(run_dir, checkpoint or self.description_["config"]["evaluate_checkpoint"])
+
+    @property
+    def _imputer(self) -> Imputer:
+        seed = self.description_["config"]["seed"]
+        return Imputer(self.model_, seed=seed, batch_size=self.batch_size, num_samples=self.num_samples)
+
+    @property
+    def _has_names(self) -> bool:
+        """Whether the columns had names when the model was trained, as those of arrays do not."""
+        return not all(re.fullmatch(r"column_\d+", name) for name in self.columns_.names)
+
+    def _check_parameters(self) -> None:
+        parameters = {key: getattr(self, key) for key in ("unknown_categories", "kind", "num_samples", "batch_size")}
+        configs.check(_check_constructor, parameters)
+
+    def _encoded(self, X: Any) -> tuple[Table, np.ndarray]:
+        check_is_fitted(self)
+        self._check_parameters()
+        table = self._table(X, reset=False)
+        return table, self.columns_.encode(table, self.unknown_categories)
+
+    def _table(self, X: Any, reset: bool) -> Table:
+        """Checks `X` like scikit-learn's estimators, and reads it."""
+        least = _MIN_ROWS if reset else 1
+        if isinstance(X, pd.DataFrame):
+            validate_data(self, X, skip_check_array=True, reset=reset)
+            if len(X) < least or not len(X.columns):
+                raise UserError(f"the table has {len(X)} rows and {len(X.columns)} columns: give at least {least} rows")
+            source = X
+        else:
+            source = validate_data(
+                self, X, dtype=None, ensure_all_finite="allow-nan", ensure_min_samples=least, reset=reset
+            )
+            if source.dtype.kind in "iuf":
+                source = source.astype(np.float64)
+            names = getattr(self, "feature_names_in_", None)
+            source = pd.DataFrame(source, columns=names) if names is not None else source
+        keys = ("categorical", "real", "log", "quantile", "drop")
+        options: dict[str, Any] = {key: tuple(self._names(X, getattr(self, key))) for key in keys}
+        return read_table(source, TableOptions(**options, missing_values=tuple(self.missing_values)))
+
+    def _names(self, X: Any, columns: Sequence[str | int]) -> list[str]:
+        """Returns the names in `columns_` of columns given by name or index."""
+        if isinstance(columns, str):
+            raise UserError(f"columns are given as a list, not as {columns!r}: ['{columns}']")
+        known = getattr(self, "feature_names_in_", None)
+        if known is None:
+            known = [str(c) for c in X.columns] if isinstance(X, pd.DataFrame) else None
+        if known is None:
+            known = [f"column_{i + 1}" for i in range(self.n_features_in_)]
+        names = []
+        for column in columns:
+            if str(column) in known:
+                names.append(str(column))
+            elif not isinstance(column, str) and 0 <= column < len(known):
+                names.append(str(known[column]))
+            else:
+                raise UserError(f"no column {column!r}: {nearest(str(column), map(str, known))}")
+        return names
+
+    def _like(self, X: Any, table: Table) -> Any:
+        """Returns the rows of a table in the type of `X`."""
+        if isinstance(X, pd.DataFrame) and self._has_names:  # else fitted on an array: arrays come out
+            return table.frame.set_axis(X.columns, axis=1)
+        array, dtype = table.frame.to_numpy(), np.asarray(X).dtype
+        return array.astype(dtype) if dtype.kind in "iufb" else array
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        if "model_" in state:
+            weights = runs.flat_weights(nnx.state(state["model_"]))
+            state["model_"] = {name: np.asarray(array) for name, array in weights.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model_" in state:
+            self.model_ = runs.with_weights(runs.abstract_model(self.description_), state["model_"])
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = tags.input_tags.string = tags.input_tags.categorical = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+def _check_constructor(
+    unknown_categories: Unknown, kind: Kind, num_samples: configs.Count, batch_size: configs.Count
+) -> None:
+    """Declares what these parameters may be, for `config.check`."""
+
+
+def _check_log_prob(units: Units, num_samples: configs.Count) -> None:
+    """Declares what these parameters may be, for `config.check`."""
+
+
+@contextlib.contextmanager
+def _value_errors() -> Iterator[None]:
+    """Turns a UserError into the ValueError that scikit-learn expects, in terms of the estimator's parameters."""
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(r"config\.table\.", "", str(error))
+        raise ValueError(re.sub(r"--unknown_categories=missing", "unknown_categories='missing'", message)) from error
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def train_on(table: Table, config: Any, run_dir: str | os.PathLike[str]) -> None:
+    """Trains a PM-VAE on a table in memory, or resumes training it.
+
+    Args:
+        table: The rows.
+        config: The config; its `dataset` is only a name.
+        run_dir: The run directory, resumed if it holds this run.
+
+    Raises:
+        UserError: The config, the table or the run directory is invalid, or they do not match.
+    """
+    parsed = FAMILY.parse(config)
+    columns = None
+    if runs.latest_step(run_dir):
+        saved = runs.read_description(run_dir, "pm_vae")
+        if saved["fingerprint"] != table.fingerprint:
+            raise UserError(f"{run_dir} holds a run on another table: choose another run directory")
+        columns = runs.saved_columns(saved)
+    splits = (parsed.config["train_split"], parsed.config["validation_split"])
+    train_set, validation_set = split_table(table, splits, columns)
+    experiment = FAMILY.experiment(parsed, train_set, validation_set)
+    shape, columns = train_set.input_shape, train_set.columns
+    run = runs.open_run(str(run_dir), FAMILY.name, experiment.config, shape, columns, train_set.fingerprint)
+    loop.fit(experiment, run)
+
+
+def impute(
+    run_dir: str,
+    input: str,
+    output: str,
+    *,
+    train: bool = False,
+    num_imputations: NumImputations = 1,
+    kind: Kind | None = None,
+    unknown_categories: Unknown = "error",
+    checkpoint: str | None = None,
+    batch_size: configs.Count = 128,
+    num_samples: configs.Count = 64,
+    seed: configs.Seed = 0,
+    config: Mapping[str, Any] | None = None,
+) -> list[pathlib.Path]:
+    """Fills the missing cells of a file of rows, see `imputation.impute_file`, after training on it if requested.
+
+    Args:
+        run_dir: Run directory of a PM-VAE trained on a table with these columns.
+        input: The file.
+        output: The filled file.
+        train: If `run_dir` holds no run yet, train `table_config` on the input; if that was interrupted, resume it.
+        num_imputations: Number of completed copies to write.
+        kind: "point" estimates or "draws" of p(x_u | x_o); None: draws if there are several, else point estimates.
+        unknown_categories: How to treat categories that the run does not know.
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        batch_size: Rows at once.
+        num_samples: Draws of z that a point estimate averages.
+        seed: Random seed of the imputations.
+        config: Changes to `table_config` by key, `{"table.drop": ("id",)}`; only for a run to be trained.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: The run, the file or the options do not match; in that case no output is written.
+    """
+    arguments = dict(locals())
+    configs.check(impute, arguments)
+    del arguments["train"], arguments["config"]
+    exists = (pathlib.Path(run_dir) / "config.json").exists()
+    if config and (exists or not train):
+        why = f"{run_dir} holds a run already" if exists else "nothing is trained without --train"
+        raise UserError(f"--config.{next(iter(config))} changes how to train, but {why}")
+    if train:
+        output_files(input, output, num_imputations)  # before hours of training
+        if exists:
+            saved = runs.read_description(run_dir, "pm_vae")["config"]
+            if saved["dataset"] == input:
+                FAMILY.train(saved, run_dir)
+        else:
+            nested: dict[str, Any] = {}
+            for key, value in (config or {}).items():
+                *groups, name = key.split(".")
+                group = nested
+                for part in groups:
+                    group = group.setdefault(part, {})
+                group[name] = value
+            options = configs.call(TableOptions, configs.plain(nested.get("table", {})), "config.table")
+            table = read_table(input, options)
+            whole = configs.plain(table_config(len(table), len(table.names))) | {"table": {}, "dataset": input}
+            train_on(table, changed(whole, configs.plain(nested)), run_dir)
+    return impute_file(**arguments)
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with changes to its keys; a group with another `name` replaces the old one."""
+    result = dict(config)
+    for key, value in changes.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
+            value = changed(old, value)
+        result[key] = value
+    return result
+
+
+def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
+    """Returns the default config for a table, without `config.table`.
+
+    Args:
+        num_rows: Rows to train on.
+        num_columns: Columns.
+    """
+    latent_dim = min(max(num_columns, 4), 32)
+    units = 128 if num_rows < 5000 else 256
+    encoder = {"name": "ResidualMLP", "residual_blocks": 2, "hidden_units": units, "layer_norm": False, "dropout": 0.0}
+    steps = 3000
+    return ConfigDict(
+        {
+            "seed": 0,
+            "dataset": None,
+            "train_split": "train",
+            "validation_split": "validation",
+            "batch_size": default_batch_size(num_rows),
+            "steps": steps,
+            "validation_every": 100,
+            "log_every": 100,
+            "patience": 10,
+            "checkpoint_every": None,
+            "evaluate_checkpoint": "best",
+            "ema_decay": 0.99,
+            "skip_nonfinite_updates": False,
+            "data_memory_budget_gb": 8.0,
+            "optimizer": {
+                "learning_rate": 1e-3,
+                "decay_rate": 0.9,
+                "transition_steps": 300,
+                "staircase": False,
+                "warmup_steps": 0,
+                "weight_decay": 1e-3,
+                "clip_norm": 10.0,
+                "eps": 1e-8,
+            },
+            "noise_std": 0.1,
+            "mask_generator": {"name": "BernoulliMaskGenerator", "p": 0.5},
+            "matching_coef": 1.0,
+            "matching_ll_stop_gradients": True,
+            "pretrained_dir": None,
+            "beta": {"name": "monotonic", "low": 0.0, "high": 1.0, "transition_begin": 0, "transition_steps": 500},
+            "model": {
+                "latent_dim": latent_dim,
+                "encoder": encoder,
+                "posterior": {"name": "TriLGaussian"},
+                "decoder": encoder,
+                "likelihood": {"name": "Columns", "num_components": 1},
+                "availability": None,
+                "partial_encoder": encoder,
+                "partial_posterior": {
+                    "name": "AutoregressiveGMM",
+                    "num_components": 10,
+                    "residual_blocks": 2,
+                    "hidden_units": units,
+                },
+            },
+        }
+    )

@@ -1,0 +1,1 @@
+"""What several test files share. Test files import nothing from each other."""

@@ -1,0 +1,50 @@
+"""Run directories: how they are read and compared, and what it means to be refused."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from posterior_matching import runs
+from posterior_matching.errors import UserError
+
+
+def rows(run_dir):
+    """The rows of `metrics.jsonl`, without what the clock says; none if there is no such file."""
+    path = pathlib.Path(run_dir) / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in row.items() if key != "steps_per_second"} for row in found]
+
+
+def weights(model):
+    """The arrays by path of a model, or of the model of a run."""
+    model = model if isinstance(model, nnx.Module) else runs.load_model(model)
+    return {name: np.asarray(value) for name, value in runs.flat_weights(nnx.state(model)).items()}
+
+
+def assert_same_runs(found, expected):
+    """Both checkpoints and all metrics of two runs are equal bit for bit."""
+    assert rows(found) == rows(expected)
+    for name in ("best", "latest"):
+        assert runs.latest_step(found, name) == runs.latest_step(expected, name)
+        ours, theirs = (weights(runs.load_model(run, checkpoint=name)) for run in (found, expected))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+def contents(folder):
+    """Everything under a folder: the bytes of files, False for folders."""
+    folder = pathlib.Path(folder)
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+def refusal(call, *args, **kwargs):
+    """The one line with which a call is refused."""
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert message.strip() and "\n" not in message
+    return message

@@ -1,0 +1,36 @@
+"""Scripts in processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+
+from helpers.configs import ROOT
+
+
+def environment(as_for_users=False, num_devices=1, **variables):
+    """The variables of a process that has one device, or several, and compiles quickly, or as for users."""
+    flags = [] if as_for_users else [os.environ["XLA_FLAGS_OF_SCRIPTS"]]
+    flags += [f"--xla_force_host_platform_device_count={num_devices}"] if num_devices > 1 else []
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)} | variables
+
+
+def start(script, *arguments, cwd=ROOT, **options):
+    """Starts `python <script>.py <arguments>`; `options` are those of `environment`."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment(**options), **pipes)
+
+
+def finish(process, status=0):
+    """Waits for a process to end with `status`; returns what it printed, as `out` and `err`."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, f"{process.args}\n{out}\n{err}"
+    return out, err
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
