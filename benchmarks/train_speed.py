@@ -26,6 +26,7 @@ from absl import flags
 
 from benchmarks import synthetic
 from posterior_matching import cli, parallel
+from posterior_matching.errors import UserError
 from posterior_matching.training import loop
 from posterior_matching.training.step import CompiledPhase
 
@@ -36,6 +37,8 @@ _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bou
 def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
+    if config.batch_size is None:
+        raise UserError("the batch size of this config depends on the data: set --config.batch_size")
     rows = 4 * config.batch_size * jax.device_count()
     dataset = synthetic.dataset(config.dataset, rows)
     experiment = synthetic.experiment(cli.config_name(), config, dataset)
@@ -46,9 +49,9 @@ def main() -> None:
     share = rows // jax.device_count()
     arrays = {"x": dataset.x} | ({} if dataset.label is None else {"label": dataset.label})
     arrays = parallel.shard({k: a.reshape(jax.local_device_count(), share, *a.shape[1:]) for k, a in arrays.items()})
-    indices = np.arange(per_dispatch * options.batch_size, dtype=np.int32) % share
+    indices = np.arange(per_dispatch * config.batch_size, dtype=np.int32) % share
     indices = np.broadcast_to(
-        indices.reshape(1, per_dispatch, -1), (jax.local_device_count(), per_dispatch, options.batch_size)
+        indices.reshape(1, per_dispatch, -1), (jax.local_device_count(), per_dispatch, config.batch_size)
     )
 
     start = time.perf_counter()
@@ -79,7 +82,7 @@ def main() -> None:
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(f"device                 {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"config                 {cli.config_path()}, batch {options.batch_size} per device")
+    print(f"config                 {cli.config_path()}, batch {config.batch_size} per device")
     print(f"steps per second       {rate:.4g}  ({spread(rates)})")
     print(f"steps per dispatch     {per_dispatch}")
     print(f"time to first step     {first_step_seconds:.1f} s from process start")
