@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 from numpyro import distributions as dist
 from scipy.special import logsumexp
@@ -18,6 +19,8 @@ import train_vade
 from configs import common
 from posterior_matching import acquisition, runs
 from posterior_matching.errors import OptionError, UserError
+from posterior_matching.evaluation import baselines, uci
+from posterior_matching.evaluation.metrics import accuracy
 from posterior_matching.models import build, distributions
 from posterior_matching.training.corruption import add_noise
 
@@ -422,3 +425,31 @@ def test_a_table_with_categories_needs_a_likelihood_that_knows_them(table, tmp_p
     with pytest.raises(UserError, match=r"model.likelihood.name must be Columns"):
         train_pm_vae.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_evaluation_scores_reals_by_nrmse_and_categories_by_accuracy(table, tmp_path):
+    config = small(common.pm_vae(), table, posterior={"name": "DiagonalGaussian"}, availability=None)
+    run = train_pm_vae.train(config, str(tmp_path / "run"))
+    found = uci.evaluate(run, split="all", num_samples=3, num_trials=1, baselines=True)
+    names = {f"{metric}{rival}" for metric in ("nrmse", "accuracy") for rival in ("", "_mean", "_knn", "_iterative")}
+    assert all(0 <= found.trials(name)[0] <= (1 if name.startswith("accuracy") else 10) for name in names)
+
+
+def test_accuracy_is_the_share_of_right_categories_among_the_scored_per_column():
+    x = np.array([[0, 1, 2], [1, np.nan, 2], [1, 1, 0], [0, 0, 1]])
+    imputation = np.array([[0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 1]])
+    scored = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    assert accuracy(x, imputation, scored) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert np.isnan(accuracy(x, imputation, np.zeros((4, 3))))
+
+
+def test_baselines_of_mixed_columns_impute_means_and_modes_and_leave_the_rest():
+    train = rows(200)
+    train[np.random.default_rng(1).random(train.shape) < 0.2] = np.nan
+    x = np.where(B == 1, X, np.nan)
+    for name, imputation in baselines.impute(baselines.fit(train, cardinalities=CARDINALITIES), X, B):
+        np.testing.assert_array_equal(imputation[B == 1], x[B == 1])
+        assert set(np.unique(imputation[:, 1])) <= {0, 1, 2} and set(np.unique(imputation[:, 2])) <= {0, 1}
+        if name == "mean":
+            expected = np.where(REAL, np.nanmean(train, axis=0), scipy.stats.mode(train, nan_policy="omit").mode)
+            np.testing.assert_allclose(imputation[B == 0], np.broadcast_to(expected, B.shape)[B == 0], rtol=1e-5)

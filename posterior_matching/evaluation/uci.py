@@ -9,9 +9,10 @@ from posterior_matching import data
 from posterior_matching.config import Count, Seed, check
 from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
-from posterior_matching.evaluation.metrics import nrmse
+from posterior_matching.evaluation.metrics import accuracy, nrmse
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
+from posterior_matching.models.columns import is_real
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.progress import with_log
 
@@ -46,7 +47,9 @@ def evaluate(
         num_samples: Samples of z per example and estimate.
         num_trials: Trials, each with its own masks.
         seed: Random seed of masks and samples.
-        baselines: Also score mean, kNN and iterative imputation on the same masks.
+        baselines: Also score mean (of categories, mode), kNN and iterative imputation on the same masks.
+
+    Real columns are scored by their NRMSE, categorical ones by the share that is imputed right.
 
     Raises:
         UserError: An argument is wrong, or does not match the run.
@@ -73,19 +76,28 @@ def evaluate(
     evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, batch_size)
     x, available = (np.asarray(a) for a in data.decode(run.dataset.x, run.dataset.max_value))
     truth = np.where(available == 1, x, np.nan)
-    imputers = rivals.fit(run.training_rows()) if baselines else {}
+    cardinalities = run.dataset.columns.cardinalities if run.dataset.columns else ()
+    imputers = rivals.fit(run.training_rows(), cardinalities=cardinalities) if baselines else {}
+    real = np.broadcast_to(is_real(cardinalities), x.shape[-1:])
     results = Results(run.path / "uci_results", len(run.dataset), arguments)
+
+    def scores(imputation: np.ndarray, b: np.ndarray, suffix: str = "") -> dict[str, float]:
+        scored = np.broadcast_to(1 - b, truth.shape)
+        result = {f"nrmse{suffix}": nrmse(truth[..., real], imputation[..., real], scored[..., real])}
+        if not real.all():
+            result[f"accuracy{suffix}"] = accuracy(truth[:, ~real], imputation[:, ~real], scored[:, ~real])
+        return result
 
     for trial in with_log(range(num_trials), "trial"):
         found = evaluate_all(jax.random.fold_in(jax.random.key(seed), trial), f"trial {trial + 1}")
-        results.add(nrmse=nrmse(truth, found["imputation"], 1 - found["b"]))
+        results.add(**scores(found["imputation"], found["b"]))
         results.add_mean(ac_ll_nats=found["ac_ll"], log_p_x_nats=found["log_p_x"])
         results.add_mean(effective_sample_size_x=found["ess_x"], effective_sample_size_xo=found["ess_xo"])
         if run.dataset.name == "mixture":
             exact = data.mixture_log_prob(x, np.ones_like(x)) - data.mixture_log_prob(x, found["b"])
             results.add(ac_ll_exact_nats=exact.mean())
         for name, imputation in rivals.impute(imputers, truth, found["b"]):
-            results.add(**{f"nrmse_{name}": nrmse(truth, imputation, 1 - found["b"])})
+            results.add(**scores(imputation, found["b"], f"_{name}"))
 
     results.write(nrmse=results.trials("nrmse"), ac_lls=results.trials("ac_ll_nats"))
     if x.ndim == 4:
