@@ -30,7 +30,7 @@ class OptionError(UserError):
 
     def within(self, group: str) -> "OptionError":
         """Returns the same error for the option as a member of `group`: `config.model.latent_dim`."""
-        return OptionError(f"{group}.{self.option}" if group else self.option, self.problem)
+        return OptionError(".".join(filter(None, (group, self.option))), self.problem)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matching_tests_")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="Write the recorded losses in tests/goldens anew.")
+
+
 @pytest.fixture(scope="module")
 def compilation_cache(tmp_path_factory):
     """Keeps what the tests of a module compile, for those that run the same programs again."""

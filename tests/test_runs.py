@@ -339,7 +339,7 @@ def cut(path):
 
 @pytest.mark.parametrize("damage", [cut, lambda path: flip(path, path.stat().st_size // 2), lambda path: path.unlink()])
 @pytest.mark.parametrize("item", ["model", "train", "record"])
-def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_before(run_dir, item, damage):
+def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_before(run_dir, item, damage, caplog):
     assert [runs.latest_step(run_dir, name) for name in ("latest", "best")] == [6, 6]
     assert sorted(int(p.name) for p in (run_dir / "checkpoints" / "latest").iterdir()) == [3, 6]
     undisturbed = weights(run_dir)
@@ -349,6 +349,7 @@ def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_
         assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
         return  # resuming reads what trains
     train_pm_vae.train(make_config(), str(run_dir))
+    assert f"{run_dir}/checkpoints/latest/6 is damaged" in caplog.text and "resuming from step 3" in caplog.text
     assert_same(weights(run_dir), undisturbed)
     assert [row["step"] for row in rows(run_dir)] == [3, 6]
 

@@ -30,19 +30,20 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     return float(ratio.mean()) if ratio.size else float("nan")
 
 
-def accuracy(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
-    """Share of scored entries whose category is imputed right, per column, averaged over columns.
+def category_accuracy(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
+    """Accuracy of imputed categories: per column, the share of scored entries that are correct; averaged over columns.
 
     Args:
         x: True categories `[N, d]`; NaN = missing.
         imputation: `[N, d]`.
-        scored: `[N, d]`, 1 where the category was unobserved; missing ones are never scored.
+        scored: `[N, d]`, 1 where the value was unobserved; missing values are never scored.
 
     Returns:
-        The accuracy, 0 to 1; NaN if nothing is scored.
+        The accuracy, in [0, 1]. NaN if nothing is scored.
     """
     scored = np.asarray(scored, bool) & ~np.isnan(x)
-    right, count = (scored & (x == imputation)).sum(0), scored.sum(0)
+    count = scored.sum(0)
+    right = (scored & (np.nan_to_num(x) == imputation)).sum(0)
     return float((right[count > 0] / count[count > 0]).mean()) if count.any() else float("nan")
 
 

@@ -1,6 +1,7 @@
 """Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any dataset."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -9,10 +10,9 @@ from posterior_matching import data
 from posterior_matching.config import Count, Seed, check
 from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
-from posterior_matching.evaluation.metrics import accuracy, nrmse
+from posterior_matching.evaluation.metrics import category_accuracy, nrmse
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
-from posterior_matching.models.columns import is_real
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.progress import with_log
 
@@ -36,6 +36,9 @@ def evaluate(
     The folder holds `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, for images,
     `imputations.png`.
 
+    The NRMSE is over real columns, the accuracy over categorical ones. Log-likelihoods are per standardised unit of the
+    real columns; for a table of the user's own, `ac_ll_table_nats` and `log_p_x_table_nats` are per unit of the table.
+
     Args:
         run_dir: The run directory.
         dataset: The dataset; None: the one the run was trained on.
@@ -47,9 +50,7 @@ def evaluate(
         num_samples: Samples of z per example and estimate.
         num_trials: Trials, each with its own masks.
         seed: Random seed of masks and samples.
-        baselines: Also score mean (of categories, mode), kNN and iterative imputation on the same masks.
-
-    Real columns are scored by their NRMSE, categorical ones by the share that is imputed right.
+        baselines: Also score mean, kNN and iterative imputation on the same masks.
 
     Raises:
         UserError: An argument is wrong, or does not match the run.
@@ -76,30 +77,42 @@ def evaluate(
     evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, batch_size)
     x, available = (np.asarray(a) for a in data.decode(run.dataset.x, run.dataset.max_value))
     truth = np.where(available == 1, x, np.nan)
-    cardinalities = run.dataset.columns.cardinalities if run.dataset.columns else ()
+    columns = run.dataset.columns
+    cardinalities = columns.cardinalities if columns else ()
     imputers = rivals.fit(run.training_rows(), cardinalities=cardinalities) if baselines else {}
-    real = np.broadcast_to(is_real(cardinalities), x.shape[-1:])
+    # For densities per unit of the table: sum over columns of log |d standardised / d table units|.
+    log_slopes = np.where(available == 1, columns.log_det_jacobian(x), 0.0) if columns else None
     results = Results(run.path / "uci_results", len(run.dataset), arguments)
-
-    def scores(imputation: np.ndarray, b: np.ndarray, suffix: str = "") -> dict[str, float]:
-        scored = np.broadcast_to(1 - b, truth.shape)
-        result = {f"nrmse{suffix}": nrmse(truth[..., real], imputation[..., real], scored[..., real])}
-        if not real.all():
-            result[f"accuracy{suffix}"] = accuracy(truth[:, ~real], imputation[:, ~real], scored[:, ~real])
-        return result
 
     for trial in with_log(range(num_trials), "trial"):
         found = evaluate_all(jax.random.fold_in(jax.random.key(seed), trial), f"trial {trial + 1}")
-        results.add(**scores(found["imputation"], found["b"]))
+        results.add(**_errors(truth, found["imputation"], 1 - found["b"], cardinalities))
         results.add_mean(ac_ll_nats=found["ac_ll"], log_p_x_nats=found["log_p_x"])
+        if log_slopes is not None:
+            unobserved = (log_slopes * (1 - found["b"])).sum(1)  # over columns
+            results.add_mean(ac_ll_table_nats=found["ac_ll"] + unobserved)
+            results.add_mean(log_p_x_table_nats=found["log_p_x"] + log_slopes.sum(1))
         results.add_mean(effective_sample_size_x=found["ess_x"], effective_sample_size_xo=found["ess_xo"])
         if run.dataset.name == "mixture":
             exact = data.mixture_log_prob(x, np.ones_like(x)) - data.mixture_log_prob(x, found["b"])
             results.add(ac_ll_exact_nats=exact.mean())
         for name, imputation in rivals.impute(imputers, truth, found["b"]):
-            results.add(**scores(imputation, found["b"], f"_{name}"))
+            errors = _errors(truth, imputation, 1 - found["b"], cardinalities)
+            results.add(**{f"{metric}_{name}": value for metric, value in errors.items()})
 
-    results.write(nrmse=results.trials("nrmse"), ac_lls=results.trials("ac_ll_nats"))
+    nrmses = {"nrmse": results.trials("nrmse")} if not cardinalities or 0 in cardinalities else {}
+    results.write(**nrmses, ac_lls=results.trials("ac_ll_nats"))
     if x.ndim == 4:
         results.draw_imputations(trained, x, generator)
     return results
+
+
+def _errors(
+    truth: np.ndarray, imputation: np.ndarray, scored: np.ndarray, cardinalities: Sequence[int]
+) -> dict[str, float]:
+    """Returns the NRMSE of the real columns, and the accuracy of the categorical ones."""
+    if not any(cardinalities):
+        return {"nrmse": nrmse(truth, imputation, scored)}
+    real = np.array(cardinalities) == 0
+    errors = {"accuracy": category_accuracy(truth[:, ~real], imputation[:, ~real], scored[:, ~real])}
+    return errors | ({"nrmse": nrmse(truth[:, real], imputation[:, real], scored[:, real])} if real.any() else {})

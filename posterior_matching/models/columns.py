@@ -35,12 +35,11 @@ def features_shape(input_shape: Shape, cardinalities: Cardinalities) -> Shape:
 
 
 def column_features(x: jax.Array, cardinalities: Cardinalities) -> jax.Array:
-    """Returns the features `[..., width]` of rows `x: [..., d]`, NaN where `x` is; `x` itself if all are real."""
+    """Returns the features `[..., width]` of rows `x: [..., d]`; `x` itself if all columns are real."""
     if not any(cardinalities):
         return x
     column, category = _layout(cardinalities)
-    values = x[..., column]
-    return jnp.where(is_real(cardinalities)[column] | jnp.isnan(values), values, values == category)
+    return jnp.where(is_real(cardinalities)[column], x[..., column], x[..., column] == category)
 
 
 def is_real(cardinalities: Cardinalities) -> np.ndarray:

@@ -86,7 +86,7 @@ def small(name, **changes):
     """The small config of a family, or of a file in `configs/`. Keys with dots are written `model__latent_dim`."""
     name = f"{name}_digits" if name in FAMILIES else name
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return changed(load(name), QUICK | SMALL[name] | changes)
+    return changed(load(name), QUICK | SMALL.get(name, {}) | changes)
 
 
 def untrained(name, config, rows):
