@@ -11,6 +11,7 @@ from posterior_matching.estimator import table_config
 
 def get_config():
     config = common.pm_vae()
+    del config.beta  # of a schedule with other options
     config.update(table_config())
     config.batch_size = config_dict.placeholder(int)  # found from the number of rows
     return config
