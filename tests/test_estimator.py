@@ -250,6 +250,19 @@ def test_likelihoods_follow_the_rules_of_probability(of_gaussian):
     np.testing.assert_array_equal(of_gaussian.score_samples(rows, units="table"), of_gaussian.log_prob(rows))
 
 
+def test_information_gains_are_of_holes(frame, fitted):
+    gains = fitted.info_gains(frame, num_samples=4)
+    assert (gains.index == frame.index).all() and list(gains) == [c.name for c in fitted.columns_.columns]
+    assert (gains.notna() == frame[list(gains)].isna()).all().all() and np.isfinite(gains.stack()).all()
+
+
+def test_information_gains_know_what_is_redundant(of_gaussian):
+    """Given the second column, the third says less of the common cause than given nothing."""
+    row = np.array([[np.nan] * 4, [np.nan, 3.0, np.nan, np.nan]])
+    gains = of_gaussian.info_gains(row, num_samples=256)
+    assert gains.iloc[1, 2] < gains.iloc[0, 2]
+
+
 # Run directories -----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The shortcuts that only speed asks for give what the plain computation gives."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from helpers.arrays import normal
 from posterior_matching import numerics
+from posterior_matching.numerics import memory
 
 
 def test_first_argmin_is_the_first_index_of_the_least_value():
@@ -39,3 +42,13 @@ def test_initial_keys_differ_and_depend_on_the_first_key():
         return [tuple(jax.random.key_data(keys.params()).tolist()) for _ in range(20)]
 
     assert len({*draw(0), *draw(1)}) == 40 and draw(0) == draw(0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts memory maps")
+def test_programs_are_forgotten_near_the_limit_only():
+    compiled = jax.jit(lambda x: 2 * x)
+    compiled(1.0)
+    memory.forget_programs_near_the_limit(share=1.0)
+    assert compiled._cache_size() == 1
+    memory.forget_programs_near_the_limit(share=0.0)
+    assert compiled._cache_size() == 0 and compiled(1.0) == 2.0

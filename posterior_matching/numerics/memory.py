@@ -1,7 +1,11 @@
 """Memory allocation in this process."""
 
 import ctypes
+import gc
+import pathlib
 import sys
+
+import jax
 
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -23,3 +27,20 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_ARENA_MAX, 1)
+
+
+def forget_programs_near_the_limit(share: float = 0.5) -> None:
+    """Drops all compiled programs if the process has this share of the memory maps that Linux allows it.
+
+    XLA's programs for CPUs have maps of their own, and JAX keeps the programs. A process that compiles without end, as
+    one that fits a hundred models does, would crash at the limit.
+    """
+    try:
+        allowed = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as maps:
+            used = sum(1 for _ in maps)
+    except (OSError, ValueError):
+        return
+    if used > share * allowed:
+        jax.clear_caches()
+        gc.collect()
