@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from helpers.configs import ROOT
 from helpers.scripts import environment
 
