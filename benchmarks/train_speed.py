@@ -43,6 +43,7 @@ def main() -> None:
     dataset = synthetic.dataset(config.dataset, rows)
     experiment = synthetic.experiment(cli.config_name(), config, dataset)
     options = experiment.options
+    assert options.batch_size is not None
     phase = CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
     state, frozen = parallel.replicate(phase.initial_state())
     per_dispatch = loop.max_steps_per_dispatch(options)

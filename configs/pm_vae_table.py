@@ -3,12 +3,15 @@
 python train_pm_vae.py --config configs/pm_vae_table.py --config.dataset=mine.csv
 """
 
+from ml_collections import config_dict
+
 from configs import common
 from posterior_matching.estimator import table_config
 
 
 def get_config():
     config = common.pm_vae()
+    del config.beta  # of a schedule with other options
     config.update(table_config())
-    config.batch_size = None  # found from the number of rows
+    config.batch_size = config_dict.placeholder(int)  # found from the number of rows
     return config

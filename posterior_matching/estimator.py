@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import pandas as pd
 from flax import nnx
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
@@ -39,10 +39,10 @@ _MIN_ROWS = 10  # one of them for validation
 class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Imputes columns of any kind with a PM-VAE, and estimates likelihoods of any of them given any others.
 
-    Fitted on a DataFrame: DataFrames in, DataFrames out, with their dtypes, indices and observed cells; fitted on an
-    array: arrays out. Columns are
-    real, integer or categorical (texts, booleans, pandas categories, and what `categorical` declares), see
-    `data.kinds`. Constant and empty columns are set aside, dropped ones passed through; an empty column stays empty.
+    Fitted on a DataFrame, it takes and returns DataFrames, with their dtypes, indices and observed cells; fitted on an
+    array, it returns arrays. Columns are real, integer or categorical (texts, booleans, pandas categories, and those in
+    `categorical`), see `data.kinds`. Constant and empty columns are set aside and dropped ones passed through; an empty
+    column stays empty.
     Of the rows given to `fit`, nine tenths are used for training and one tenth to decide when training stops.
 
     Invalid input raises a one-line `ValueError`.
@@ -204,6 +204,26 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             if units == "table":
                 log_prob += (self.columns_.log_det_jacobian(x) * (is_scored & ~is_given)).sum(axis=1)
             return log_prob
+
+    def info_gains(self, X: Any, num_samples: int = 64) -> pd.DataFrame:
+        """Estimates what measuring each missing cell would tell about the row: the expected information gain on z.
+
+        That is H[q(z | x_o)] - E[H[q(z | x_o, x_i)]] for column i, see `PosteriorMatchingVAE.expected_info_gains`.
+
+        Args:
+            X: DataFrame or array `[N, d]`.
+            num_samples: Draws of x_i to average over.
+
+        Returns:
+            `[N, d']` for the d' columns of the model, nats; NaN where a cell is observed. The column to measure next
+            is `gains.idxmax(axis=1)`.
+        """
+        with _value_errors():
+            configs.check(_check_log_prob, {"units": "table", "num_samples": num_samples})
+            _, x = self._encoded(X)
+            index = X.index if isinstance(X, pd.DataFrame) else None
+            names = [column.name for column in self.columns_.columns]
+            return pd.DataFrame(self._imputer.info_gains(x, num_samples), index, names)
 
     def save(self, run_dir: str | os.PathLike[str]) -> None:
         """Saves the model as a run directory, for `load`, `impute.py` and the evaluations."""
@@ -515,7 +535,7 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
                 "posterior": {"name": "TriLGaussian"},
                 "decoder": encoder,
                 "likelihood": {"name": "Columns", "num_components": 1},
-                "availability": None,
+                "availability": config_dict.placeholder(bool),  # found from the data
                 "partial_encoder": encoder,
                 "partial_posterior": {
                     "name": "AutoregressiveGMM",

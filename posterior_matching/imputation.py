@@ -70,6 +70,12 @@ class Imputer:
         masks = np.stack([available & of & ~given, available & given], axis=1).astype(np.float32)
         return self._over_batches(_log_prob, num_samples, self._key, x, masks)
 
+    def info_gains(self, x: np.ndarray, num_samples: int) -> np.ndarray:
+        """Estimates the expected information, in nats, that each hole of rows `[N, d]` holds about z; NaN elsewhere."""
+        holes = np.isnan(x)
+        gains = self._over_batches(_info_gains, num_samples, self._key, x, 1 - holes.astype(np.float32))
+        return np.where(holes, gains, np.nan)
+
     def _filled(self, x: np.ndarray, fn: "_RowFunction", num_samples: int, key: jax.Array) -> np.ndarray:
         holes = np.isnan(x)
         filled, rows = np.array(x, np.float32), holes.any(axis=1)
@@ -113,6 +119,10 @@ def _draw(model, key, x, b, num_samples):
 def _log_prob(model, key, x, masks, num_samples):
     of, given = masks[:, 0], masks[:, 1]
     return jnp.where(of.any(axis=-1), model.log_prob_of(x, of, given, num_samples, key=key), 0.0)
+
+
+def _info_gains(model, key, x, b, num_samples):
+    return model.expected_info_gains(x[0], b[0], num_samples, key=key)[None]
 
 
 def impute_file(

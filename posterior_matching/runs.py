@@ -468,7 +468,9 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
         reason = cause.strerror if isinstance(cause, OSError) else _known_reason(error)
         if reason is None:
             raise
-        raise UserError(f"cannot write the run directory {path}: {reason}") from error
+        full = reason in ("No space left on device", "Disk quota exceeded")
+        remedy = "make space, then the same command resumes" if full else "choose another --run_dir"
+        raise UserError(f"cannot write the run directory {path} ({reason}): {remedy}") from error
 
 
 def _known_reason(error: Exception) -> str | None:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from arrays import Z_LIMIT, normal, softplus
 
+from helpers.arrays import Z_LIMIT, normal, softplus
 from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
 
 KEY = jax.random.key(0)

@@ -16,8 +16,10 @@ import train_pm_vade
 import train_pm_vae
 import train_vade
 from configs import common
-from posterior_matching import acquisition, runs
+from posterior_matching import acquisition, data, runs
 from posterior_matching.errors import OptionError, UserError
+from posterior_matching.evaluation import baselines, metrics, uci
+from posterior_matching.masking import BernoulliMaskGenerator
 from posterior_matching.models import build, distributions
 from posterior_matching.training.corruption import add_noise
 
@@ -422,3 +424,40 @@ def test_a_table_with_categories_needs_a_likelihood_that_knows_them(table, tmp_p
     with pytest.raises(UserError, match=r"model.likelihood.name must be Columns"):
         train_pm_vae.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_scores_both_kinds_and_gives_likelihoods_per_unit_of_the_table(table, tmp_path):
+    run = train_pm_vae.train(
+        small(common.pm_vae(), table, posterior={"name": "DiagonalGaussian"}, availability=True), str(tmp_path / "run")
+    )
+    half = BernoulliMaskGenerator(0.0)  # nothing observed: every value that exists is scored
+    found = uci.evaluate(run, split="all", mask_generator=half, num_samples=4, num_trials=1, baselines=True)
+    value = {name: metric["mean"] for name, metric in found.metrics.items()}
+    x = data.load(str(table), "all", columns=runs.saved_columns(runs.read_description(run))).x
+    std = runs.read_description(run)["columns"]["columns"][0]["std"]
+    slope = -np.log(std) * np.mean(~np.isnan(x[:, 0]))  # of `size`, the only real column, where it exists
+    np.testing.assert_allclose(value["ac_ll_table_nats"] - value["ac_ll_nats"], slope, rtol=1e-4)
+    np.testing.assert_allclose(value["log_p_x_table_nats"] - value["log_p_x_nats"], slope, rtol=1e-4)
+    train = data.load(str(table), "train", columns=runs.saved_columns(runs.read_description(run))).x
+    modes = [np.bincount(train[~np.isnan(train[:, j]), j].astype(int)).argmax() for j in (1, 2)]
+    shares = [np.mean(x[~np.isnan(x[:, j]), j] == mode) for j, mode in zip((1, 2), modes, strict=True)]
+    np.testing.assert_allclose(value["accuracy_mean"], np.mean(shares), rtol=1e-6)  # mean imputation is the mode
+    assert {"nrmse", "nrmse_knn", "accuracy_knn", "accuracy_iterative"} <= value.keys()
+
+
+def test_accuracy_of_categories_is_a_mean_over_columns():
+    x = np.array([[0, 1], [1, np.nan], [2, 0], [0, 1.0]])
+    imputation = np.array([[0, 1], [0, 0], [2, 1], [1, 1.0]])
+    scored = np.array([[1, 1], [1, 1], [1, 0], [0, 1.0]])
+    assert metrics.category_accuracy(x, imputation, scored) == (2 / 3 + 2 / 2) / 2
+    assert np.isnan(metrics.category_accuracy(x, imputation, 0 * scored))
+
+
+def test_nearest_neighbours_see_categories_one_hot():
+    """A neighbour with another category is as far as any other, whatever the index of its category."""
+    train = np.array([[0, 0.0], [1, 5.0], [2, 9.0]] * 5)
+    (imputer,) = baselines.fit(train, ["knn"], cardinalities=(3, 0)).values()
+    np.testing.assert_allclose(imputer(np.array([[2, np.nan], [np.nan, 5.0]])), [[2, 9.0], [1, 5.0]])

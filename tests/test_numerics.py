@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import normal
 
+from helpers.arrays import normal
 from posterior_matching import numerics
 
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
+from posterior_matching.config import call
 from posterior_matching.errors import UserError
 from posterior_matching.models.pixel_cnn import PixelCNN, Region, UpsamplingLinear
 
@@ -136,11 +137,13 @@ def test_dropout_acts_while_training_only():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"num_resnet": 0}, "pixel_cnn.num_resnet must be at least 1"),
-        ({"num_filters": 0}, "pixel_cnn.num_filters"),
-        ({"num_hierarchies": 4}, "a code grid of 7x7 cannot be halved 3 times"),
+        ({"num_resnet": 0}, r"^pixel_cnn\.num_resnet must be greater than or equal to 1, not 0"),
+        ({"num_filters": 0}, r"^pixel_cnn\.num_filters must be"),
+        ({"num_hierarchies": 4}, r"a code grid of 7x7 cannot be halved 3 times: lower pixel_cnn\.num_hierarchies"),
     ],
 )
 def test_bad_sizes_are_named(options, named):
+    options = {"num_resnet": 2, "num_filters": 4} | options
+    context = {"grid": (7, 7), "codebook_size": 3, "conditional_dim": 2, "rngs": nnx.Rngs(0)}
     with pytest.raises(UserError, match=named):
-        build((7, 7), **options)
+        call(PixelCNN, options, "pixel_cnn", **context)

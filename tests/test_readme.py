@@ -38,6 +38,7 @@ SMALL_VAE = {
 SMALL = {
     "pm_vae_digits": SMALL_VAE,
     "pm_vae_digits_sparse": SMALL_VAE,
+    "pm_vae_table": SMALL_VAE,
     "pm_vae_whitewine": SMALL_VAE | {"batch_size": 4},
     "pm_vae_gas": SMALL_VAE | {"dataset": "mixture"},  # of as many features
     "vqvae_digits": {"model.hidden_units": 8, "model.residual_blocks": 1},
@@ -51,6 +52,14 @@ SMALL = {
         "pretraining.mixture_iterations": 2,
     },
     "pm_vade_digits": {},
+    "vade_table": {
+        "model.encoder": MLP,
+        "model.decoder": MLP,
+        "pretraining.steps": 1,
+        "pretraining.mixture_inits": 1,
+        "pretraining.mixture_iterations": 2,
+    },
+    "pm_vade_table": {},
     "lookahead_digits": {"model_samples": 2, "lookahead_subsample": 2, "model.lookahead_encoder": MLP},
 }
 SMALL_CONFIG = """
@@ -76,10 +85,12 @@ FEW = {
     "eval_pm_vdvae_imputation": {"num_instances": 30, "num_samples": 2, "num_trials": 1},
     "eval_pm_vdvae_likelihood": {"num_instances": 3, "num_samples": 2, "num_trials": 1},
     "eval_greedy_acquisition": {"num_instances": 3, "num_steps": 3, "num_samples": 2},
+    "impute": {"num_samples": 2, "batch_size": 16},
     "benchmarks/train_speed": {"seconds": 0.1},
     "benchmarks/clustering_seeds": {"num_seeds": 1},
 }
-EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+TRAINING = {f"config.{key}": value for key, value in STEPS.items()}  # of a script that may also train
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def sections():
@@ -110,10 +121,11 @@ def checkout(tmp_path_factory):
             split = {"train_split": "test"} if "digits" in name else {}
             file.write(SMALL_CONFIG.format(changes=STEPS | split | changes))
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(60, 12)) @ rng.normal(size=(12, 12))
+    values = rng.normal(size=(100, 12)) @ rng.normal(size=(12, 12))
     values[rng.uniform(size=values.shape) < 0.1] = np.nan
     rows = [",".join("" if np.isnan(v) else f"{v:.3f}" for v in row) for row in values]
-    (folder / "mine.csv").write_text("\n".join([",".join("abcdefghijkl"), *rows]) + "\n")
+    for name in ("mine.csv", "new.csv"):
+        (folder / name).write_text("\n".join([",".join("abcdefghijkl"), *rows]) + "\n")
     return folder
 
 
@@ -125,7 +137,8 @@ def small(command, port):
     if name == "tensorboard":
         return [sys.executable, "-m", "tensorboard.main", "--inspect", *arguments]
     arguments = [a.replace("HOST0:1234", f"localhost:{port}").replace("DIR", "runs/shared") for a in arguments]
-    for flag, value in FEW.get(arguments[0].removesuffix(".py"), {}).items():
+    few = FEW.get(arguments[0].removesuffix(".py"), {}) | (TRAINING if "--train" in arguments else {})
+    for flag, value in few.items():
         if f"--{flag}" in arguments:
             arguments[arguments.index(f"--{flag}") + 1] = str(value)
         else:
@@ -219,6 +232,8 @@ def test_the_commands_of_a_section_run(heading, checkout):
             assert "train_pm_vae.py" in out or "pytest" in out
         elif command.startswith("tensorboard"):
             assert "loss" in out
+        elif command.startswith("python impute"):
+            assert list(checkout.glob(command.split("--output ")[1].split(".")[0] + "*.csv"))
         elif "--output" in command:
             assert (checkout / command.split("--output ")[1]).stat().st_size > 10_000
         elif command.startswith("python eval"):
@@ -232,7 +247,9 @@ def test_the_commands_of_a_section_run(heading, checkout):
         finish(process)
     assert not side_by_side or (checkout / "runs" / "shared" / "metrics.jsonl").exists()
     if heading == "Your own data":
-        assert re.search(r"\[\[ *-?\d", finish(start([sys.executable, "-c", EXAMPLE], checkout)))
+        for example in EXAMPLES:
+            code = example.replace("random_state=0", f"random_state=0, config={STEPS}, num_samples=2")
+            assert re.search(r"\d", finish(start([sys.executable, "-c", code], checkout)))
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def cut(path):
 
 @pytest.mark.parametrize("damage", [cut, lambda path: flip(path, path.stat().st_size // 2), lambda path: path.unlink()])
 @pytest.mark.parametrize("item", ["model", "train", "record"])
-def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_before(run_dir, item, damage):
+def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_before(run_dir, item, damage, caplog):
     assert [runs.latest_step(run_dir, name) for name in ("latest", "best")] == [6, 6]
     assert sorted(int(p.name) for p in (run_dir / "checkpoints" / "latest").iterdir()) == [3, 6]
     undisturbed = weights(run_dir)

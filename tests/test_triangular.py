@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import normal
 
+from helpers.arrays import normal
 from posterior_matching.numerics import triangular
 
 
@@ -21,10 +21,11 @@ def backend(request, monkeypatch):  # what runs on which; either runs anywhere
 @pytest.mark.parametrize("e", [1, 2, 5])
 def test_filling_puts_every_entry_into_the_lower_triangle_once(e):
     count = e * (e + 1) // 2
-    filled = np.asarray(triangular.fill(jnp.arange(1.0, 2 * count + 1).reshape(2, count), e))
+    filled = np.asarray(triangular.fill(jnp.arange(1.0, 2 * count + 1).reshape(2, count), e, lambda a: -a))
     assert filled.shape == (2, e, e)
     np.testing.assert_array_equal(filled != 0, np.broadcast_to(np.tri(e, dtype=bool), (2, e, e)))
-    np.testing.assert_array_equal(np.sort(filled[filled != 0]), np.arange(1, 2 * count + 1))
+    np.testing.assert_array_equal(filled < 0, np.broadcast_to(np.eye(e, dtype=bool), (2, e, e)))
+    np.testing.assert_array_equal(np.sort(np.abs(filled[filled != 0])), np.arange(1, 2 * count + 1))
 
 
 def test_diagonal_and_its_gradient():

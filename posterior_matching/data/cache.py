@@ -3,13 +3,14 @@
 import hashlib
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from absl import logging
+
+from posterior_matching.atomic import replacing
 
 _DECODING = 1  # increment when decoding or preprocessing changes
 
@@ -37,15 +38,15 @@ def cached(key: str, sources: Iterable[Path], compute: Callable[[], dict[str, np
     path = folder() / f"{re.sub(r'[^a-z0-9.]+', '-', key)}-{fingerprint}.npz"
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if damaged := archive.zip.testzip():  # compares checksums, which reading an array may not
+                raise zipfile.BadZipFile(damaged)
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError):
         arrays = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            unfinished = Path(temporary) / path.name
-            np.savez(unfinished, **arrays)  # type: ignore[arg-type]
-            os.replace(unfinished, path)  # atomic: a killed run leaves no half-written entry
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         logging.warning("not caching decoded data: %s", error)
     return arrays

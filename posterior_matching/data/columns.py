@@ -416,7 +416,7 @@ def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, intege
     """Returns the column with its missing cells replaced, in the type and spelling of the others."""
     series = table.frame[name].copy()
     is_text = pd.api.types.is_string_dtype(series.dtype)
-    if series.dtype == object:  # of texts, or of booleans and numbers among None
+    if series.dtype == object:  # texts, or booleans or numbers mixed with None
         is_text = pd.api.types.infer_dtype(series, skipna=True) == "string"
     if is_text:
         decimal = table.options.decimal or "."

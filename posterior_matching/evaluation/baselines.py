@@ -16,7 +16,7 @@ def fit(
 ) -> dict[str, Imputer]:
     """Fits mean, k-nearest-neighbour (k = 5) and iterative (Bayesian ridge) imputers.
 
-    They see categories one-hot, and impute the one with the largest value: the mode, in place of the mean.
+    Categories are one-hot encoded, and the one with the largest value is imputed: the mode in place of the mean.
 
     Args:
         train: `[N, d]`, NaN = missing; categories as indices.

@@ -31,7 +31,7 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
 
 
 def category_accuracy(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
-    """Accuracy of imputed categories: per column, the share of scored entries that are right; averaged over columns.
+    """Accuracy of imputed categories: per column, the share of scored entries that are correct; averaged over columns.
 
     Args:
         x: True categories `[N, d]`; NaN = missing.

@@ -113,9 +113,7 @@ def tril_gaussian_parameters(event_size: int) -> int:
 def tril_gaussian(parameters: jax.Array, event_size: int) -> dist.Distribution:
     """Parameters `[..., tril_gaussian_parameters(e)]` -> N(mean, L L^T) over `[..., e]`, diagonal softplus + 1e-5."""
     loc, entries = jnp.split(parameters, [event_size], axis=-1)
-    tril = triangular.fill(entries, event_size)
-    diagonal = jax.nn.softplus(triangular.diagonal(tril)) + _MIN_SCALE
-    scale_tril = jnp.where(jnp.eye(event_size, dtype=bool), diagonal[..., None, :], tril)
+    scale_tril = triangular.fill(entries, event_size, lambda diagonal: jax.nn.softplus(diagonal) + _MIN_SCALE)
     return _TriLNormal(loc, scale_tril=scale_tril, **_UNCHECKED)
 
 

@@ -5,6 +5,8 @@ on two cores can deadlock (seen with jaxlib 0.10.2). Accelerators use their own 
 would take at least one kernel per row.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -17,14 +19,16 @@ def diagonal(matrices: jax.Array) -> jax.Array:
     return matrices.reshape(*matrices.shape[:-2], e * e)[..., :: e + 1]
 
 
-def fill(entries: jax.Array, e: int) -> jax.Array:
+def fill(entries: jax.Array, e: int, on_diagonal: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Arranges e (e + 1) / 2 entries `[..., e (e + 1) / 2]` as lower triangular matrices `[..., e, e]`.
+
+    The diagonals are `on_diagonal` of their entries.
 
     The order follows `tfp.math.fill_triangular` and needs no gather or scatter: read row by row, the e x e square holds
     the entries from index e on, and then all entries in reverse.
     """
     square = jnp.concatenate([entries[..., e:], entries[..., ::-1]], axis=-1).reshape(*entries.shape[:-1], e, e)
-    return jnp.tril(square)
+    return jnp.where(jnp.eye(e, dtype=bool), on_diagonal(diagonal(square))[..., None, :], jnp.tril(square))
 
 
 @jax.custom_vjp

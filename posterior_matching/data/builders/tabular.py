@@ -1,7 +1,5 @@
 """The base class of the TFDS builders of the five tabular datasets; the other files here hold only facts."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from posterior_matching.atomic import replacing
 from posterior_matching.errors import UserError
 
 
@@ -64,10 +63,8 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-                unfinished = Path(temporary) / path.name
-                gdown.download(id=drive_id, output=str(unfinished))
-                os.replace(unfinished, path)  # only a complete file gets the name
+            with replacing(path) as temporary:
+                gdown.download(id=drive_id, output=str(temporary))
         except Exception as error:  # of gdown, requests or the file system: they have no common base
             links = [f"https://drive.google.com/uc?id={drive_id}" for drive_id in self.DRIVE_IDS]
             raise UserError(
