@@ -313,7 +313,7 @@ def abstract_model(name):
 GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian", "pm_vae_digits_sparse")
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("pm_vae_")])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("pm_vae_") and n != "pm_vae_table"])
 def test_every_config_builds_a_model_with_the_paper_s_heads_that_runs(name):
     model, shape = abstract_model(name)
     heads = {

@@ -7,6 +7,7 @@ import scipy.stats
 from flax import nnx
 from numpyro import distributions as dist
 
+from posterior_matching.models import build
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
 
@@ -114,3 +115,41 @@ def example(kind, batch=4, seed=0):
     rng = np.random.default_rng(seed)
     b = rng.integers(0, 2, (batch, *shape[:2], 1) if len(shape) == 3 else (batch, *shape))
     return jnp.float32(rng.uniform(size=(batch, *shape))), jnp.float32(b)
+
+
+def axis_aligned():
+    """A model whose posteriors are diagonal: every feature tells about one dimension of z."""
+    exact = Exact(d=6, e=2)
+    exact.w = np.array([[0.2, 0], [0.5, 0], [1.5, 0], [0, 0.35], [0, 0.8], [0, 2.5]])
+    exact.covariance = exact.w @ exact.w.T + exact.sigma**2 * np.eye(6)
+    return exact
+
+
+ALIGNED = axis_aligned()
+SHAPE_CONFIG = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 64}
+
+
+def lookahead_on(model, exact, encoder=SHAPE_CONFIG):
+    """An untrained lookahead posterior on a model of `Exact`."""
+    (d, e), network = exact.w.shape, {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 2}
+    pm_vae = {"latent_dim": e, "encoder": network, "decoder": network}
+    pm_vae |= {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "IdentityGaussian"}}
+    config = {"pm_vae": pm_vae, "lookahead_encoder": encoder}
+    lookahead = build("lookahead", config, (d,), nnx.Rngs(0))
+    lookahead.pm_vae = model
+    return lookahead
+
+
+def masks_and_data(n=24):
+    rng = np.random.default_rng(3)
+    b = rng.uniform(size=(n, 6)) < 0.4
+    b[:4] = False
+    x = rng.normal(size=(n, 2)) @ ALIGNED.w.T + ALIGNED.mean + ALIGNED.sigma * rng.normal(size=(n, 6))
+    return jnp.float32(x), jnp.float32(b)
+
+
+def mutual_information(x, b):
+    """I(z; x_i | x_o) in closed form, -inf where observed."""
+    _, covariance = ALIGNED.conditional(np.asarray(x), np.asarray(b))
+    gains = 0.5 * np.log(np.diag(covariance) / ALIGNED.sigma**2, where=np.asarray(b) == 0, out=np.full(6, -np.inf))
+    return gains
