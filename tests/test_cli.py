@@ -178,7 +178,7 @@ def test_a_config_file_with_an_error(script, text, named):
         ("--config.optimizer.learning_rate=fast", ["config.optimizer.learning_rate", "fast", "float"]),
         ("--config.skip_nonfinite_updates=perhaps", ["config.skip_nonfinite_updates", "perhaps", "bool"]),
         ("--config.steps=0", ["config.steps must be at least 1, not 0"]),
-        ("--config.batch_size=-4", ["config.batch_size must be greater, not -4"]),
+        ("--config.batch_size=-4", ["config.batch_size", "at least 1, not -4"]),
         ("--config.validation_every=0", ["config.validation_every must be at least 1, not 0"]),
         ("--config.evaluate_checkpoint=newest", ["config.evaluate_checkpoint", "'best' or 'latest'", "newest"]),
         ("--config.beta.name=constnat", ["config.beta.name", "constnat", "did you mean 'constant'?"]),
