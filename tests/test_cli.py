@@ -128,7 +128,7 @@ def test_the_harness_can_succeed(script):
 
 def test_no_config(script):
     message = refused(script, "train_pm_vae", "--run_dir=run")
-    assert message == "error: missing flag --config: the experiment, for example configs/pm_vae_digits.py"
+    assert message.startswith("error: missing flag --config: The experiment, for example configs/pm_vae_digits.py")
 
 
 def test_a_config_of_another_script(script):
@@ -178,7 +178,7 @@ def test_a_config_file_with_an_error(script, text, named):
         ("--config.optimizer.learning_rate=fast", ["config.optimizer.learning_rate", "fast", "float"]),
         ("--config.skip_nonfinite_updates=perhaps", ["config.skip_nonfinite_updates", "perhaps", "bool"]),
         ("--config.steps=0", ["config.steps must be at least 1, not 0"]),
-        ("--config.batch_size=-4", ["config.batch_size must be greater, not -4"]),
+        ("--config.batch_size=-4", ["config.batch_size", "at least 1, not -4"]),
         ("--config.validation_every=0", ["config.validation_every must be at least 1, not 0"]),
         ("--config.evaluate_checkpoint=newest", ["config.evaluate_checkpoint", "'best' or 'latest'", "newest"]),
         ("--config.beta.name=constnat", ["config.beta.name", "constnat", "did you mean 'constant'?"]),
@@ -236,7 +236,7 @@ def test_a_missing_file(script, name):
 
 @pytest.mark.parametrize(
     "cell, named",
-    [("blue", ["line 5, column 2", "not a number: 'blue'"]), ("inf", ["infinite value at row 5, column 2"])],
+    [("blue", ["column 2", "'blue' (line 5)"]), ("inf", ["column 2", "infinite value (line 5)"])],
 )
 def test_a_csv_with_a_bad_cell(script, cell, named):
     write_csv(script.folder / "own.csv", cell)
@@ -374,7 +374,7 @@ def test_evaluating_no_run(script):
         (["--dataset=digits"], ["digits", "(8, 8, 1)", "(8,)"]),
         (["--dataset=own.csv", "--split=all"], ["own.csv", "(3,)", "(8,)"]),
         (["--checkpoint=newest"], ["checkpoint", "newest", "best"]),
-        (["--num_samples=0"], ["num_samples must be greater than or equal to 1, not 0"]),
+        (["--num_samples=0"], ["num_samples must be at least 1, not 0"]),
         (["--num_samples=many"], ["num_samples", "many"]),
         (["--num_trials=0"], ["num_trials must be greater"]),
         (["--batch_size=0"], ["batch_size must be greater"]),
@@ -414,7 +414,7 @@ def test_building_on_no_pm_vae_run(script):
     "arguments, named",
     [
         (["--policies=samplng"], ["unknown policy 'samplng'", "did you mean 'sampling'?"]),
-        (["--num_steps=1"], ["num_steps must be greater than or equal to 2"]),
+        (["--num_steps=1"], ["num_steps must be at least 2"]),
         (["--memory_budget_gb=nan"], ["memory_budget_gb must be a finite number"]),
         (["--num_instances=3000"], ["num_instances=3000", "2000 examples"]),
         (["--dataset=digits"], ["digits", "(8, 8, 1)", "(8,)"]),

@@ -186,7 +186,7 @@ def test_data_and_columns_are_those_of_the_base(base, tmp_path):
     ("change", "message"),
     [
         ({"lookahead_subsample": 5}, r"config\.lookahead_subsample must be at most 4, the number of features"),
-        ({"lookahead_subsample": 0}, r"config\.lookahead_subsample must be greater than or equal to 1, not 0"),
+        ({"lookahead_subsample": 0}, r"config\.lookahead_subsample must be at least 1, not 0"),
         ({"target": "both"}, r"config\.target must be .* not 'both'"),
         ({"dataset": "mixture"}, "pass a "),
         ({"mask_generator": {"name": "UniformMaskGenerator", "bounds": (0.0, 0.1)}}, "widen"),

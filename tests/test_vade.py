@@ -214,7 +214,7 @@ def test_the_encoder_sees_the_corrupted_data_and_the_likelihood_scores_the_clean
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_clusters": 0}, "model.num_clusters must be greater than or equal to 1, not 0"),
+        ({"num_clusters": 0}, "model.num_clusters must be at least 1, not 0"),
         ({"latent_dim": 0}, "model.latent_dim"),
         ({"posterior": {"name": "TriLGaussian"}}, "model.posterior must be a DiagonalGaussian"),
         ({"num_cluster": 3}, "unknown key 'model.num_cluster': did you mean 'num_clusters'"),
