@@ -84,8 +84,8 @@ def test_block_strings():
         ({"custom_widths": "2:8"}, r"'2:8' is not resolution:width"),
         ({"custom_widths": "4=8"}, r"'4=8' is not resolution:width"),
         ({"compute_dtype": "float16"}, r"must be 'float32' or 'bfloat16', not 'float16'"),
-        ({"latent_dim": 0}, r"model\.latent_dim must be greater than or equal to 1, not 0"),
-        ({"num_levels": 1}, r"model\.num_levels must be greater than or equal to 2"),
+        ({"latent_dim": 0}, r"model\.latent_dim must be at least 1, not 0"),
+        ({"num_levels": 1}, r"model\.num_levels must be at least 2"),
         ({"channels": 2}, r"square images of 1 or 3 channels, but the data have shape \(4, 4, 2\)"),
     ],
 )

@@ -120,7 +120,7 @@ def test_shapes_and_likelihood(strides, grid):
         ((9, 8, 1), {}, "images of 9x8 do not fit a code grid 4 times smaller"),
         ((64,), {}, "a VQ-VAE needs images"),
         ((8, 8, 1), {"strides": (2,)}, "strides has a wrong number of entries"),
-        ((8, 8, 1), {"codebook_size": 0}, "codebook_size must be greater than or equal to 1"),
+        ((8, 8, 1), {"codebook_size": 0}, "codebook_size must be at least 1"),
         ((8, 8, 1), {"decay": 1.0}, "decay must be less than 1"),
         ((8, 8, 1), {"codebok_size": 4}, "unknown key 'model.codebok_size': did you mean 'codebook_size'"),
     ],
