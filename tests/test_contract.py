@@ -205,7 +205,11 @@ def test_the_config_is_left_alone_and_saved_as_it_was_resolved(trained, case):
     if run.given["dataset"] is None:
         base = runs.read_description(trained(run.family.base.model).path)["config"]
         keys = run.family.base.config_keys
-        added = {key: base["model"][key] for key in keys} if keys else {run.family.base.part: base["model"]}
+        added = (
+            {key: base["model"][key] for key in keys if key in base["model"]}
+            if keys
+            else {run.family.base.part: base["model"]}
+        )
         resolved |= {"dataset": "digits", "model": resolved["model"] | added}
     assert saved["config"] == resolved and saved["input_shape"] == [8, 8, 1]
 
