@@ -326,6 +326,6 @@ def test_a_base_that_does_not_fit_gets_one_line_and_nothing_is_written(trained, 
     changes = {base.dir_key: trained(base.model).path, "dataset": "mixture"}
     changes |= {"mask_generator": {"name": "BernoulliMaskGenerator"}}
     config = small(name, **changes)
-    message = "trained on data of shape (8, 8, 1), config.dataset has shape (8,)"
+    message = "trained on data of shape (8, 8, 1), but config.dataset has shape (8,)"
     assert message in refusal(family.train, config, str(tmp_path / "run"))
     assert not list(tmp_path.iterdir())
