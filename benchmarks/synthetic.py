@@ -5,11 +5,9 @@ import importlib
 import pathlib
 
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
-from posterior_matching import data, models
-from posterior_matching.config import plain
+from posterior_matching import data
 from posterior_matching.training.experiment import Experiment
 from posterior_matching.training.family import Family
 from posterior_matching.training.pretrained import Pretrained
@@ -28,13 +26,15 @@ SHAPES = {
     "mnist16": (16, 16, 1),
     "mnist": (28, 28, 1),
     "celeb_a": (64, 64, 3),
+    "table": (8,),  # stands for a table of the user's own
 }
 # Configs whose base is not the config of the same name in the base's family.
 BASE_CONFIGS = {"lookahead_digits": "pm_vae_digits_sparse"}
 
 
-def dataset(name: str, rows: int) -> data.Dataset:
+def dataset(name: str | None, rows: int) -> data.Dataset:
     """Random data of the shape and storage type of dataset `name`, images with labels 0..9."""
+    name = name or "table"
     shape = SHAPES[pathlib.Path(name).name]
     rng = np.random.default_rng(0)
     if len(shape) == 3:
@@ -63,7 +63,7 @@ def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Expe
     base, pretrained = chosen.base, None
     if base and base.required:
         name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
-        base_config = importlib.import_module(f"configs.{name}").get_config().model.to_dict()
-        part = models.build(base.model, plain(base_config), rows.input_shape, nnx.Rngs(0))
-        pretrained = Pretrained(base, part, {base.part: base_config}, rows.name, rows.input_shape)
+        untrained = experiment(name, importlib.import_module(f"configs.{name}").get_config(), rows)
+        part, base_config = untrained.phases[-1].model, {base.part: untrained.config["model"]}
+        pretrained = Pretrained(base, part, base_config, rows.name, rows.input_shape)
     return chosen.experiment(chosen.parse(config), rows, rows, pretrained)

@@ -33,6 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of an exponential moving average
 
+_SHORTER = {"Input should": "must", "greater than or equal to": "at least", "less than or equal to": "at most"}
 _STRICT = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
@@ -166,7 +167,10 @@ def _check(adapter: pydantic.TypeAdapter, name: str, value: Any) -> Any:
         at = name + "".join(f"[{index}]" for index in first["loc"] if isinstance(index, int))
         if first["type"] in ("missing", "too_long"):
             raise OptionError(name, f"has a wrong number of entries: {value!r}") from None
-        raise OptionError(at, f"{first['msg'].replace('Input should', 'must')}, not {first['input']!r}") from None
+        problem = first["msg"]
+        for long, short in _SHORTER.items():
+            problem = problem.replace(long, short)
+        raise OptionError(at, f"{problem}, not {first['input']!r}") from None
 
 
 @functools.cache

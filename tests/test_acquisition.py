@@ -15,14 +15,15 @@ import scipy.stats
 from flax import nnx
 from nbclient import NotebookClient
 
+from helpers.pm_vae import ALIGNED as EXACT
+from helpers.pm_vae import Exact, lookahead_on, masks_and_data, mutual_information
 from posterior_matching import acquisition, data, models, runs
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.evaluation.results import load_npz
-from test_lookahead import EXACT, KEY, lookahead_on, masks_and_data, mutual_information
-from test_vae import Exact
 
 ROOT = Path(__file__).parents[1]
+KEY = jax.random.key(0)
 NAMES = ["sampling", "lookahead", "random"]
 
 # Policies

@@ -65,11 +65,11 @@ class Options:
         ({"a": True}, "config.net.a must be a valid integer, not True"),
         ({"a": None}, "config.net.a must be a valid integer, not None"),
         ({"a": 1, "b": 1.0}, "config.net.b must be less than 1, not 1.0"),
-        ({"a": 1, "b": -0.1}, "config.net.b must be greater than or equal to 0, not -0.1"),
+        ({"a": 1, "b": -0.1}, "config.net.b must be at least 0, not -0.1"),
         ({"a": 1, "b": math.nan}, "config.net.b must be "),
         ({"a": 1, "b": math.inf}, "config.net.b must be "),
         ({"a": 1, "kind": "max"}, "config.net.kind must be 'mean' or 'sum', not 'max'"),
-        ({"a": 1, "pair": (1, 0)}, "config.net.pair[1] must be greater than or equal to 1, not 0"),
+        ({"a": 1, "pair": (1, 0)}, "config.net.pair[1] must be at least 1, not 0"),
         ({"a": 1, "pair": (1,)}, "config.net.pair has a wrong number of entries: (1,)"),
         ({"a": 1, "pair": (1, 2, 3)}, "config.net.pair has a wrong number of entries: (1, 2, 3)"),
         ({"a": 1, "inner": {"rate": 1.0}}, "config.net.inner.rate must be less than 1, not 1.0"),
@@ -104,7 +104,7 @@ def test_errors_of_nested_groups_name_the_whole_path():
         raise OptionError("size", f"must be even, not {size}")
 
     assert refusal(call, inside, {"part": {"name": "layer", "size": 0}}, "config.model").startswith(
-        "config.model.part.size must be greater than or equal to 1, not 0"
+        "config.model.part.size must be at least 1, not 0"
     )
     assert refusal(call, refuses, {"size": 3}, "config.model") == "config.model.size must be even, not 3"
 
@@ -211,7 +211,7 @@ def read(name, config):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_for_its_dataset_and_builds_a_model(name):
     config = load(name)
-    assert config.dataset in synthetic.SHAPES
+    assert (config.dataset or "table") in synthetic.SHAPES
     assert (config.train_split, config.validation_split) == ("train", "validation")
     assert config.steps >= config.validation_every >= config.log_every
     assert isinstance(read(name, config), models.MODELS[synthetic.family(name).name])

@@ -9,7 +9,7 @@ from flax import nnx
 from numpyro import distributions as dist
 from scipy.special import expit, log_expit, logsumexp
 
-from helpers.arrays import Z_LIMIT, normal, softplus
+from helpers.arrays import Z_LIMIT, filled, normal, softplus
 from posterior_matching.errors import UserError
 from posterior_matching.models.distributions import (
     LATENT_HEADS,
@@ -28,19 +28,6 @@ from posterior_matching.models.distributions import (
 )
 
 KEY = jax.random.key(0)
-
-
-def filled(make, seed=0, scale=1.0):
-    """A head with random parameters, biases too, of about the initial size; drawn by NumPy, which compiles nothing."""
-    head = nnx.eval_shape(make)
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        fan_in = leaf.shape[0] if leaf.ndim == 2 else 1
-        return jnp.asarray(scale * rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
-
-    nnx.update(head, jax.tree.map(draw, nnx.state(head)))
-    return head
 
 
 def latent_head(name, features_shape, event_size, seed=0, scale=1.0, **options):

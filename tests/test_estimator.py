@@ -325,7 +325,7 @@ def test_training_is_quiet_unless_asked_and_works_in_a_thread(capfd):
     ("parameters", "change", "message"),
     [
         ({"kind": "mean"}, {}, "kind must be 'point' or 'draws'"),
-        ({"num_samples": 0}, {}, "num_samples must be greater than or equal to 1"),
+        ({"num_samples": 0}, {}, "num_samples must be at least 1"),
         ({"drop": "colour"}, {}, r"columns are given as a list, not as 'colour': \['colour'\]"),
         ({"categorical": ["color"]}, {}, "no column 'color'"),
         ({"config": {"stepz": 3}}, {}, "unknown key 'config.stepz': did you mean 'steps'"),

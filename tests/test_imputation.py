@@ -177,7 +177,7 @@ def test_other_rows_in_another_order_of_columns(run):
         ({"rows": "nothing.csv"}, "no file"),
         ({"kind": "mean"}, "kind must be 'point' or 'draws'"),
         ({"kind": "point", "num_imputations": 2}, "copies would be equal, use kind=draws"),
-        ({"num_imputations": 0}, "num_imputations must be greater than or equal to 1"),
+        ({"num_imputations": 0}, "num_imputations must be at least 1"),
         ({"checkpoint": "third"}, "unknown checkpoint 'third'"),
         ({"rows": "mauve.csv"}, r"'mauve' in column 4 .* \(line 91\) is not one of .* --unknown_categories=missing"),
     ],

@@ -545,7 +545,7 @@ def test_build():
 )
 def test_build_errors(config, message):
     with pytest.raises(UserError, match=message):
-        build_mask_generator(config)
+        build_mask_generator(config, "config.mask_generator")
 
 
 # Specifications ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from posterior_matching.evaluation import baselines, metrics
 from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.metrics import finite_mean, nrmse
 from posterior_matching.evaluation.pictures import image_square, imputation_grid, save_png
-from posterior_matching.training import schedules
+from posterior_matching.training import optimizer
 from posterior_matching.training.corruption import distort
 
 # NRMSE
@@ -77,7 +77,7 @@ def test_finite_mean_leaves_out_and_counts_what_is_not_finite(values, expected):
 
 @pytest.mark.parametrize("kind", [int, jnp.int32, np.int32])
 def test_cyclic_beta_at_steps_worked_out_by_hand(kind):
-    beta = schedules.cyclic(low=0.0, high=1.0, period=10, delay=3)
+    beta = optimizer.cyclic(low=0.0, high=1.0, period=10, delay=3)
     by_hand = {
         0: 0.0,
         2: 0.0,
@@ -98,28 +98,28 @@ def test_cyclic_beta_at_steps_worked_out_by_hand(kind):
 
 
 def test_cyclic_beta_is_zero_before_the_delay_and_never_below_low_after_it():
-    beta = jax.jit(schedules.cyclic(low=0.5, high=2.0, period=4, delay=5))
+    beta = jax.jit(optimizer.cyclic(low=0.5, high=2.0, period=4, delay=5))
     np.testing.assert_allclose(beta(jnp.arange(12)), [0] * 5 + [0.5, 1.25, 2.0, 2.0, 0.5, 1.25, 2.0], rtol=1e-6)
 
 
 def test_cyclic_beta_of_the_gas_config():
-    beta = schedules.cyclic(low=0.0, high=1.0, period=50_000, delay=1000)
+    beta = optimizer.cyclic(low=0.0, high=1.0, period=50_000, delay=1000)
     for step, value in {999: 0.0, 1000: 0.0, 13_500: 0.5, 26_000: 1.0, 50_999: 1.0, 51_000: 0.0, 63_500: 0.5}.items():
         assert float(beta(jnp.int32(step))) == pytest.approx(value, abs=1e-6), step
 
 
 def test_monotonic_beta_at_steps_worked_out_by_hand():
-    beta = jax.jit(schedules.monotonic(low=0.0, high=1.0, transition_begin=30_000, transition_steps=200_000))
+    beta = jax.jit(optimizer.monotonic(low=0.0, high=1.0, transition_begin=30_000, transition_steps=200_000))
     for step, value in {0: 0.0, 30_000: 0.0, 130_000: 0.5, 200_000: 0.85, 230_000: 1.0, 400_000: 1.0}.items():
         assert float(beta(jnp.int32(step))) == pytest.approx(value, abs=1e-6), step
-    beta = schedules.monotonic(low=2.0, high=1.0, transition_begin=0, transition_steps=4)
+    beta = optimizer.monotonic(low=2.0, high=1.0, transition_begin=0, transition_steps=4)
     np.testing.assert_allclose(beta(jnp.arange(6)), [2.0, 1.75, 1.5, 1.25, 1.0, 1.0])
 
 
 def test_constant_beta_is_constant():
-    np.testing.assert_array_equal(schedules.constant(0.3)(jnp.arange(3)), np.float32([0.3] * 3))
-    assert float(schedules.constant()(jnp.int32(7))) == 1.0
-    assert {"constant", "monotonic", "cyclic"} == set(schedules.SCHEDULES)
+    np.testing.assert_array_equal(optimizer.constant(0.3)(jnp.arange(3)), np.float32([0.3] * 3))
+    assert float(optimizer.constant()(jnp.int32(7))) == 1.0
+    assert {"constant", "monotonic", "cyclic"} == set(optimizer.SCHEDULES)
 
 
 # Pictures

@@ -6,25 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from helpers.arrays import filled
 from posterior_matching.errors import UserError
 from posterior_matching.models.networks import NETWORKS, ConvDecoder, ConvEncoder, ResidualMLP
 
 
 def arrays(linear):
     return np.asarray(linear.kernel[...], np.float64), np.asarray(linear.bias[...], np.float64)
-
-
-def filled(make, seed=0):
-    """A network with random weights of about the initial size, biases too; drawn by NumPy, which compiles nothing."""
-    network = nnx.eval_shape(make)
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 1.0
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
-
-    nnx.update(network, jax.tree.map(draw, nnx.state(network, nnx.Param)))
-    return network
 
 
 def relu(h):

@@ -137,7 +137,7 @@ def test_dropout_acts_while_training_only():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"num_resnet": 0}, r"^pixel_cnn\.num_resnet must be greater than or equal to 1, not 0"),
+        ({"num_resnet": 0}, r"^pixel_cnn\.num_resnet must be at least 1, not 0"),
         ({"num_filters": 0}, r"^pixel_cnn\.num_filters must be"),
         ({"num_hierarchies": 4}, r"a code grid of 7x7 cannot be halved 3 times: lower pixel_cnn\.num_hierarchies"),
     ],

@@ -2,11 +2,8 @@
 
 import functools
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,12 +17,17 @@ from flax import nnx
 
 import train_pm_vdvae
 from benchmarks import synthetic
-from configs import pm_vdvae_digits, pm_vdvae_mnist
-from posterior_matching import data
+from configs import pm_vdvae_mnist
+from helpers.arrays import randomised
+from helpers.configs import small, untrained
+from helpers.runs import rows
+from helpers.scripts import finish, start
+from posterior_matching import data, models
 from posterior_matching.errors import UserError
+from posterior_matching.evaluation import imputation
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.models import vdvae
-from posterior_matching.models.vdvae import BlockOptions, DecoderBlock, PosteriorMatchingVDVAE, VDVAETerms
+from posterior_matching.models.vdvae import BlockOptions, DecoderBlock, VDVAETerms
 from posterior_matching.models.vdvae_layout import (
     DecoderLayer,
     encoder_resolutions,
@@ -43,19 +45,7 @@ TINY |= {"num_levels": 6, "bottleneck": 0.5}
 
 def build(channels=1, **options):
     config = TINY | options
-    return nnx.eval_shape(lambda: PosteriorMatchingVDVAE.from_config(config, (4, 4, channels), nnx.Rngs(0)))
-
-
-def randomised(model, seed=0):
-    """Random weights, those that start at zero too, so that everything matters; drawn by NumPy."""
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4.0
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
-
-    nnx.update(model, jax.tree.map(draw, nnx.state(model, nnx.Param)))
-    return model
+    return nnx.eval_shape(lambda: models.build("pm_vdvae", config, (4, 4, channels), nnx.Rngs(0)))
 
 
 def example(channels=1, batch=3):
@@ -93,9 +83,9 @@ def test_block_strings():
         ({"decoder": "4x1,1x1"}, r"the last block has resolution 1, the image 4"),
         ({"custom_widths": "2:8"}, r"'2:8' is not resolution:width"),
         ({"custom_widths": "4=8"}, r"'4=8' is not resolution:width"),
-        ({"compute_dtype": "float16"}, r"must be float32 or bfloat16, not 'float16'"),
-        ({"latent_dim": 0}, r"config\.model\.latent_dim must be at least 1, not 0"),
-        ({"num_levels": 1}, r"config\.model\.num_levels must be at least 2"),
+        ({"compute_dtype": "float16"}, r"must be 'float32' or 'bfloat16', not 'float16'"),
+        ({"latent_dim": 0}, r"model\.latent_dim must be at least 1, not 0"),
+        ({"num_levels": 1}, r"model\.num_levels must be at least 2"),
         ({"channels": 2}, r"square images of 1 or 3 channels, but the data have shape \(4, 4, 2\)"),
     ],
 )
@@ -105,11 +95,8 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 def test_bits_per_dimension_are_of_the_values_that_the_data_have():
-    config = pm_vdvae_digits.get_config()
-    config.model.num_levels = 256
-    rows = synthetic.dataset("digits", 4)
     with pytest.raises(UserError, match=r"num_levels is 256, but the pixels of digits have 17 values"):
-        nnx.eval_shape(lambda: train_pm_vdvae.make_experiment(config, rows, rows).model)
+        untrained("pm_vdvae", small("pm_vdvae", model__num_levels=256), synthetic.dataset("digits", 4))
 
 
 # Parts
@@ -143,7 +130,7 @@ def count(module):
 
 def test_parameter_count_of_the_mnist_config():
     config = pm_vdvae_mnist.get_config()
-    model = nnx.eval_shape(lambda: PosteriorMatchingVDVAE.from_config(config.model, (28, 28, 1), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.build("pm_vdvae", config.model.to_dict(), (28, 28, 1), nnx.Rngs(0)))
 
     def block(i, o, kernel, m=48):  # 1x1, two of `kernel`, 1x1
         return i * m + m + 2 * (kernel**2 * m * m + m) + m * o + o
@@ -228,28 +215,6 @@ def test_bfloat16_is_close_and_parameters_and_terms_stay_float32():
 # Conditionals
 
 
-def test_unobserved_values_have_no_influence_at_all_and_observed_ones_are_copied():
-    model = randomised(build(channels=3, custom_widths="1:12"))
-    x, b = example(channels=3)
-    hidden = np.broadcast_to(np.asarray(b) == 0, x.shape)
-
-    @jax.jit
-    def run(x):
-        scores = model.is_log_prob(x, b, 3, key=KEY, chunk_size=2)
-        return {"imputations": model.impute(x, b, 2, key=KEY), "log p(x_o)": scores.log_p_xo, "ess": scores.ess_xo}
-
-    outputs = run(x)
-    assert outputs["imputations"].shape == (2, *x.shape)
-    for sample in np.asarray(outputs["imputations"]):
-        np.testing.assert_array_equal(sample[~hidden], np.asarray(x)[~hidden])
-        assert np.isin(sample, np.arange(6)).all()
-    changed = run(jnp.where(hidden, (x + 2) % 6, x))
-    for name, value in outputs.items():
-        np.testing.assert_array_equal(changed[name], value, err_msg=name)
-    changed = run(jnp.where(hidden, x, (x + 2) % 6))
-    assert all((np.asarray(changed[name]) != np.asarray(outputs[name])).any() for name in outputs)
-
-
 SIZE, LOC, SCALE, BIAS = 2, 0.3, 0.2, -0.1
 
 
@@ -257,7 +222,7 @@ SIZE, LOC, SCALE, BIAS = 2, 0.3, 0.2, -0.1
 def linear_model():
     """One block and one linear layer: the location of a pixel's logistic is Gaussian a priori, variance SPREAD."""
     config = TINY | {"encoder": "2x1", "decoder": "2x1", "num_components": 1}
-    model = randomised(nnx.eval_shape(lambda: PosteriorMatchingVDVAE.from_config(config, (SIZE, SIZE, 1), nnx.Rngs(0))))
+    model = randomised(nnx.eval_shape(lambda: models.build("pm_vdvae", config, (SIZE, SIZE, 1), nnx.Rngs(0))))
     block = model.blocks[0]
     for conv in (block.resnet.convs[-1], block.prior_head.convs[-1]):
         conv.kernel[...] = 0.0 * conv.kernel[...]
@@ -352,50 +317,38 @@ def test_levels_are_the_inverse_of_images():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a tiny model on digits, a few steps."""
-    config = pm_vdvae_digits.get_config()
-    config.model.update(TINY | {"encoder": "8x1,8d8,1x1", "decoder": "1x1,8m1", "num_levels": 17})
-    config.update({"steps": 4, "validation_every": 2, "log_every": 2, "batch_size": 8})
-    return train_pm_vdvae.train(config, str(tmp_path_factory.mktemp("vdvae") / "run"))
-
-
-def start(script, run_dir, *arguments):
-    command = [sys.executable, str(ROOT / f"{script}.py"), f"--run_dir={run_dir}", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"]}, **pipes)
+    return Path(train_pm_vdvae.train(small("pm_vdvae"), str(tmp_path_factory.mktemp("vdvae") / "run")))
 
 
 def test_a_run_logs_what_it_should(run):
-    (*_, last) = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+    *_, last = rows(run)
     terms = {"loss", "elbo_nats", "reconstruction_ll_nats", "kl_nats", "pm_kl_nats", "bpd"}
     assert {f"val_{term}" for term in terms} <= last.keys() and "train_skipped_updates" in last
     assert last["val_bpd"] == pytest.approx(-last["val_elbo_nats"] / (64 * np.log(2)), rel=1e-5)
 
 
 def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
-    options = ["--embedding=pixels", "--num_instances=30", "--num_samples=2", "--num_trials=1", "--baselines"]
-    process = start("eval_pm_vdvae_imputation", run, *options)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    found = json.loads((Path(run) / "imputation_results" / "results.json").read_text())["metrics"]
+    imputation.evaluate(run, embedding="pixels", num_instances=30, num_samples=2, num_trials=1, baselines=True)
+    found = json.loads((run / "imputation_results" / "results.json").read_text())["metrics"]
     assert 5 < found["psnr_db"]["mean"] < 40 and 5 < found["psnr_mean_db"]["mean"] < 40
 
 
+@pytest.mark.process
 def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopped(run, tmp_path):
     options = ["--num_instances=80", "--num_samples=200", "--num_trials=1", "--batch_size=1"]
     copies = [shutil.copytree(run, tmp_path / name) for name in ("whole", "stopped")]
-    whole, stopped = (start("eval_pm_vdvae_likelihood", copy, *options) for copy in copies)
+    whole, stopped = (start("eval_pm_vdvae_likelihood", f"--run_dir={copy}", *options) for copy in copies)
     parts = copies[1] / "likelihood_results" / "parts" / "trial_1"
     while stopped.poll() is None and not list(parts.glob("0*.npz")):
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
-    message = stopped.communicate(timeout=300)[1].strip().splitlines()[-1]
-    assert stopped.returncode == 1 and "run the same command again to resume" in message
+    message = finish(stopped, status=1)[1].strip().splitlines()[-1]
+    assert "run the same command again to resume" in message
     assert not (copies[1] / "likelihood_results" / "results.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("0*.npz")}
     assert kept
-    for process in (whole, start("eval_pm_vdvae_likelihood", copies[1], *options)):
-        err = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, err
+    for process in (whole, start("eval_pm_vdvae_likelihood", f"--run_dir={copies[1]}", *options)):
+        finish(process)
     assert not parts.exists()
     for name in ("x_lls", "xo_lls", "bpd"):
         arrays = [np.load(copy / "likelihood_results" / f"{name}.npy") for copy in copies]

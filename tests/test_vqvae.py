@@ -4,8 +4,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,23 +15,28 @@ from flax import nnx
 import train_pm_vqvae
 import train_vqvae
 from benchmarks import synthetic
-from posterior_matching import parallel, runs
+from helpers.arrays import by_path
+from helpers.configs import small, untrained
+from helpers.runs import refusal
+from posterior_matching import runs
 from posterior_matching.errors import UserError
-from posterior_matching.models.vqvae import VQVAE, PosteriorMatchingVQVAE, VectorQuantizer
-from posterior_matching.training.loop import Program, TrainingOptions
+from posterior_matching.evaluation import imputation
+from posterior_matching.models import build
+from posterior_matching.models.vqvae import VectorQuantizer
+from posterior_matching.training.step import CompiledPhase
 
 MNIST = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tensorflow_datasets"))
 OPTIONS = {"hidden_units": 8, "residual_units": 4, "residual_blocks": 1, "codebook_size": 6, "embedding_dim": 3}
 
 
 def vqvae(input_shape=(8, 8, 1), **options):
-    return VQVAE.from_config(OPTIONS | options, input_shape, nnx.Rngs(0))
+    return build("vqvae", OPTIONS | options, input_shape, nnx.Rngs(0))
 
 
 def pm_vqvae():
     pixel_cnn = {"num_resnet": 1, "num_filters": 4, "dropout": 0.1}
     config = {"vqvae": OPTIONS, "conditional_dim": 5, "pixel_cnn": pixel_cnn}
-    return PosteriorMatchingVQVAE.from_config(config, (8, 8, 1), nnx.Rngs(0))
+    return build("pm_vqvae", config, (8, 8, 1), nnx.Rngs(0))
 
 
 # Quantiser -----------------------------------------------------------------------------------------------------------
@@ -114,12 +117,12 @@ def test_shapes_and_likelihood(strides, grid):
 @pytest.mark.parametrize(
     ("shape", "options", "named"),
     [
-        ((9, 8, 1), {}, "images of 9x8 do not fit a code grid that is 4 times smaller"),
+        ((9, 8, 1), {}, "images of 9x8 do not fit a code grid 4 times smaller"),
         ((64,), {}, "a VQ-VAE needs images"),
-        ((8, 8, 1), {"strides": (2,)}, "strides must be two numbers"),
+        ((8, 8, 1), {"strides": (2,)}, "strides has a wrong number of entries"),
         ((8, 8, 1), {"codebook_size": 0}, "codebook_size must be at least 1"),
-        ((8, 8, 1), {"decay": 1.0}, "decay must lie in"),
-        ((8, 8, 1), {"codebok_size": 4}, "unknown key 'config.model.codebok_size': did you mean 'codebook_size'"),
+        ((8, 8, 1), {"decay": 1.0}, "decay must be less than 1"),
+        ((8, 8, 1), {"codebok_size": 4}, "unknown key 'model.codebok_size': did you mean 'codebook_size'"),
     ],
 )
 def test_what_does_not_fit_is_named(shape, options, named):
@@ -127,71 +130,37 @@ def test_what_does_not_fit_is_named(shape, options, named):
         vqvae(shape, **options)
 
 
-def one_step(config, rows, num_devices):
-    """The state after one training step of `vqvae_digits`, made tiny, on the first devices, one batch in all."""
-    program = Program(train_vqvae.make_experiment(config, rows, rows), options(config))
-    devices = jax.local_devices()[:num_devices]
-    step = jax.pmap(program._train_steps, axis_name=parallel.AXIS, devices=devices)
-    state = jax.tree.map(lambda a: jnp.stack([a] * num_devices), program.initial_state())
-    arrays = {"x": rows.x.reshape(num_devices, -1, 8, 8, 1)}
+def one_step(dataset, num_devices):
+    """The state after one training step, and its metrics, on the first devices, one batch in all."""
+    chosen = untrained("vqvae", small("vqvae", noise_std=0.0), dataset)
+    phase = CompiledPhase(chosen, chosen.phases[0], 0, 1)
+    state = jax.tree.map(lambda a: jnp.stack([a] * num_devices), phase.initial_state())
+    arrays = {"x": dataset.x.reshape(num_devices, -1, 8, 8, 1)}
     indices = np.broadcast_to(np.arange(16 // num_devices), (num_devices, 1, 16 // num_devices))
-    state, metrics = step(*state, arrays, indices)
+    state, metrics = phase.train(*state, arrays, indices)
     return jax.tree.map(np.asarray, (state.trainable, state.mutable)), jax.tree.map(np.asarray, metrics)
 
 
-def options(config):
-    return TrainingOptions(**{k: v for k, v in config.items() if k in TrainingOptions.__dataclass_fields__})
-
-
-def tiny(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    config.update({"steps": 4, "validation_every": 2, "log_every": 2, "batch_size": 4, "noise_std": 0.0})
-    if "vqvae_dir" in config:
-        config.model.pixel_cnn.update({"num_resnet": 1, "num_filters": 4})
-    else:
-        config.model.update(OPTIONS | {"codebook_size": 32})
-    return config
-
-
 def test_four_devices_equal_one():
-    config, rows = tiny("vqvae_digits"), synthetic.dataset("digits", 16)
-    (one, one_metrics), (four, four_metrics) = one_step(config, rows, 1), one_step(config, rows, 4)
+    dataset = synthetic.dataset("digits", 16)
+    (one, one_metrics), (four, four_metrics) = one_step(dataset, 1), one_step(dataset, 4)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
         np.testing.assert_array_equal(b, np.broadcast_to(b[:1], b.shape))  # devices agree among themselves
         np.testing.assert_allclose(a[0], b[0], rtol=1e-4, atol=1e-5)
     for name in ("loss", "perplexity"):
         np.testing.assert_allclose(one_metrics[name][0], four_metrics[name][0], rtol=1e-4)
-    codebooks = [leaf for path, leaf in nnx.to_flat_state(one[1]) if path[-1] == "codebook"]
-    initial = [
-        leaf
-        for path, leaf in nnx.to_flat_state(nnx.state(VQVAE.from_config(config.model, (8, 8, 1), nnx.Rngs(0))))
-        if path[-1] == "codebook"
-    ]
-    assert np.abs(codebooks[0].get_value()[0] - initial[0].get_value()).max() > 1e-3
+    before = untrained("vqvae", small("vqvae"), dataset).phases[0].model.quantizer.codebook[...]
+    assert np.abs(by_path(one[1])["quantizer.codebook.value"][0] - before).max() > 1e-3
 
 
 def test_validation_counts_the_codes_used_over_all_examples():
     usage = np.array([0.5, 0.25, 0.25, 0.0])
-    found = train_vqvae.summarise_usage({"loss": 1.0, "code_usage": usage})
+    found = train_vqvae.summarise({"loss": 1.0, "code_usage": usage}, 1)
     assert found.keys() == {"loss", "perplexity", "codes_used"} and found["codes_used"] == 3
     assert found["perplexity"] == pytest.approx(2**1.5)
 
 
 # PM-VQVAE ------------------------------------------------------------------------------------------------------------
-
-
-def test_unobserved_values_have_no_influence_and_observed_ones_are_copied():
-    model = pm_vqvae()
-    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
-    b = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 8, 8, 1)).astype(jnp.float32)
-    other = jnp.where(b == 1, x, 0.123)
-    impute = nnx.jit(PosteriorMatchingVQVAE.impute, static_argnums=3)
-    found = impute(model, x, b, 3, key=jax.random.key(2))
-    np.testing.assert_array_equal(found, impute(model, other, b, 3, key=jax.random.key(2)))
-    assert found.shape == (3, 2, 8, 8, 1) and found.min() >= 0 and found.max() <= 1
-    np.testing.assert_array_equal(np.where(b == 1, found, 0), np.broadcast_to(np.where(b == 1, x, 0), found.shape))
-    np.testing.assert_array_equal(model.conditional_input(x, b), model.conditional_input(other, b))
-    assert np.abs(model.conditional_input(x, b) - model.conditional_input(x, jnp.ones_like(b))).max() > 0
 
 
 def test_matching_ll_is_the_log_probability_of_the_codes_of_x():
@@ -205,82 +174,29 @@ def test_matching_ll_is_the_log_probability_of_the_codes_of_x():
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """A VQ-VAE run and a PM-VQVAE run on it, a few steps each, the first then deleted."""
+def run_dir(tmp_path_factory):
+    """A PM-VQVAE on a VQ-VAE, a few steps each."""
     folder = tmp_path_factory.mktemp("vqvae")
-    train_vqvae.train(tiny("vqvae_digits"), str(folder / "base"))
-    base = runs.flat_weights(nnx.state(runs.load_model(folder / "base", "vqvae")))
-    config = tiny("pm_vqvae_digits")
-    config.update({"vqvae_dir": str(folder / "base"), "dataset": None})
-    train_pm_vqvae.train(config, str(folder / "pm"))
-    return folder, base
+    train_vqvae.train(small("vqvae"), str(folder / "base"))
+    return Path(train_pm_vqvae.train(small("pm_vqvae", vqvae_dir=str(folder / "base")), str(folder / "pm")))
 
 
-def test_the_vqvae_of_a_pm_vqvae_run_is_that_of_its_base_bit_for_bit(chain):
-    folder, base = chain
-    ours = runs.flat_weights(nnx.state(runs.load_model(folder / "pm", "pm_vqvae")))
-    for name, value in base.items():
-        np.testing.assert_array_equal(ours[f"vqvae.{name}"], value)
-    description = runs.read_description(folder / "pm")
-    assert description["config"]["model"]["vqvae"] == runs.read_description(folder / "base")["config"]["model"]
-
-
-def test_a_pm_vqvae_run_goes_on_without_its_base(chain):
-    folder, base = chain
-    assert runs.read_description(folder / "pm")["config"]["dataset"] == "digits"  # the base's, since none was named
-    (folder / "base").rename(folder / "gone")
-    try:
-        config = tiny("pm_vqvae_digits")
-        config.update({"vqvae_dir": str(folder / "base"), "steps": 6})
-        train_pm_vqvae.train(config, str(folder / "pm"))
-    finally:
-        (folder / "gone").rename(folder / "base")
-    assert runs.latest_step(folder / "pm") == 6
-    ours = runs.flat_weights(nnx.state(runs.load_model(folder / "pm", checkpoint="latest")))
-    np.testing.assert_array_equal(ours["vqvae.quantizer.codebook"], base["quantizer.codebook"])
-
-
-def test_bases_that_do_not_fit_are_refused(chain):
-    folder, _ = chain
-    config = tiny("pm_vqvae_digits")
-    with pytest.raises(UserError, match=r"missing key 'config\.vqvae_dir': the run directory of a vqvae run"):
-        train_pm_vqvae.train(config, str(folder / "new"))
-    config.vqvae_dir = str(folder / "pm")
-    with pytest.raises(UserError, match="is a run of pm_vqvae, not of vqvae"):
-        train_pm_vqvae.train(config, str(folder / "new"))
-    config.update({"vqvae_dir": str(folder / "base"), "dataset": "mixture"})
-    config.mask_generator = {"name": "UniformMaskGenerator"}
-    with pytest.raises(UserError, match=r"trained on data of shape \(8, 8, 1\)"):
-        train_pm_vqvae.train(config, str(folder / "new"))
-    assert not (folder / "new").exists()
-
-
-def test_a_checkpoint_with_another_codebook_is_refused(chain, tmp_path):
-    folder, _ = chain
-    copy = shutil.copytree(folder / "base", tmp_path / "copy")
+def test_a_checkpoint_with_another_codebook_is_refused(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
     description = json.loads((copy / "config.json").read_text())
-    description["config"]["model"]["codebook_size"] = 33
+    description["config"]["model"]["vqvae"]["codebook_size"] = 33
     (copy / "config.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match=r"does not fit its config.json: .*codebook: \(33, 3\) -> \(32, 3\)"):
+    with pytest.raises(UserError, match=r"does not fit its config.json: .*codebook: \(33, 3\) -> \(16, 3\)"):
         runs.load_model(copy)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def evaluate(folder, *arguments):
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"], "https_proxy": "http://localhost:9"}
-    script = Path(__file__).parents[1] / "eval_pm_vqvae.py"
-    command = [sys.executable, str(script), f"--run_dir={folder / 'pm'}", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_the_evaluation_writes_what_it_says(chain):
-    folder, _ = chain
-    flags = ["--embedding=pixels", "--num_instances=30", "--num_samples=2", "--num_trials=2", "--baselines"]
-    finished = evaluate(folder, *flags)
-    assert finished.returncode == 0, finished.stderr
-    results = folder / "pm" / "imputation_results"
+def test_the_evaluation_writes_what_it_says(run_dir):
+    options = {"embedding": "pixels", "num_instances": 30, "num_samples": 2, "num_trials": 2, "baselines": True}
+    imputation.evaluate(run_dir, **options)
+    results = run_dir / "imputation_results"
     found = json.loads((results / "results.json").read_text())
     assert found["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall", "f_1_8", "f_8"}
     assert found["num_examples"] == 30 and found["flags"]["embedding"] == "pixels"
@@ -296,12 +212,11 @@ def test_the_evaluation_writes_what_it_says(chain):
     assert (results / "imputations.png").exists()
 
 
-def test_without_network_the_default_embedding_fails_in_one_line_before_any_work(chain, tmp_path, monkeypatch):
+def test_without_network_the_default_embedding_fails_in_one_line(run_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(tmp_path))
-    finished = evaluate(chain[0], "--num_instances=30")
-    assert finished.returncode == 1
-    (line,) = finished.stderr.strip().splitlines()
-    assert line.startswith("error: cannot download the Inception weights") and line.endswith("embedding=pixels")
+    monkeypatch.setenv("https_proxy", "http://localhost:9")  # nothing listens there
+    message = refusal(imputation.evaluate, run_dir, num_instances=30)
+    assert message.startswith("cannot download the Inception weights") and message.endswith("embedding=pixels")
 
 
 # Real data -----------------------------------------------------------------------------------------------------------

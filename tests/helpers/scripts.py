@@ -34,3 +34,23 @@ def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+CONFIG = """from configs import {name}
+
+
+def get_config():
+    config = {name}.get_config()
+    for path, value in {changes}.items():
+        *groups, last = path.split(".")
+        group = config
+        for key in groups:
+            group = group[key]
+        group[last] = value
+    return config
+"""
+
+
+def write_config(path, name, changes):
+    """Writes the file of a config that differs from `configs/<name>.py` in values named by paths."""
+    path.write_text(CONFIG.format(name=name, changes=changes))
