@@ -399,7 +399,7 @@ def test_refused(write, text, parts):
 def test_many_categories(write):
     path = write("a,b\n" + "\n".join(f"{i % 7},word {i}" for i in range(10_000)))
     assert "'b' holds 10,000 texts" in fails(path)
-    assert "10,000 categories, more than 1,000" in fails(path, categorical=("b",))
+    assert "10,000 categories, more than the maximum of 1,000" in fails(path, categorical=("b",))
     path = write("a,b\n" + "\n".join(f"{i % 7},word {i % 400}" for i in range(1000)))
     assert "'b' holds 400 texts" in fails(path)
     assert Columns.fit(read(path, categorical=("b",))).cardinalities == (0, 400)

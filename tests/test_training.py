@@ -588,7 +588,7 @@ def test_a_nonfinite_step_stops_the_run(linear, kind, named):
         (
             {"loss": bad_at(4), "log_every": 50, "checkpoint_every": 5},
             r"at step 5.*last good checkpoint is step 4",
-            [4],
+            4,
         ),
         ({"optimizer": {"learning_rate": 1e30}}, r"not finite at step \d", 0),
         (
