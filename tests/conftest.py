@@ -1,6 +1,7 @@
 """Four fake CPU devices and a cache of their own for all tests. The scripts that tests start have one device."""
 
 import os
+import subprocess
 import tempfile
 
 import pytest
@@ -15,6 +16,19 @@ os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matc
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="Write the recorded losses in tests/goldens anew.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Lets only tests that are marked `process` start one, so that `make test-fast` leaves all of them out."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("this test starts a process: mark it with @pytest.mark.process")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("process"):
+            patch.setattr(subprocess.Popen, "__init__", refuse)
+        return (yield)
 
 
 @pytest.fixture(scope="module")

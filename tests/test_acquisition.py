@@ -1,10 +1,6 @@
 """Greedy acquisition: the policies against closed forms, the trajectories, and the evaluation script."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +11,17 @@ import scipy.stats
 from flax import nnx
 from nbclient import NotebookClient
 
+from helpers.configs import ROOT
 from helpers.pm_vae import ALIGNED as EXACT
 from helpers.pm_vae import Exact, lookahead_on, masks_and_data, mutual_information
+from helpers.runs import contents, refusal
+from helpers.scripts import environment
 from posterior_matching import acquisition, data, models, runs
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
+from posterior_matching.evaluation.acquisition import evaluate
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.evaluation.results import load_npz
 
-ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
 NAMES = ["sampling", "lookahead", "random"]
 
@@ -157,13 +156,7 @@ def test_trajectories_do_not_depend_on_the_batch_size(acquired):
 # The script
 
 
-def evaluate(run_dir, *arguments):
-    command = [sys.executable, str(ROOT / "eval_greedy_acquisition.py"), f"--run_dir={run_dir}", *arguments]
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"]}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-FLAGS = ["--num_instances=7", "--num_samples=2", "--num_steps=6", "--batch_size=3"]
+OPTIONS = {"num_instances": 7, "num_samples": 2, "num_steps": 6, "batch_size": 1}  # on each of four devices
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +169,17 @@ def run_dir(tmp_path_factory):
     run.create()
     with run.finished_saving():
         run.save(1, runs.flat_weights(nnx.state(model)), {"step": np.int32(1)}, {}, best=False)
-    result = evaluate(run.path, *FLAGS, "--policies=random")
-    assert result.returncode == 0, result.stderr
+    evaluate(run.path, policies=("random",), **OPTIONS)
     trajectories = run.path / "trajectories"
     # As if killed in the second batch of another policy, whose first has left its mark.
     shown = load_npz(trajectories / "random.npz")
     parts = trajectories / "lookahead.parts"
     parts.mkdir()
     settings = json.loads((trajectories / "settings.json").read_text()) | {"part": "lookahead.parts/00000"}
-    mark = {k: v[:3] for k, v in shown.items() if k not in ("x", "settings")}
+    mark = {k: v[:4] for k, v in shown.items() if k not in ("x", "settings")}
     np.savez(parts / "00000.npz", settings=json.dumps(settings, sort_keys=True), **mark)
     (parts / "00001.npz").write_text("cut")
-    result = evaluate(run.path, *FLAGS)
-    assert result.returncode == 0, result.stderr
+    evaluate(run.path, **OPTIONS)
     return run.path
 
 
@@ -212,25 +203,22 @@ def test_results_are_written_for_every_policy(run_dir):
 
 def test_an_interrupted_evaluation_goes_on_and_a_finished_one_stays(run_dir):
     found, shown = (load_npz(run_dir / "trajectories" / f"{name}.npz") for name in ("lookahead", "random"))
-    np.testing.assert_array_equal(found["action"][:3], shown["action"][:3])  # what the interrupted one had
-    assert (found["action"][3:] != shown["action"][3:]).any()
+    np.testing.assert_array_equal(found["action"][:4], shown["action"][:4])  # what the interrupted one had
+    assert (found["action"][4:] != shown["action"][4:]).any()
 
 
 def test_other_settings_are_not_mixed(run_dir):
-    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
-    result = evaluate(run_dir, *FLAGS[:1], "--num_samples=3", *FLAGS[2:])
-    assert result.returncode == 1
-    message = result.stderr.strip().splitlines()[-1]
+    before = contents(run_dir)
+    message = refusal(evaluate, run_dir, **OPTIONS | {"num_samples": 3})
     assert "holds an evaluation that differs (num_samples: 2 -> 3): use its values, or delete it" in message
-    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    assert contents(run_dir) == before
 
 
+@pytest.mark.process
 def test_the_notebook_executes(run_dir):
     notebook = nbformat.read(ROOT / "notebooks" / "greedy_acquisition_plots.ipynb", as_version=4)
-    environment = os.environ | {"RUN_DIR": str(run_dir), "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS_OF_SCRIPTS"]
     client = NotebookClient(notebook, timeout=300, kernel_name="python3")
-    client.execute(cwd=str(ROOT / "notebooks"), env=environment)
+    client.execute(cwd=str(ROOT / "notebooks"), env=environment(RUN_DIR=str(run_dir)))
     assert "nats; then feature" in notebook.cells[-1].outputs[-1].text
 
 

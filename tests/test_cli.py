@@ -169,8 +169,8 @@ def test_a_bad_override(script, argument, named):
 
 def add(script, line):
     """Adds a line to the config's file."""
-    text = script.config.read_text()
-    script.config.write_text(text.replace("    return config", f"    {line}\n    return config"))
+    before, end, _ = script.config.read_text().rpartition("    return config")
+    script.config.write_text(f"{before}    {line}\n{end}\n")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from helpers.configs import SHARED, needs_shared
 from posterior_matching.data.columns import Columns
 from posterior_matching.data.tables import TableOptions, read_table
 from posterior_matching.errors import UserError
-from test_tables import SHARED, needs_shared
 
 
 def read(source, **options):

@@ -38,6 +38,7 @@ def fails(name, split="train", **kwargs):
     return str(error.value)
 
 
+@pytest.mark.process
 def test_import_is_light():
     heavy = ["jax", "sklearn", "scipy", "tensorflow_datasets", "tensorflow"]
     code = f"import sys, posterior_matching.data; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or None)"

@@ -5,8 +5,6 @@ import io
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +13,8 @@ import pandas as pd
 import pytest
 from flax import nnx
 
+from helpers.configs import SHARED, needs_shared
+from helpers.scripts import finish, start
 from posterior_matching import imputation
 from posterior_matching.data import TableOptions, read_table
 from posterior_matching.errors import UserError
@@ -23,8 +23,6 @@ from posterior_matching.imputation import Imputer, impute_file
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 
 MLP = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8, "layer_norm": False, "dropout": 0.0}
 MODEL = {"latent_dim": 2, "encoder": MLP, "decoder": MLP, "partial_encoder": MLP}
@@ -226,17 +224,10 @@ def test_training_first(run):
 # The script ----------------------------------------------------------------------------------------------------------
 
 
-def script(*arguments):
-    variables = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"]}
-    return subprocess.run(
-        [sys.executable, "impute.py", *map(str, arguments)], cwd=ROOT, env=variables, capture_output=True, text=True
-    )
-
-
+@pytest.mark.process
 def test_the_script(run):
     paths = ["--run_dir", run / "run", "--input", run / "rows.csv", "--output", run / "script.csv"]
-    process = script(*paths, "--batch_size=32", "--num_samples=2")
-    assert process.returncode == 0, process.stderr
+    finish(start("impute", *paths, "--batch_size=32", "--num_samples=2"))
     assert (run / "script.csv").read_bytes() == (run / "filled.csv").read_bytes()
     for flag, message in (
         ("--config.stepz=3", "unknown key 'config.stepz': did you mean 'steps'?"),
@@ -244,8 +235,8 @@ def test_the_script(run):
         ("--config.table.drop=('id',)", "--config.table.drop changes how to train, but"),
         ("--num_imputation=3", "unknown flag --num_imputation: did you mean 'num_imputations'?"),
     ):
-        process = script(*paths, flag)
-        assert process.returncode == 1 and message in process.stderr and process.stderr.count("\n") == 1
+        _, err = finish(start("impute", *paths, flag), status=1)
+        assert message in err and err.count("\n") == 1
 
 
 # Public tables -------------------------------------------------------------------------------------------------------

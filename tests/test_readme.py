@@ -4,15 +4,11 @@ Commands run in the order of the README, as written but with small configs and f
 replaced: downloaded data and hosts. `make` only prints what it would do.
 """
 
-import os
 import re
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import nbclient
 import nbformat
@@ -20,64 +16,17 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+from helpers.configs import QUICK, ROOT, SMALL
+from helpers.scripts import environment, finish, free_port, spawn, write_config
+
+pytestmark = pytest.mark.process
+
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 LINKED = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.toml"), ROOT / "Makefile"]
 LINKED += [ROOT / "benchmarks", ROOT / "posterior_matching"]
 
-# What every config of the README is changed by, besides a few steps.
-STEPS = {"steps": 2, "validation_every": 2, "log_every": 1, "batch_size": 8}
-MLP = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8}
-SMALL_VAE = {
-    "model.encoder": MLP,
-    "model.decoder": MLP,
-    "model.partial_encoder": MLP,
-    "model.partial_posterior": {"name": "DiagonalGaussian"},
-}
-SMALL = {
-    "pm_vae_digits": SMALL_VAE,
-    "pm_vae_digits_sparse": SMALL_VAE,
-    "pm_vae_table": SMALL_VAE,
-    "pm_vae_whitewine": SMALL_VAE | {"batch_size": 4},
-    "pm_vae_gas": SMALL_VAE | {"dataset": "mixture"},  # of as many features
-    "vqvae_digits": {"model.hidden_units": 8, "model.residual_blocks": 1},
-    "pm_vqvae_digits": {"model.pixel_cnn.num_resnet": 1, "model.pixel_cnn.num_filters": 4},
-    "pm_vdvae_digits": {"model.encoder": "8x1,8d8,1x1", "model.decoder": "1x1,8m1", "model.width": 8},
-    "vade_digits": {
-        "model.encoder": MLP,
-        "model.decoder": MLP,
-        "pretraining.steps": 1,
-        "pretraining.mixture_inits": 1,
-        "pretraining.mixture_iterations": 2,
-    },
-    "pm_vade_digits": {},
-    "vade_table": {
-        "model.encoder": MLP,
-        "model.decoder": MLP,
-        "pretraining.steps": 1,
-        "pretraining.mixture_inits": 1,
-        "pretraining.mixture_iterations": 2,
-    },
-    "pm_vade_table": {},
-    "lookahead_digits": {"model_samples": 2, "lookahead_subsample": 2, "model.lookahead_encoder": MLP},
-}
-SMALL_CONFIG = """
-
-_full = get_config
-
-
-def get_config():
-    config = _full()
-    for path, value in {changes}.items():
-        *parts, name = path.split(".")
-        branch = config
-        for part in parts:
-            branch = branch[part]
-        branch[name] = value
-    return config
-"""
-
+STEPS = {"steps": 3, "validation_every": 3, "log_every": 1, "batch_size": 4}
 # Flags by which evaluations and benchmarks are made small; each gets those it has.
 FEW = {
     "eval_pm_vae_uci": {"num_instances": 9, "num_samples": 2, "num_trials": 1},
@@ -117,9 +66,7 @@ def checkout(tmp_path_factory):
     for name in ("configs", "figures"):
         shutil.copytree(ROOT / name, folder / name)
     for name, changes in SMALL.items():
-        with open(folder / "configs" / f"{name}.py", "a") as file:
-            split = {"train_split": "test"} if "digits" in name else {}
-            file.write(SMALL_CONFIG.format(changes=STEPS | split | changes))
+        write_config(folder / "configs" / f"{name}.py", name, QUICK | changes | STEPS)
     rng = np.random.default_rng(0)
     values = rng.normal(size=(100, 12)) @ rng.normal(size=(12, 12))
     values[rng.uniform(size=values.shape) < 0.1] = np.nan
@@ -144,24 +91,6 @@ def small(command, port):
         else:
             arguments.append(f"--{flag}={value}")
     return [sys.executable, *arguments]
-
-
-def start(arguments, folder):
-    variables = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"]}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(arguments, cwd=folder, env=variables, **pipes)
-
-
-def finish(process):
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, f"{process.args}\n{out}"
-    return out
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def test_every_command_stands_in_a_block_and_every_script_in_a_command():
@@ -223,11 +152,11 @@ def test_pinned_versions_lie_in_the_declared_ranges():
 def test_the_commands_of_a_section_run(heading, checkout):
     side_by_side, port = [], free_port()
     for command in SECTIONS[heading]:
-        process = start(small(command, port), checkout)
+        process = spawn(small(command, port), checkout)
         if "--num_processes" in command:
             side_by_side.append(process)
             continue
-        out = finish(process)
+        out = "".join(finish(process))
         if command.startswith("make"):
             assert "train_pm_vae.py" in out or "pytest" in out
         elif command.startswith("tensorboard"):
@@ -249,7 +178,7 @@ def test_the_commands_of_a_section_run(heading, checkout):
     if heading == "Your own data":
         for example in EXAMPLES:
             code = example.replace("random_state=0", f"random_state=0, config={STEPS}, num_samples=2")
-            assert re.search(r"\d", finish(start([sys.executable, "-c", code], checkout)))
+            assert re.search(r"\d", finish(spawn([sys.executable, "-c", code], checkout))[0])
 
 
 @pytest.mark.parametrize(
@@ -264,9 +193,8 @@ def test_the_commands_of_a_section_run(heading, checkout):
 )
 def test_figures_say_what_is_wrong_in_one_line(script, run_dir, output, message, checkout):
     runs = [] if run_dir is None else ["--run_dir", run_dir]
-    process = start([sys.executable, f"figures/{script}.py", *runs, "--output", output], checkout)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and re.fullmatch(message, out.strip()), out
+    _, err = finish(spawn([sys.executable, f"figures/{script}.py", *runs, "--output", output], checkout), status=1)
+    assert re.fullmatch(message, err.strip()), err
     assert not (checkout / output).exists()
 
 
@@ -274,8 +202,7 @@ def test_the_notebook_of_partial_posteriors_executes(checkout):
     """On the run left by the section on training."""
     path = ROOT / "notebooks" / "mnist_plots.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    variables = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_SCRIPTS"]}
-    variables |= {"RUN_DIR": str(checkout / "runs" / "digits"), "NUM_IMAGES": "60", "PYTHONPATH": str(ROOT)}
+    variables = environment(RUN_DIR=str(checkout / "runs" / "digits"), NUM_IMAGES="60")
     variables |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(path.parent), env=variables)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]

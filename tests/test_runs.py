@@ -369,6 +369,7 @@ def test_a_run_whose_latest_checkpoint_is_gone_is_refused_not_begun_again(run_di
     assert contents(run_dir) == before
 
 
+@pytest.mark.process
 def test_two_processes_do_not_train_the_same_run(tmp_path):
     holder = "import filelock, sys; lock = filelock.FileLock(sys.argv[1] + '/.lock'); lock.acquire(); "
     holder += "print('holds', flush=True); sys.stdin.read()"

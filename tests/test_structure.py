@@ -108,6 +108,7 @@ def test_what_library_modules_leave_to_others(path):
         assert not {"os.replace", "os.rename"} & used, "only atomic.py moves files to their places"
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_nothing_heavy():
     program = "import sys, posterior_matching; print({m.split('.')[0] for m in sys.modules} & {'jax', 'flax', 'numpy'})"
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -15,13 +15,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.configs import SHARED, needs_shared
 from posterior_matching.data import tables
 from posterior_matching.data.columns import Columns
 from posterior_matching.data.tables import TableOptions, iter_chunks, read_table, table_writer, write_table
 from posterior_matching.errors import UserError
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 
 
 @pytest.fixture

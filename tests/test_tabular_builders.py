@@ -131,6 +131,7 @@ def test_malformed_file(text, message):
     np.testing.assert_array_equal(data.load("power", "val").x, rows["val"])
 
 
+@pytest.mark.process
 def test_killed_while_preparing():
     rows = write_files("gas", 8)
     killed = """

@@ -1,9 +1,7 @@
 """VaDE and PM-VaDE: against numerical integration in one latent dimension, and their training scripts on digits."""
 
 import dataclasses
-import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -21,8 +19,9 @@ from sklearn.mixture import GaussianMixture
 import train_pm_vade
 import train_vade
 from helpers.arrays import assert_same
-from helpers.configs import GMM, MLP, small
+from helpers.configs import GMM, MLP, ROOT, small
 from helpers.runs import rows
+from helpers.scripts import environment
 from posterior_matching import data, runs
 from posterior_matching.errors import UserError
 from posterior_matching.models import build, vade_initialisation
@@ -359,19 +358,19 @@ def test_bad_training_options(tmp_path, changes, message):
 
 # Notebook ------------------------------------------------------------------------------------------------------------
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "clustering_plots.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "clustering_plots.ipynb"
 
 
 def execute(run_dir):
     """Executes the notebook on a run; returns it with its outputs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    environment = os.environ | {"RUN_DIR": str(run_dir), "NUM_IMAGES": "40", "PYTHONPATH": str(NOTEBOOK.parents[1])}
-    environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS_OF_SCRIPTS"]
-    nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(NOTEBOOK.parent), env=environment)
+    variables = environment(RUN_DIR=str(run_dir), NUM_IMAGES="40")
+    variables |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(NOTEBOOK.parent), env=variables)
     return notebook
 
 
+@pytest.mark.process
 def test_the_notebook_runs_from_start_to_end(trained):
     notebook = execute(trained.pm_vade)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -381,6 +380,7 @@ def test_the_notebook_runs_from_start_to_end(trained):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
 
+@pytest.mark.process
 def test_the_notebook_says_what_is_wrong_with_a_run(trained):
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="is a run of vade, not of pm_vade"):
         execute(trained.vade)

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 
+import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -12,6 +13,8 @@ from posterior_matching.config import plain
 from posterior_matching.training.pretrained import Pretrained
 
 ROOT = pathlib.Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"  # tables that are not part of the repository
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*_*.py"))
 FAMILIES = synthetic.families()
 
@@ -25,12 +28,15 @@ _TABULAR = _PARTIAL | {f"model.{part}": MLP for part in ("encoder", "decoder", "
 _ENCODER = {"name": "ConvEncoder", "conv_layers": ((4, 3, 1), (6, 3, 2), (8, 4, 1))}
 _IMAGES = _PARTIAL | {"model.encoder": _ENCODER, "model.partial_encoder": _ENCODER}
 _IMAGES |= {"model.decoder.conv_layers": ((6, 4, 1), (4, 3, 2), (1, 3, 1))}
+_VADE = {"model.encoder": MLP, "model.decoder": MLP, "model.latent_dim": 2, "pretraining.steps": 2}
+_VADE |= {"pretraining.mixture_inits": 1, "pretraining.mixture_iterations": 200}
 # What makes the configs of the README and of the tests quick; a network without blocks compiles fastest.
 SMALL = {
     "pm_vae_digits": _IMAGES,
     "pm_vae_digits_sparse": _IMAGES | {"model.partial_posterior": DIAGONAL},
     "pm_vae_mixture": _TABULAR,
     "pm_vae_whitewine": _TABULAR | {"train_split": "train"},
+    "pm_vae_table": _TABULAR | {"train_split": "train"},
     "pm_vae_gas": _TABULAR | {"dataset": "mixture"},  # of as many features
     "vqvae_digits": {
         "model.hidden_units": 8,
@@ -51,15 +57,10 @@ SMALL = {
         "model.bottleneck": 0.5,
         "model.num_components": 2,
     },
-    "vade_digits": {
-        "model.encoder": MLP,
-        "model.decoder": MLP,
-        "model.latent_dim": 2,
-        "pretraining.steps": 2,
-        "pretraining.mixture_inits": 1,
-        "pretraining.mixture_iterations": 200,
-    },
+    "vade_digits": _VADE,
+    "vade_table": _VADE | {"train_split": "train"},
     "pm_vade_digits": {"model.partial_posterior": GMM},
+    "pm_vade_table": {"model.partial_posterior": GMM, "train_split": "train"},
     "lookahead_digits": {"model_samples": 2, "lookahead_subsample": 2, "model.lookahead_encoder": MLP},
 }
 

@@ -17,9 +17,13 @@ def environment(as_for_users=False, num_devices=1, **variables):
 
 def start(script, *arguments, cwd=ROOT, **options):
     """Starts `python <script>.py <arguments>`; `options` are those of `environment`."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    return spawn([sys.executable, ROOT / f"{script}.py", *arguments], cwd, **options)
+
+
+def spawn(command, cwd, **options):
+    """Starts a command; `options` are those of `environment`."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment(**options), **pipes)
+    return subprocess.Popen([*map(str, command)], cwd=cwd, env=environment(**options), **pipes)
 
 
 def finish(process, status=0):
@@ -36,11 +40,13 @@ def free_port():
         return free.getsockname()[1]
 
 
-CONFIG = """from configs import {name}
+CHANGES = """
+
+full = get_config
 
 
 def get_config():
-    config = {name}.get_config()
+    config = full()
     for path, value in {changes}.items():
         *groups, last = path.split(".")
         group = config
@@ -53,4 +59,4 @@ def get_config():
 
 def write_config(path, name, changes):
     """Writes the file of a config that differs from `configs/<name>.py` in values named by paths."""
-    path.write_text(CONFIG.format(name=name, changes=changes))
+    path.write_text((ROOT / "configs" / f"{name}.py").read_text() + CHANGES.format(changes=changes))
