@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = runs/demo
 
-.PHONY: help install demo test lint
+.PHONY: help install demo test test-fast lint
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ demo: install  ## train a PM-VAE on scikit-learn's digits, evaluate it and save 
 # --no-loadscope-reorder: in the default order, the files with few but long tests come last and leave one worker idle.
 test: install  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: install  ## run the tests that start no process of their own
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not process"
 
 lint: install  ## check style, formatting and types
 	$(BIN)/ruff check .

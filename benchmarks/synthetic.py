@@ -57,13 +57,22 @@ def family(config_name: str) -> Family:
     return families()[max((name for name in families() if config_name.startswith(name)), key=len)]
 
 
+@functools.cache
+def untrained_base(config_name: str) -> Pretrained | None:
+    """The untrained base that the family of `configs/<config_name>.py` needs; None if it needs none."""
+    chosen, base = family(config_name), family(config_name).base
+    if base is None or not base.required:
+        return None
+    name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
+    config = importlib.import_module(f"configs.{name}").get_config()
+    rows = dataset(config.dataset, 16)
+    untrained = experiment(name, config, rows)
+    return Pretrained(
+        base, untrained.phases[-1].model, {base.part: untrained.config["model"]}, rows.name, rows.input_shape
+    )
+
+
 def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Experiment:
     """The experiment of `configs/<config_name>.py` with this `config`, on an untrained base if it needs one."""
     chosen = family(config_name)
-    base, pretrained = chosen.base, None
-    if base and base.required:
-        name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
-        untrained = experiment(name, importlib.import_module(f"configs.{name}").get_config(), rows)
-        part, base_config = untrained.phases[-1].model, {base.part: untrained.config["model"]}
-        pretrained = Pretrained(base, part, base_config, rows.name, rows.input_shape)
-    return chosen.experiment(chosen.parse(config), rows, rows, pretrained)
+    return chosen.experiment(chosen.parse(config), rows, rows, untrained_base(config_name))

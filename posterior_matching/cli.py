@@ -178,7 +178,7 @@ def _use_compilation_cache() -> None:
     """Caches compiled programs on disk, so that a script starts within seconds from the second time on."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

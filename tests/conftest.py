@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -11,11 +12,22 @@ import pytest
 os.environ["XLA_FLAGS_OF_SCRIPTS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS_OF_SCRIPTS"]
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matching_tests_")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit these
+    os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matching_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["POSTERIOR_MATCHING_CACHE"] + "/xla"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="Write the recorded losses in tests/goldens anew.")
+
+
+def pytest_runtest_teardown():
+    """Keeps the process below the number of memory maps at which it would crash; each compiled program has some."""
+    if "jax" in sys.modules:
+        from posterior_matching.numerics.memory import forget_programs_near_the_limit
+
+        forget_programs_near_the_limit()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -29,20 +41,3 @@ def pytest_runtest_protocol(item):
         if not item.get_closest_marker("process"):
             patch.setattr(subprocess.Popen, "__init__", refuse)
         return (yield)
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """Keeps what the tests of a module compile, for those that run the same programs again."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
-    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in changes}
-    for values in (changes, before):
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values is changes:
-            yield

@@ -18,6 +18,8 @@ from helpers.runs import refusal
 from posterior_matching import models
 from posterior_matching.config import Config, Count, Dropout, Units, build, call, naming, parse, plain
 from posterior_matching.errors import OptionError, UserError, nearest
+from posterior_matching.training.experiment import TrainingOptions
+from posterior_matching.training.family import DataOptions
 
 
 def layer(size: Count, activation: str = "relu", *, rngs):
@@ -205,6 +207,7 @@ def shallow(name):
 def read(name, config):
     """What a training run does with its config, without allocating or computing any weights."""
     rows = synthetic.dataset(load(name).dataset, 16)
+    synthetic.untrained_base(name)  # kept from here on, so with weights
     return nnx.eval_shape(lambda: synthetic.experiment(name, config, rows).phases[-1].model)
 
 
@@ -239,6 +242,7 @@ def kinds_of_keys():
 
 
 KEYS = kinds_of_keys()
+COMMON = {field.name for group in (TrainingOptions, DataOptions) for field in dataclasses.fields(group)}
 BAD = [
     None,
     True,
@@ -261,9 +265,9 @@ BAD = [
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in KEYS}))
 def test_every_bad_value_of_every_key_gets_one_line_or_is_valid(name):
-    """Never another exception, never a hang."""
+    """Never another exception, never a hang. Keys that one class reads for all families are tried with one."""
     config, failures = plain(shallow(name)), []
-    for path in (path for where, path in KEYS if where == name):
+    for path in (path for where, path in KEYS if where == name and (path[0] not in COMMON or name == "pm_vae_digits")):
         for value in BAD:
             try:
                 read(name, put(config, path, value))

@@ -22,7 +22,6 @@ from posterior_matching.masking import mask_shape
 from posterior_matching.training.experiment import Batch
 from posterior_matching.training.log import TrainingLog
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 each_family = pytest.mark.parametrize("name", sorted(FAMILIES))
 
 KEY = jax.random.key(0)

@@ -34,8 +34,6 @@ TINY = Short(steps=2, validation_every=2, batch_size=2, model=MODEL)
 # Checks of scikit-learn that cannot pass, and why: none.
 EXPECTED_FAILURES: dict[str, str] = {}
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 def tiny(**parameters):
     return PosteriorMatchingImputer(

@@ -31,8 +31,6 @@ SMALL = {f"model.{key}": value for key, value in MODEL.items()}
 SMALL |= {"steps": 4, "validation_every": 2, "log_every": 1, "batch_size": 4}
 FEW = {"batch_size": 32, "num_samples": 2}
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 # The imputer ---------------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,6 @@ from posterior_matching.training.optimizer import OptimizerOptions
 from posterior_matching.training.step import CompiledPhase
 
 # Most of these tests run the same few programs; compiling is most of what they do.
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 DEVICES = 4
 DIM = 3
 OPTIMIZER = {

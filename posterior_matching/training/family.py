@@ -215,7 +215,8 @@ def _first_pictures(
 
     def draw(model: Any) -> dict[str, np.ndarray]:
         x, available = data.decode(dataset.x[:8], dataset.max_value)
-        return pictures(model, x, generator(jax.random.key(0), available.shape) if generator else None)
+        masks = jax.jit(lambda key: generator(key, available.shape))(jax.random.key(0)) if generator else None
+        return pictures(model, x, masks)
 
     return draw
 
