@@ -102,7 +102,7 @@ def test_no_network_says_which_files_to_put_where(monkeypatch):
         data.load("gas", "train")
     assert "\n" not in str(error.value) and str(manual_folder("gas")) in str(error.value)
     assert "1rhhLpGY5-5YZ-GQaZq_FniAMK9cqvxW7" in str(error.value)
-    assert list(manual_folder("gas").iterdir()) == []  # nothing that a second try would take for the whole file
+    assert not manual_folder("gas").parents[2].exists()  # nothing that a second try would take for the whole file
     rows = write_files("gas", 8)
     np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
 
@@ -129,6 +129,49 @@ def test_malformed_file(text, message):
         assert "\n" not in str(error.value) and "val.txt" in str(error.value)
     rows = write_files("power", 6)
     np.testing.assert_array_equal(data.load("power", "val").x, rows["val"])
+
+
+def test_replaced_files_are_noticed():
+    rows = write_files("power", 6)
+    data.load("power", "val")
+    for path in manual_folder("power").iterdir():  # copied, with the same contents
+        os.utime(path, (1, 1))
+    np.testing.assert_array_equal(data.load("power", "val").x, rows["val"])
+    write_files("power", 6, seed=1)
+    with pytest.raises(UserError, match=r"train\.txt' has changed since .* was prepared: delete '.*1\.0\.0'") as error:
+        data.load("power", "val")
+    assert "\n" not in str(error.value)
+    shutil.rmtree(manual_folder("power"))  # the prepared data are all that is needed
+    np.testing.assert_array_equal(data.load("power", "val").x, rows["val"])
+
+
+def foreign(folder):
+    """Lets the features name a class in a module of the user's own."""
+    path = folder / "features.json"
+    path.write_text(path.read_text().replace("tensorflow_datasets.core.features.tensor_feature.Tensor", "evil.Tensor"))
+    return "names the feature type 'evil.Tensor', which is not one of TFDS's own"
+
+
+def more(folder):
+    path = folder / "dataset_info.json"
+    path.write_text(path.read_text().replace('"30"', '"3000000000000"'))
+    return "holds 30 examples, not 3000000000000"
+
+
+@pytest.mark.parametrize("damage", [foreign, more])
+@pytest.mark.parametrize("by_code", [True, False])
+def test_a_prepared_dataset_is_not_trusted(damage, by_code, monkeypatch, tmp_path):
+    write_files("power", 6)
+    data.load("power", "train")
+    root, name = Path(os.environ["TFDS_DATA_DIR"]), "power"
+    if not by_code:
+        (root / name).rename(root / (name := "own"))
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = damage(root / name / "1.0.0")
+    with pytest.raises(UserError, match=message) as error:
+        data.load(name, "train")
+    assert "\n" not in str(error.value) and "evil" not in sys.modules
 
 
 @pytest.mark.process
@@ -262,7 +305,7 @@ def test_folder_that_is_not_a_dataset():
     as_tfrecord("gas", shards=1)
     info = (folder / "dataset_info.json").read_text()
     (folder / "dataset_info.json").write_text(info.replace('"30"', '"31"'))  # one more than there are
-    with pytest.raises(UserError, match="examples are missing"):
+    with pytest.raises(UserError, match="holds 30 examples, not 31"):
         data.load("gas", "train")
     (folder / "dataset_info.json").write_text(info)
     np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])

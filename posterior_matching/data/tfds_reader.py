@@ -1,11 +1,14 @@
 """TFDS datasets as arrays, without TensorFlow: prepared on first use as ArrayRecord, decoded once, then cached."""
 
+import contextlib
 import difflib
 import gzip
 import importlib
 import io
 import itertools
+import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from absl import logging
 from posterior_matching.data.cache import cached
 from posterior_matching.data.splits import resolve_split, unknown_split
 from posterior_matching.errors import UserError
+from posterior_matching.progress import progress_bar
 
 TABULAR = ("gas", "power", "hepmass", "miniboone", "bsds")
 _CHUNK = 1024  # examples decoded at a time; bounds the memory for images before they are cropped
@@ -37,10 +41,13 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
         UserError: The name or split is unknown, or the data cannot be downloaded, prepared or read.
     """
     base, derive = _DERIVED.get(name, (name, None))
+    _check_features(base)
     builder = _builder(base)
     if not builder.data_path.exists():
         _prepare(builder)
         builder = _builder(base)
+    elif base in TABULAR:
+        builder.check_sources()
     if not builder.info.splits:
         raise UserError(f"'{builder.data_path}' is an incomplete TFDS dataset: delete it to prepare it again")
     split = resolve_split(split, builder.info.splits)
@@ -56,6 +63,33 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
             f"dataset '{name}' has infinite values in split '{split}': use finite numbers and NaN (missing)"
         )
     return split, derive(x) if derive else x, arrays.get("label")
+
+
+def _check_features(name: str) -> None:
+    """Refuses a prepared dataset whose `features.json` names a module that is not TFDS's own: TFDS would import it."""
+    from tensorflow_datasets.core.utils.file_utils import list_data_dirs
+
+    dataset = re.split("[/:]", name)[0]
+    for folder in list_data_dirs(os.environ.get("TFDS_DATA_DIR")):
+        for path in Path(folder, dataset).glob("**/features.json"):
+            try:
+                foreign = [c for c in _class_names(json.loads(path.read_text())) if not _OF_TFDS.fullmatch(c)]
+            except (OSError, ValueError, RecursionError) as error:
+                remedy = "delete that folder to prepare the dataset again"
+                raise UserError(f"cannot read '{path}' ({_first_line(error)}): {remedy}") from error
+            if foreign:
+                raise UserError(f"'{path}' names the feature type '{foreign[0]}', which is not one of TFDS's own")
+
+
+_OF_TFDS = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+")
+
+
+def _class_names(stored: Any) -> Iterator[str]:
+    if isinstance(stored, dict):
+        yield from (str(value) for key, value in stored.items() if key == "pythonClassName")
+    if isinstance(stored, dict | list):
+        for value in stored.values() if isinstance(stored, dict) else stored:
+            yield from _class_names(value)
 
 
 # Builders ------------------------------------------------------------------------------------------------------------
@@ -140,6 +174,8 @@ def _prepare(builder: Any) -> None:
     pythonlogging.getLogger("urllib3").setLevel(pythonlogging.ERROR)  # no line per retry
     downloader.MAX_RETRIES = 4  # instead of 10, which take minutes to report a missing network
     remedy = f"try again, or copy the folder from a machine that has it to '{builder.data_path}'"
+    root = Path(builder.data_dir_root)
+    before = _folders(root)
     try:
         # Looking for copies in Google's cloud would only waste time: they are TFRecord files.
         config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -155,6 +191,15 @@ def _prepare(builder: Any) -> None:
         if builder.data_path.exists():  # another process was faster
             return
         raise UserError(f"cannot prepare dataset '{builder.name}' ({_first_line(error)}): {remedy}") from error
+    finally:
+        for folder in sorted(_folders(root) - before, reverse=True):  # subfolders first
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _folders(root: Path) -> set[Path]:
+    """The folders in `root`, with itself and those that it lies in."""
+    return {path for path in (root, *root.parents, *root.rglob("*")) if path.is_dir()}
 
 
 def _first_line(error: Exception) -> str:
@@ -165,21 +210,38 @@ def _first_line(error: Exception) -> str:
 
 
 def _records(builder: Any, split: str) -> Iterator[bytes]:
-    """Yields the serialised examples of a split, in order, from ArrayRecord or TFRecord files."""
-    import tensorflow_datasets as tfds
+    """Yields the serialised examples of a split, in order, from ArrayRecord or TFRecord files.
 
+    Raises:
+        ValueError: The files hold fewer than `dataset_info.json` claims; nothing has been yielded then.
+    """
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    parts = builder.info.splits[split].file_instructions
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" in formats:
+        for part in parts:
+            reader = ArrayRecordReader(part.filename)
+            _check_num_examples(part, reader.num_records())
+            reader.close()
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
         for start in range(0, len(source), _CHUNK):
             yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
     elif "tfrecord" in formats:
-        for part in builder.info.splits[split].file_instructions:
+        for part in parts:
+            _check_num_examples(part, sum(1 for _ in _tfrecords(part.filename)))
+        for part in parts:
             yield from itertools.islice(_tfrecords(part.filename), part.skip, part.skip + part.take)
     else:
         found = ", ".join(sorted(formats)) or "an unknown format"
         raise UserError(f"'{builder.data_path}' is stored as {found}: delete it to prepare it again as array_record")
+
+
+def _check_num_examples(part: Any, found: int) -> None:
+    if part.skip + part.take > found:
+        raise ValueError(f"'{part.filename}' holds {found} examples, not {part.skip + part.take}")
 
 
 def _tfrecords(path: str) -> Iterator[bytes]:
@@ -220,33 +282,39 @@ def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
     """Decodes only the required fields of every example of a split, many times faster than TFDS decodes all of them."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
-    from tqdm import tqdm
 
     key, decode = _decoder(builder)
     total = builder.info.splits[split].num_examples
     labelled = isinstance(dict(builder.info.features.items()).get("label"), tfds.features.ClassLabel)
-    label = np.empty(total, np.int32)
     x: np.ndarray | None = None
     records = _records(builder, split)
-    try:
-        for start in tqdm(range(0, total, _CHUNK), desc=f"decoding {builder.name} {split}", delay=5):
+    with _reading(builder), progress_bar(total=total, desc=f"decoding {builder.name} {split}", delay=5) as bar:
+        for start in range(0, total, _CHUNK):
             rows = slice(start, min(start + _CHUNK, total))
             chunk = [tf_example_pb2.Example.FromString(r).features.feature for r in itertools.islice(records, _CHUNK)]
             if len(chunk) != rows.stop - rows.start:
                 raise ValueError("examples are missing")
             decoded = decode([_value(example[key]) for example in chunk])
-            x = np.empty((total, *decoded.shape[1:]), decoded.dtype) if x is None else x
+            if x is None:
+                x, label = np.empty((total, *decoded.shape[1:]), decoded.dtype), np.empty(total, np.int32)
             x[rows] = decoded
             if labelled:
                 label[rows] = [_value(example["label"])[0] for example in chunk]
+            bar.update(len(chunk))
+    if x is None:
+        raise UserError(f"split '{split}' of dataset '{builder.name}' is empty")
+    return {"x": x, "label": label} if labelled else {"x": x}
+
+
+@contextlib.contextmanager
+def _reading(builder: Any) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
         remedy = "delete that folder to prepare it again"
         raise UserError(f"cannot read '{builder.data_path}' ({_first_line(error)}): {remedy}") from error
-    if x is None:
-        raise UserError(f"split '{split}' of dataset '{builder.name}' is empty")
-    return {"x": x, "label": label} if labelled else {"x": x}
 
 
 def _value(feature: Any) -> Any:

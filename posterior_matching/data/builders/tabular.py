@@ -1,5 +1,7 @@
 """The base class of the TFDS builders of the five tabular datasets; the other files here hold only facts."""
 
+import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,19 +46,37 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             homepage=self.HOMEPAGE,
             citation=self.CITATION,
             disable_shuffling=True,  # rows stay in the order of the file
+            metadata=_Sources(),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         del dl_manager  # Google Drive asks for confirmation of large downloads, which gdown handles
-        folder = Path(self.data_dir_root) / "downloads" / "manual" / self.name
-        files = {split: folder / f"{split}.txt" for split in ("train", "val", "test")}
+        files = self._files()
         for path, drive_id in zip(files.values(), self.DRIVE_IDS, strict=True):
             if not path.exists():
                 self._download(drive_id, path)
+        self.info.metadata.update({path.name: _identity(path) for path in files.values()})
         generators = {}
         for (split, path), num_rows in zip(files.items(), self.ROWS, strict=True):
             generators[split] = self._generate_examples(path, num_rows)
         return generators
+
+    def _files(self) -> dict[str, Path]:
+        folder = Path(self.data_dir_root) / "downloads" / "manual" / self.name
+        return {split: folder / f"{split}.txt" for split in ("train", "val", "test")}
+
+    def check_sources(self) -> None:
+        """Raises a UserError if a text file has been replaced since the dataset was prepared from it."""
+        for path in self._files().values():
+            before = self.info.metadata.get(path.name)
+            if before is None or not path.exists():
+                continue
+            same_stamp = [path.stat().st_size, path.stat().st_mtime_ns] == [before["bytes"], before["modified_ns"]]
+            if not same_stamp and _identity(path)["sha256"] != before["sha256"]:
+                raise UserError(
+                    f"'{path}' has changed since dataset '{self.name}' was prepared: delete '{self.data_path}' to "
+                    "prepare it again, or put the old file back"
+                )
 
     def _download(self, drive_id: str, path: Path) -> None:
         import gdown
@@ -88,3 +108,18 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             )
         for index, row in enumerate(rows):
             yield index, {"features": row}
+
+
+class _Sources(tfds.core.MetadataDict):
+    """The identities of the text files, by name; empty if prepared by version 0.1."""
+
+    def load_metadata(self, data_dir: Any) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            super().load_metadata(data_dir)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Size, time of modification and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns, "sha256": digest}
