@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS_OF_SCRIPTS"] = (
 )
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS_OF_SCRIPTS"]
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["LOKY_MAX_CPU_COUNT"] = "2"  # joblib would start a process to count the cores
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit these
     os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matching_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["POSTERIOR_MATCHING_CACHE"] + "/xla"
@@ -44,3 +45,12 @@ def pytest_runtest_protocol(item):
         if not item.get_closest_marker("process"):
             patch.setattr(subprocess.Popen, "__init__", refuse)
         return (yield)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Lets no operation promote types implicitly. Optax and NumPyro's Bernoulli do, so not all tests can use it."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield
