@@ -10,6 +10,8 @@ from scipy.special import logsumexp
 
 from posterior_matching.models.likelihood import importance_log_prob, log_prob_of_observed
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 KEY = jax.random.key(0)
 
 

@@ -9,6 +9,8 @@ import scipy.stats
 from helpers.arrays import Z_LIMIT, normal, softplus
 from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 KEY = jax.random.key(0)
 
 

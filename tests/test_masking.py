@@ -33,6 +33,8 @@ from posterior_matching.masking import (
     mask_shape,
 )
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 @pytest.mark.parametrize("shape", [(5,), (4, 3, 1), (4, 3, 3)])
 def test_partial_input_shape_is_that_of_partial_input(shape):

@@ -10,6 +10,8 @@ from helpers.arrays import filled
 from posterior_matching.errors import UserError
 from posterior_matching.models.networks import NETWORKS, ConvDecoder, ConvEncoder, ResidualMLP
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def arrays(linear):
     return np.asarray(linear.kernel[...], np.float64), np.asarray(linear.bias[...], np.float64)

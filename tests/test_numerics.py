@@ -11,6 +11,8 @@ from helpers.arrays import normal
 from posterior_matching import numerics
 from posterior_matching.numerics import memory
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def test_first_argmin_is_the_first_index_of_the_least_value():
     values = np.random.default_rng(0).integers(0, 3, (50, 4, 6)).astype(np.float32)  # many ties

@@ -13,6 +13,8 @@ from posterior_matching.config import call
 from posterior_matching.errors import UserError
 from posterior_matching.models.pixel_cnn import PixelCNN, Region, UpsamplingLinear
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def build(grid, codebook_size=3, num_hierarchies=1, seed=0, **options):
     options = {"num_resnet": 2 if num_hierarchies == 1 else 1, "num_filters": 4} | options

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from helpers.configs import QUICK, ROOT, SMALL
+from helpers.configs import DIAGONAL, QUICK, ROOT, SMALL, TABULAR
 from helpers.scripts import environment, finish, free_port, spawn, write_config
 
 pytestmark = pytest.mark.process
@@ -65,7 +65,8 @@ def checkout(tmp_path_factory):
         (folder / path.name).symlink_to(path)
     for name in ("configs", "figures"):
         shutil.copytree(ROOT / name, folder / name)
-    for name, changes in SMALL.items():
+    dense = {"pm_vae_digits": TABULAR, "pm_vae_digits_sparse": TABULAR | {"model.partial_posterior": DIAGONAL}}
+    for name, changes in (SMALL | dense).items():  # dense layers compile faster than convolutions
         write_config(folder / "configs" / f"{name}.py", name, QUICK | changes | STEPS)
     rng = np.random.default_rng(0)
     values = rng.normal(size=(100, 12)) @ rng.normal(size=(12, 12))

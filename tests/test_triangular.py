@@ -8,6 +8,8 @@ import pytest
 from helpers.arrays import normal
 from posterior_matching.numerics import triangular
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def triangles():
     return np.tril(normal(0, 2, 4, 5, 5)) + 3 * np.eye(5, dtype=np.float32)

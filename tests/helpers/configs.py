@@ -24,7 +24,7 @@ GMM = {"name": "AutoregressiveGMM", "num_components": 2, "residual_blocks": 0, "
 
 QUICK = {"train_split": "test", "steps": 6, "validation_every": 3, "log_every": 1, "batch_size": 4}
 _PARTIAL = {"model.latent_dim": 2, "model.partial_posterior": GMM}
-_TABULAR = _PARTIAL | {f"model.{part}": MLP for part in ("encoder", "decoder", "partial_encoder")}
+TABULAR = _PARTIAL | {f"model.{part}": MLP for part in ("encoder", "decoder", "partial_encoder")}
 _ENCODER = {"name": "ConvEncoder", "conv_layers": ((4, 3, 1), (6, 3, 2), (8, 4, 1))}
 _IMAGES = _PARTIAL | {"model.encoder": _ENCODER, "model.partial_encoder": _ENCODER}
 _IMAGES |= {"model.decoder.conv_layers": ((6, 4, 1), (4, 3, 2), (1, 3, 1))}
@@ -34,10 +34,10 @@ _VADE |= {"pretraining.mixture_inits": 1, "pretraining.mixture_iterations": 200}
 SMALL = {
     "pm_vae_digits": _IMAGES,
     "pm_vae_digits_sparse": _IMAGES | {"model.partial_posterior": DIAGONAL},
-    "pm_vae_mixture": _TABULAR,
-    "pm_vae_whitewine": _TABULAR | {"train_split": "train"},
-    "pm_vae_table": _TABULAR | {"train_split": "train"},
-    "pm_vae_gas": _TABULAR | {"dataset": "mixture"},  # of as many features
+    "pm_vae_mixture": TABULAR,
+    "pm_vae_whitewine": TABULAR | {"train_split": "train"},
+    "pm_vae_table": TABULAR | {"train_split": "train"},
+    "pm_vae_gas": TABULAR | {"dataset": "mixture"},  # of as many features
     "vqvae_digits": {
         "model.hidden_units": 8,
         "model.residual_units": 4,
