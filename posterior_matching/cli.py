@@ -1,5 +1,7 @@
 """The command line of all scripts: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
+import argparse
+import contextlib
 import inspect
 import os
 import pathlib
@@ -19,6 +21,7 @@ from posterior_matching.errors import UserError, nearest
 from posterior_matching.numerics import on_cpu
 from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
+from posterior_matching.training.loop import InterruptedRunError
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags defined here count as the script's own, in --help too
@@ -82,8 +85,18 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
                 jax.config.update("jax_default_matmul_precision", "highest")
             _use_compilation_cache()
             main()
+        except (
+            InterruptedRunError
+        ) as error:  # all processes have stopped at one step, and process 0 may still be saving
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
         except UserError as error:
             _fail(error)
+        except jax.errors.JaxRuntimeError as error:  # of a collective operation in which another process is missing
+            if not parallel.has_joined():
+                raise
+            parallel.wait_for_the_reason()
+            _fail(f"lost contact with another process ({str(error).partition(chr(10))[0]}): the same commands resume")
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -156,7 +169,21 @@ def _override_problem(arguments: list[str], config: ConfigDict | None) -> str | 
 
 def _fail(message: object) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
+    _join_to_say_why()
+    parallel.exit_with_others(str(message))
     sys.exit(1)
+
+
+def _join_to_say_why() -> None:
+    """Joins the other processes, if the flags name any and this one has not got as far; they would wait for it."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--coordinator_address")
+    for name in ("num_processes", "process_id"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    with contextlib.suppress(argparse.ArgumentError, UserError):
+        found = parser.parse_known_args()[0]
+        if found.coordinator_address and 0 <= found.process_id < found.num_processes and not parallel.has_joined():
+            parallel.initialize(found.coordinator_address, found.num_processes, found.process_id, seconds=20)
 
 
 def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str | None:

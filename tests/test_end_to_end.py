@@ -149,6 +149,37 @@ def test_two_processes_equal_two_devices(folder):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found, expected)
 
 
+def together(folder, name, *differing):
+    """Two processes of one run, each with its own arguments."""
+    several = ["--config.steps=100000", "--num_processes=2", f"--coordinator_address=localhost:{free_port()}"]
+    return [train(folder, name, *several, f"--process_id={i}", *own) for i, own in enumerate(differing)]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("--config.log_every=3", "config.log_every is "),
+        ("--config.stepz=3", "process 1 failed: unknown key 'config.stepz': did you mean 'steps'?"),
+        ("--config.train_split=tost", "process 1 failed: dataset 'mixture' has no split 'tost'"),
+    ],
+)
+def test_processes_that_do_not_fit_together_end_with_one_line_each(folder, own, message):
+    for process in together(folder, f"unlike {own}", [], [own]):
+        (line,) = [line for line in finish(process, status=1)[1].splitlines() if "[Gloo]" not in line]
+        assert line.startswith("error: ") and (message in line or process.args[-1] == own)
+    assert not (folder / f"unlike {own}").exists()
+
+
+def test_a_process_that_is_killed_ends_the_others_with_one_line_that_names_it(folder):
+    first, second = together(folder, "deserted", [], [])
+    wait_until(lambda: rows(folder / "deserted"), first)
+    first.kill()
+    first.communicate()
+    _, err = second.communicate(timeout=100)
+    assert err.splitlines()[-1].startswith("error: lost process 0, ") and "Traceback" not in err
+    assert second.returncode not in (0, None)
+
+
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 

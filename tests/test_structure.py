@@ -22,8 +22,8 @@ FLOORS = [
     ["runs", "acquisition"],
     ["models"],
     ["masking", "data", "numerics"],
-    ["config"],
-    ["errors", "parallel", "atomic", "progress"],
+    ["config", "parallel"],
+    ["errors", "atomic", "progress"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FACE = "posterior_matching"  # the package itself imports nothing before it is asked for it

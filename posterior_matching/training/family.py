@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from posterior_matching import config as configs
-from posterior_matching import data, models, runs
+from posterior_matching import data, models, parallel, runs
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape
 from posterior_matching.training.batching import default_batch_size
@@ -109,6 +109,9 @@ class Family:
         columns = saved_columns(run_dir, parsed.config) or (pretrained.columns if pretrained else None)
         train_set, validation_set = data.load_for_training(parsed.config, columns)
         experiment = self.experiment(parsed, train_set, validation_set, pretrained)
+        parallel.check_agreement(
+            configs.flatten({"config": experiment.config}) | {"the fingerprint of the data": train_set.fingerprint}
+        )
         run = runs.open_run(
             run_dir,
             self.name,
