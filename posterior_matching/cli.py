@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -302,6 +303,7 @@ def evaluation_main(evaluate: Callable[..., Any], config: ConfigDict | None = No
         arguments = {name: value.value for name, value in values.items()}
         if config is not None:
             arguments["config"] = config_flags.get_override_values(FLAGS["config"])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are deleted
         try:
             evaluate(**arguments)
         except KeyboardInterrupt:

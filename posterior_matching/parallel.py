@@ -31,6 +31,7 @@ _HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts 
 _GRACE_SECONDS = 3  # for a process to end by itself once another has failed
 _FAILURE = "posterior_matching/failure"
 _calls = itertools.count()
+_leaving = threading.Event()  # set once this process ends by itself
 
 
 def initialize(coordinator_address: str, num_processes: int, process_id: int, seconds: int = 120) -> None:
@@ -57,11 +58,10 @@ def initialize(coordinator_address: str, num_processes: int, process_id: int, se
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(_cannot_join(str(error))) from error
-    leaving = threading.Event()
-    watch = threading.Thread(target=_end_when_another_fails, args=[leaving], daemon=True)
+    watch = threading.Thread(target=_end_when_another_fails, daemon=True)
     watch.start()
     atexit.register(watch.join)  # called in the reverse order, before JAX leaves the others
-    atexit.register(leaving.set)
+    atexit.register(_leaving.set)
 
 
 def has_joined() -> bool:
@@ -96,6 +96,7 @@ def exit_with_others(message: str) -> None:
     """Ends this process with status 1 and tells the others why; returns if it has not joined any."""
     if (store := distributed.global_state.client) is None:
         return
+    _leaving.set()
     with contextlib.suppress(Exception):  # another has failed before
         store.key_value_set(_FAILURE, f"process {distributed.global_state.process_id} failed: {message}")
         if distributed.global_state.process_id == 0:  # it holds the store
@@ -109,15 +110,15 @@ def wait_for_the_reason() -> None:
     time.sleep(2 * (_HEARTBEAT_SECONDS + _GRACE_SECONDS))
 
 
-def _end_when_another_fails(leaving: threading.Event) -> None:
+def _end_when_another_fails() -> None:
     """Ends this process with one line soon after another has failed."""
     store: Any = distributed.global_state.client
-    while not leaving.wait(1):
+    while not _leaving.wait(1):
         try:
             failure = store.key_value_try_get(_FAILURE)
         except Exception:  # none has, or process 0 is lost, which ends this one
             continue
-        if not leaving.wait(_GRACE_SECONDS):
+        if not _leaving.wait(_GRACE_SECONDS):
             print(f"error: {failure}", file=sys.stderr, flush=True)
             os._exit(1)
 

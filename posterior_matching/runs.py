@@ -69,15 +69,36 @@ class Run:
                 cannot be written.
         """
         if jax.process_index() == 0:
-            with _writing(self.path):
+            with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
                 for name in _KEPT:
                     (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
                 atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
+            for path in self.path.glob("checkpoints/*/*/_CHECKPOINT_METADATA"):
+                try:
+                    dict(json.loads(path.read_text(encoding="utf-8")))
+                except (OSError, ValueError, TypeError) as error:  # Orbax would not list the others either
+                    self._set_aside(path.parent, error)
+            step = latest_step(self.path)
+            if self.step and not step:
+                raise self._nothing_intact()
+            self.step = step
         parallel.wait_for_all_processes()
         self._managers = {name: _manager(self.path, name) for name in _KEPT}
         self._forget_later_best()
+
+    def _nothing_intact(self) -> UserError:
+        return UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir or delete it")
+
+    def _set_aside(self, folder: pathlib.Path, error: Exception) -> None:
+        """Moves a damaged checkpoint out of the way, with a warning."""
+        if jax.process_count() > 1:
+            raise UserError(f"the checkpoint {folder} is damaged ({_reason(error)}): delete it") from error
+        shutil.move(folder, folder.parents[1] / f"damaged-{folder.parent.name}-{folder.name}")
+        older = latest_step(self.path, folder.parent.name)
+        remains = f"going on with that of step {older}" if older else "there is no older one"
+        logging.warning("the checkpoint %s is damaged (%s): %s", folder, _reason(error), remains)
 
     def _forget_later_best(self) -> None:
         """Deletes a best checkpoint beyond the latest one: a run that was killed or damaged will get there again."""
@@ -112,7 +133,7 @@ class Run:
         Raises:
             UserError: This checkpoint, or the previous one in the background, cannot be written.
         """
-        with _writing(self.path):
+        with writing(self.path):
             weights = {} if model is None else {"model": model}
             if best:  # on disk before the latest one, which records the loss to beat, is begun
                 self._managers["best"].save(step, args=_arguments(weights, {}), force=True)
@@ -132,37 +153,32 @@ class Run:
         Raises:
             UserError: No checkpoint is intact, or its arrays do not match.
         """
-        manager = self._managers["latest"]
         while self.step:
+            folder = self.path / "checkpoints" / "latest" / str(self.step)
             try:
-                if "leaves" in _saved_arrays(manager, self.step, "train"):
+                if "leaves" in _saved_arrays(folder, "train"):
                     raise UserError(
                         f"{self.path} was trained by version 0.1, whose training state cannot be resumed: its model "
                         "can still be evaluated; to continue training, choose another --run_dir"
                     )
                 train = structure(self.step)
-                arrays = _restore(manager, self.step, "train", _named_leaves(train))
-                record = _record(manager, self.step).get("record", {})
+                arrays = _restore(folder, "train", _named_leaves(train))
+                record = _record(folder).get("record", {})
                 return jax.tree.unflatten(jax.tree.structure(train), list(arrays.values())), record
             except UserError:
                 raise
             except _DoesNotFitError as error:
                 raise UserError(f"the latest checkpoint of {self.path} does not fit its config.json: {error}") from None
             except Exception as error:  # whatever Orbax raises for missing and truncated files
-                damaged = self.path / "checkpoints" / "latest" / str(self.step)
-                if jax.process_count() > 1:
-                    raise UserError(f"the checkpoint {damaged} is damaged ({_reason(error)}): delete it") from error
-                shutil.move(damaged, damaged.parent.parent / f"damaged-{self.step}")
-                manager.reload()
+                self._set_aside(folder, error)
+                self._managers["latest"].reload()
                 self.step = latest_step(self.path)
                 self._forget_later_best()
-                older = f"resuming from step {self.step}" if self.step else "there is no older one"
-                logging.warning("the checkpoint %s is damaged (%s): %s", damaged, _reason(error), older)
-        raise UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir, or delete it to start over")
+        raise self._nothing_intact()
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends one JSON object to `metrics.jsonl`."""
-        with _writing(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
@@ -176,9 +192,10 @@ class Run:
     def finished_saving(self) -> Iterator[None]:
         """When the block ends, waits until everything is on disk, then lets other processes resume the run."""
         try:
-            yield
+            with writing(self.path):
+                yield
         finally:
-            with _writing(self.path):
+            with writing(self.path):
                 for manager in self._managers.values():
                     manager.wait_until_finished()
             self._lock.release()
@@ -220,7 +237,7 @@ def open_run(
         "num_devices": jax.device_count(),
         "versions": versions(),
     }
-    with _writing(path):
+    with writing(path):
         if (path / "config.json").exists():
             _check_same_run(path, read_description(path), description)
             unfinished = any((path / "checkpoints" / "latest").glob("*"))  # of a run stopped while writing its first
@@ -236,8 +253,9 @@ def open_run(
 
 def latest_step(run_dir: str | os.PathLike[str], checkpoint: str = "latest") -> int:
     """Returns the step of a run's checkpoint, "latest" or "best"; 0 if there is none, or no such directory."""
-    saved = (pathlib.Path(run_dir) / "checkpoints" / checkpoint).glob("*")
-    return max((int(path.name) for path in saved if path.name.isdigit()), default=0)
+    with _reading(run_dir):
+        saved = (pathlib.Path(run_dir) / "checkpoints" / checkpoint).glob("*")
+        return max((int(path.name) for path in saved if path.name.isdigit()), default=0)
 
 
 def read_description(run_dir: str | os.PathLike[str], model: str | None = None) -> dict[str, Any]:
@@ -251,8 +269,9 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
         UserError: It does not exist, is not a run directory, or holds a run of another model.
     """
     path = pathlib.Path(run_dir)
-    if not path.is_dir():
-        raise UserError(f"run directory {run_dir} does not exist")
+    with _reading(run_dir):
+        if not path.is_dir():
+            raise UserError(f"run directory {run_dir} does not exist")
     try:
         description = json.loads((path / "config.json").read_text(encoding="utf-8"))
         found, config, shape = description["model"], description["config"], description["input_shape"]
@@ -264,7 +283,7 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
         )
     except FileNotFoundError:
         raise UserError(f"{run_dir} is not a run directory: it has no config.json") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError):
         damaged = True
     if damaged:
         raise UserError(f"{path / 'config.json'} is damaged: it does not describe a run")
@@ -337,11 +356,11 @@ def _read_weights(path: pathlib.Path, name: str, target: dict[str, Any]) -> dict
         step = latest_step(path, name)
         if not step:
             raise UserError(f"{path} holds no {name} checkpoint yet: train it longer (config.validation_every)")
-        manager = _manager(path, name)
+        folder = path / "checkpoints" / name / str(step)
         try:
-            if not (manager.directory / str(step) / "model").exists() and latest_step(path, name) == step:
+            if not (folder / "model").exists() and latest_step(path, name) == step:
                 raise UserError(f"{path} is still pretraining, at step {step}: train it longer")
-            return _restore(manager, step, "model", target)
+            return _restore(folder, "model", target)
         except (UserError, _DoesNotFitError):
             raise
         except Exception as error:  # whatever Orbax raises for missing and truncated files
@@ -351,8 +370,6 @@ def _read_weights(path: pathlib.Path, name: str, target: dict[str, Any]) -> dict
                     f"the {name} checkpoint of {path}, step {step}, is damaged ({_reason(error)}): try the {other} "
                     "one, or resume the run, which falls back to the previous checkpoint"
                 ) from error
-        finally:
-            manager.close()
 
 
 def flat_weights(state: nnx.State) -> dict[str, Any]:
@@ -397,33 +414,37 @@ def _arguments(items: dict[str, dict[str, np.ndarray]], record: Mapping[str, Any
     )
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, item: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the arrays of an item, in the order of `target`, after comparing their shapes and checksums."""
+def _restore(folder: pathlib.Path, item: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a checkpoint's item, in the order of `target`, after comparing shapes and checksums."""
     shapes = {name: tuple(array.shape) for name, array in target.items()}
-    saved = {name: tuple(array.shape) for name, array in _saved_arrays(manager, step, item).items()}
+    saved = {name: tuple(array.shape) for name, array in _saved_arrays(folder, item).items()}
     if not saved:
         raise ValueError(f"{item} is gone")
     if problem := _difference(shapes, saved):
         raise _DoesNotFitError(problem)
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in target.items()}
-    restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))[item]
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(folder / item, abstract)
     arrays = {name: np.asarray(restored[name]) for name in target}
-    checksums = _record(manager, step).get("checksums", {}).get(item)
+    checksums = _record(folder).get("checksums", {}).get(item)
     for name, array in arrays.items():
         if checksums is not None and checksums.get(name) != _checksum(array):
             raise ValueError(f"wrong checksum of {name}")
     return arrays
 
 
-def _saved_arrays(manager: ocp.CheckpointManager, step: int, item: str) -> Mapping[str, Any]:
-    return manager.item_metadata(step)[item] or {}
+def _saved_arrays(folder: pathlib.Path, item: str) -> Mapping[str, Any]:
+    _silence_orbax()
+    with ocp.StandardCheckpointer() as checkpointer:
+        found: Any = checkpointer.metadata(folder / item)
+    return found.item_metadata or {}
 
 
-def _record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def _record(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the record of a checkpoint, empty for one of version 0.1."""
-    if not (manager.directory / str(step) / "record").exists():
+    if not (folder / "record").exists():
         return {}
-    return manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    return json.loads((folder / "record" / "metadata").read_text(encoding="utf-8"))
 
 
 def _checksum(array: np.ndarray) -> int:
@@ -451,12 +472,24 @@ def _silence_orbax() -> None:
             report(unraisable)
 
     sys.unraisablehook = report_others
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns file system errors into a one-line UserError."""
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns errors about impossible paths into a one-line UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = repr(str(path)) if len(str(path)) < 100 else repr(f"{str(path)[:100]}...")
+        raise UserError(f"cannot read the run directory {shown} ({reason}): choose another --run_dir") from error
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns file system errors into a one-line UserError that names the run directory."""
     try:
         yield
     except UserError:
@@ -473,9 +506,12 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"cannot write the run directory {path} ({reason}): {remedy}") from error
 
 
+_REASONS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded", "null byte")
+
+
 def _known_reason(error: Exception) -> str | None:
     """The file system error in a message from a library's C++ code; None if there is none."""
-    for reason in ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded"):
+    for reason in _REASONS:
         if reason in str(error):
             return reason
     return None

@@ -15,7 +15,6 @@ os.environ["XLA_FLAGS_OF_SCRIPTS"] = (
 )
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS_OF_SCRIPTS"]
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["LOKY_MAX_CPU_COUNT"] = "2"  # joblib would start a process to count the cores
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit these
     os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matching_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["POSTERIOR_MATCHING_CACHE"] + "/xla"

@@ -349,7 +349,7 @@ def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_
         assert "latest checkpoint" in refusal(runs.load_model, run_dir, checkpoint="latest")
         return  # resuming reads what trains
     train_pm_vae.train(make_config(), str(run_dir))
-    assert f"{run_dir}/checkpoints/latest/6 is damaged" in caplog.text and "resuming from step 3" in caplog.text
+    assert f"{run_dir}/checkpoints/latest/6 is damaged" in caplog.text and "going on with that of step 3" in caplog.text
     assert_same(weights(run_dir), undisturbed)
     assert [row["step"] for row in rows(run_dir)] == [3, 6]
 

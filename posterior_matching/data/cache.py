@@ -37,7 +37,7 @@ def cached(key: str, sources: Iterable[Path], compute: Callable[[], dict[str, np
     fingerprint = hashlib.sha256(repr((_DECODING, key, state)).encode()).hexdigest()[:16]
     path = folder() / f"{re.sub(r'[^a-z0-9.]+', '-', key)}-{fingerprint}.npz"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as saved, np.load(saved, allow_pickle=False) as archive:
             if damaged := archive.zip.testzip():  # compares checksums, which reading an array may not
                 raise zipfile.BadZipFile(damaged)
             return {name: archive[name] for name in archive.files}

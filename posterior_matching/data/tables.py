@@ -191,19 +191,22 @@ def _array_frame(source: str, array: np.ndarray, what: str = "the array", kinds:
 
 
 def _read_numpy(path: Path, options: TableOptions, rows: int | None) -> Iterator[Table]:
-    lazily: Literal["r"] | None = "r" if rows and path.suffix.lower() == ".npy" else None
-    loaded, parts = np.load(path, allow_pickle=False, mmap_mode=lazily), None
-    kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
-    if kind != path.suffix.lower():  # np.load looks at the content, not at the name
-        raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
-    if kind == ".npy":
-        frame = _array_frame(str(path), loaded, kinds="biuf")
-    else:
-        with loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
-        parts = _parts(path, arrays)
-        frames = [_array_frame(str(path), array, f"'{name}'", "biuf") for name, array in arrays.items()]
-        frame = pd.concat(frames, ignore_index=True)
+    suffix, parts = path.suffix.lower(), None
+    with path.open("rb") as file:
+        kind = {b"\x93N": ".npy", b"PK": ".npz"}.get(file.read(2), suffix)
+        if kind != suffix:  # np.load looks at the content, not at the name
+            raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
+        file.seek(0)
+        if kind == ".npy":
+            lazily: Literal["r"] | None = "r" if rows else None
+            array = np.load(path if lazily else file, allow_pickle=False, mmap_mode=lazily)
+            frame = _array_frame(str(path), array, kinds="biuf")
+        else:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            parts = _parts(path, arrays)
+            frames = [_array_frame(str(path), array, f"'{name}'", "biuf") for name, array in arrays.items()]
+            frame = pd.concat(frames, ignore_index=True)
     for start in range(0, len(frame), rows or len(frame)):
         yield Table(frame.iloc[start : start + (rows or len(frame))], str(path), options, parts=parts)
 

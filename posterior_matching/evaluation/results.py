@@ -201,7 +201,7 @@ def save_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 def load_npz(path: pathlib.Path) -> Arrays | None:
     """Reads all arrays of a `.npz`; None if it does not exist or is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return None if archive.zip.testzip() else dict(archive)
     except Exception:  # whatever NumPy and zipfile raise for files that are truncated, empty or no archives
         return None

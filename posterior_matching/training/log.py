@@ -57,7 +57,8 @@ class TrainingLog:
         total, ours = (
             sum(math.prod(a.shape) for a in jax.tree.leaves(s)) for s in (nnx.state(model, nnx.Param), trainable)
         )
-        atomic.write_text(run.path / "parameters.txt", parameter_overview(model))
+        with runs.writing(run.path):
+            atomic.write_text(run.path / "parameters.txt", parameter_overview(model))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
         print(f"run directory: {run.path}")
         print(
@@ -67,17 +68,14 @@ class TrainingLog:
 
     def __enter__(self) -> "TrainingLog":
         if self._writes:
-            from tensorboardX import SummaryWriter
-
-            step = self._run.step
-            self._writer = SummaryWriter(str(self._run.path / "tb"), purge_step=step + 1 if step else None)
-            self._progress = progress_bar(total=self._steps, initial=step, unit="step")
+            self._events = TensorBoardEvents(self._run)
+            self._progress = progress_bar(total=self._steps, initial=self._run.step, unit="step")
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._writes:
             self._progress.close()
-            self._writer.close()
+            self._events.close()
 
     def begin(self, phase: str) -> None:
         """Sets the description of the progress bar, and discards the measurements of the previous phase."""
@@ -152,7 +150,7 @@ class TrainingLog:
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Writes images `[H, W, C]` in [0, 1]."""
         for name, image in images.items():
-            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self._events.add_image(name, image, step)
 
     def restart_clock(self) -> None:
         """Restarts the timing of steps, so that validation and saving do not count."""
@@ -162,7 +160,7 @@ class TrainingLog:
         if self._writes:
             for name, value in values.items():
                 if math.isfinite(value):  # NaN if every update since the last write was skipped
-                    self._writer.add_scalar(f"{prefix}/{name}", value, step)
+                    self._events.add_scalar(f"{prefix}/{name}", value, step)
 
     def _refuse_nonfinite(self, step: int, series: dict[str, np.ndarray]) -> None:
         in_a_row = series["skipped_in_a_row"]
@@ -180,6 +178,45 @@ class TrainingLog:
     def _last_good(self) -> str:
         saved = f"the last good checkpoint is step {self._run.step}" if self._run.step else "no checkpoint was saved"
         return f"{saved} in {self._run.path}; try a lower config.optimizer.learning_rate or config.optimizer.clip_norm"
+
+
+class TensorBoardEvents:
+    """The TensorBoard events of a run, written at once.
+
+    tensorboardX's `SummaryWriter` leaves writing to a thread, and waits for it without end if it fails.
+    """
+
+    def __init__(self, run: runs.Run):
+        from tensorboardX import event_file_writer
+
+        with runs.writing(run.path):
+            (run.path / "tb").mkdir(exist_ok=True)
+            self._file = event_file_writer.EventsWriter(str(run.path / "tb" / "events"))
+        if run.step:  # TensorBoard then forgets what it has of later steps
+            from tensorboardX.proto.event_pb2 import SessionLog
+
+            self._write(run.step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Adds a point of a curve."""
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.scalar(name, value))
+
+    def add_image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Adds an image `[H, W, C]` in [0, 1]."""
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.image(name, np.asarray(image), dataformats="HWC"))
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto import event_pb2
+
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
 
 def parameter_overview(model: nnx.Module) -> str:
