@@ -12,7 +12,7 @@ disks      the run directory cannot be made or written (a full disk is tried by 
 processes  two processes differ, or one ends or is killed: each ends with one line, and the run goes on as if nothing
            had happened
 
-"Refused" means one line that is no stack trace, and exit status 1. `tests/test_faults.py` is the short form.
+"Refused" means one line that is no stack trace, and exit status 1. `tests/test_faults.py` names the short forms.
 """
 
 import contextlib
@@ -365,7 +365,7 @@ def processes(folder: pathlib.Path, tries: int, rng: random.Random) -> Iterator[
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         several = [f"--run_dir={folder / name}", "--num_processes=2", f"--coordinator_address=localhost:{port}"]
-        several += [f"--config.steps={steps}", *common]
+        several += [*common, f"--config.steps={steps}"]
         return [command("train_pm_vae", *several, f"--process_id={i}", *own[i]) for i in range(2)]
 
     changes = {
@@ -390,15 +390,11 @@ def processes(folder: pathlib.Path, tries: int, rng: random.Random) -> Iterator[
         pair[killed].communicate()
         yield f"process {killed} killed: the other", refused(pair[1 - killed], status=None)
         step = runs.latest_step(folder / name)
-        statuses = []
-        for process in both(name, [], [], steps=step + 20):
-            process.communicate(timeout=300)
-            statuses.append(process.returncode)
-        statuses_whole = []
-        for process in both(f"{name} undisturbed", [], [], steps=step + 20):
-            process.communicate(timeout=300)
-            statuses_whole.append(process.returncode)
-        problem = f"statuses {statuses}" if any(statuses + statuses_whole) else None
+        problem = None
+        for run_name in (name, f"{name} undisturbed"):
+            for process in both(run_name, [], [], steps=step + 20):
+                _, err = process.communicate(timeout=300)
+                problem = problem or (process.returncode and f"{run_name}: {err[-300:]}")
         yield f"process {killed} killed: resumed", problem or difference(folder / name, folder / f"{name} undisturbed")
 
 
