@@ -32,8 +32,8 @@ demo: install  ## train a PM-VAE on scikit-learn's digits, evaluate it and save 
 test: install  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: install  ## run the tests that start no process of their own
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not process"
+test-fast: install  ## run the tests that start no process and train no model
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not process and not slow"
 
 lint: install  ## check style, formatting and types
 	$(BIN)/ruff check .

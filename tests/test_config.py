@@ -211,6 +211,7 @@ def read(name, config):
     return nnx.eval_shape(lambda: synthetic.experiment(name, config, rows).phases[-1].model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_for_its_dataset_and_builds_a_model(name):
     config = load(name)
@@ -263,6 +264,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({name for name, _ in KEYS}))
 def test_every_bad_value_of_every_key_gets_one_line_or_is_valid(name):
     """Never another exception, never a hang. Keys that one class reads for all families are tried with one."""

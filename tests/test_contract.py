@@ -196,6 +196,7 @@ def trained(tmp_path_factory):
 each_run = pytest.mark.parametrize("case", RUNS)
 
 
+@pytest.mark.slow
 @each_run
 def test_the_config_is_left_alone_and_saved_as_it_was_resolved(trained, case):
     run = trained(case)
@@ -213,6 +214,7 @@ def test_the_config_is_left_alone_and_saved_as_it_was_resolved(trained, case):
     assert saved["config"] == resolved and saved["input_shape"] == [8, 8, 1]
 
 
+@pytest.mark.slow
 @each_run
 def test_losses_are_the_recorded_ones(trained, case, request):
     """Loss terms of the first steps; `pytest tests/test_contract.py -k recorded --record` writes them anew."""
@@ -229,6 +231,7 @@ def test_losses_are_the_recorded_ones(trained, case, request):
         assert row == pytest.approx(expected[step], rel=1e-3, abs=1e-3), step
 
 
+@pytest.mark.slow
 @each_run
 def test_trained_weights_move_and_those_of_the_base_do_not(trained, case):
     run = trained(case)
@@ -244,6 +247,7 @@ def test_trained_weights_move_and_those_of_the_base_do_not(trained, case):
             assert (after[key] != before).any(), key
 
 
+@pytest.mark.slow
 @each_run
 def test_stopped_and_resumed_without_its_base_a_run_is_as_if_never_stopped(trained, case, tmp_path, monkeypatch):
     """It crashes between two checkpoints."""

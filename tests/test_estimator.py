@@ -18,6 +18,8 @@ from posterior_matching.estimator import PosteriorMatchingImputer, table_config
 from posterior_matching.evaluation import uci
 from posterior_matching.imputation import impute_file
 
+pytestmark = pytest.mark.slow
+
 
 class Short(dict):
     """A dict that does not fill the names of tests."""

@@ -22,6 +22,8 @@ from posterior_matching.estimator import impute, table_config
 from posterior_matching.imputation import Imputer, impute_file
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 MLP = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8, "layer_norm": False, "dropout": 0.0}
@@ -235,6 +237,15 @@ def test_the_script(run):
     ):
         _, err = finish(start("impute", *paths, flag), status=1)
         assert message in err and err.count("\n") == 1
+
+
+def test_rows_without_any_cell_are_filled_too(run, tmp_path):
+    lines = (run / "rows.csv").read_text().splitlines()
+    empty = ";" * lines[0].count(";")
+    (tmp_path / "rows.csv").write_text("\n".join([lines[0], empty, *lines[1:3], empty, lines[3]]) + "\n")
+    (path,) = impute_file(str(run / "run"), str(tmp_path / "rows.csv"), str(tmp_path / "filled.csv"), num_samples=2)
+    filled = path.read_text().splitlines()
+    assert len(filled) == 6 and filled[1] == filled[4] and all(filled[1].split(";")[1:4])
 
 
 # Public tables -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.models import build
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 
 

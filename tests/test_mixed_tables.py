@@ -23,6 +23,8 @@ from posterior_matching.masking import BernoulliMaskGenerator
 from posterior_matching.models import build, distributions
 from posterior_matching.training.corruption import add_noise
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 CARDINALITIES = (0, 3, 2, 0)
 REAL = np.array(CARDINALITIES) == 0

@@ -284,10 +284,11 @@ def test_wrongly_grouped_digits_are_no_numbers(write):
 
 
 def test_lines_without_cells(write):
-    path = write("a,b\n\n1,\n,\n,2\n   \n\n3,4\n,\n")
-    table = read(path)
-    np.testing.assert_array_equal(list(values(table).values()), [[1, math.nan, 3], [math.nan, 2, 4]])
-    assert [table.row(i) for i in range(3)] == ["line 3", "line 5", "line 8"]
+    """A line of separators is a row, but not at the end of a file."""
+    table = read(write("a,b\n\n1,\n,\n,2\n   \n\n3,4\n,\n,\n"))
+    nan = math.nan
+    np.testing.assert_array_equal(list(values(table).values()), [[1, nan, nan, 3], [nan, nan, 2, 4]])
+    assert [table.row(i) for i in range(4)] == ["line 3", "line 4", "line 5", "line 8"]
 
 
 # Missing values ------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from posterior_matching.training.loop import fit
 from posterior_matching.training.optimizer import OptimizerOptions
 from posterior_matching.training.step import CompiledPhase
 
+pytestmark = pytest.mark.slow
+
 # Most of these tests run the same few programs; compiling is most of what they do.
 DEVICES = 4
 DIM = 3

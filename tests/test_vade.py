@@ -27,6 +27,8 @@ from posterior_matching.errors import UserError
 from posterior_matching.models import build, vade_initialisation
 from posterior_matching.models.vade_initialisation import Restarts
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 VADE_CONFIG = {
     "latent_dim": 2,

@@ -37,6 +37,8 @@ from posterior_matching.models.vdvae_layout import (
 )
 from posterior_matching.numerics import InitialKeys
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
 TINY = {"encoder": "4x1,4d3,1x1", "decoder": "1x1,4m1", "latent_dim": 2, "width": 8, "num_components": 2}

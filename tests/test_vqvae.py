@@ -25,6 +25,8 @@ from posterior_matching.models import build
 from posterior_matching.models.vqvae import VectorQuantizer
 from posterior_matching.training.step import CompiledPhase
 
+pytestmark = pytest.mark.slow
+
 MNIST = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tensorflow_datasets"))
 OPTIONS = {"hidden_units": 8, "residual_units": 4, "residual_blocks": 1, "codebook_size": 6, "embedding_dim": 3}
 

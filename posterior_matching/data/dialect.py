@@ -116,8 +116,10 @@ def split_lines(text: str) -> list[str]:
     return list(io.StringIO(text, newline=""))
 
 
-def read_records(lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number of its last line, cells) of every non-empty record.
+def read_records(
+    lines: Iterable[str], separator: str, *, separators_only: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number of its last line, cells) of every record with a cell, or also of those of separators only.
 
     This is the slow and exact reader, for samples and for the line numbers of error messages.
     """
@@ -126,7 +128,7 @@ def read_records(lines: Iterable[str], separator: str) -> Iterator[tuple[int, li
     else:
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     for row in reader:
-        if any(cell.strip() for cell in row):
+        if any(cell.strip() for cell in row) or (separators_only and len(row) > 1):
             yield reader.line_num, row
 
 
@@ -288,5 +290,6 @@ def records(path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
     """Yields (line number, cells) of every row of a text table; slow, see `read_records`."""
     with open_bytes(path) as stream:
         lines = io.TextIOWrapper(stream, dialect.encoding, newline="")
-        for line, cells in read_records(itertools.islice(lines, dialect.skip, None), dialect.separator):
+        lines_of_rows = itertools.islice(lines, dialect.skip, None)
+        for line, cells in read_records(lines_of_rows, dialect.separator, separators_only=True):
             yield line + dialect.skip, cells

@@ -20,7 +20,7 @@ import itertools
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -252,7 +252,7 @@ def _read_text(path: Path, options: TableOptions, known_names: Sequence[str], ro
                 ),
                 pa.csv.ConvertOptions(column_types=dict.fromkeys(positions, _STRING)),
             )
-            yield from _rebatched(map(_without_empty_rows, reader), path, options, dialect, rows)
+            yield from _rebatched(_without_empty_end(reader), path, options, dialect, rows)
         except pa.ArrowInvalid as error:
             for line, cells in records(path, dialect):
                 if len(cells) != len(positions):
@@ -284,14 +284,22 @@ def _rebatched(
         yield table(held)
 
 
-def _without_empty_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Drops lines that hold only separators, which spreadsheets append."""
-    empty = pc.equal(batch.column(0), "")
-    for column in batch.columns[1:]:
-        if not pc.any(empty).as_py():
-            return batch
-        empty = pc.and_(empty, pc.equal(column, ""))
-    return batch.filter(pc.invert(empty))
+def _without_empty_end(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Drops the lines at the end of a file that hold only separators, which spreadsheets append.
+
+    Elsewhere such a line is a row of which every cell is missing.
+    """
+    held: list[pa.RecordBatch] = []  # empty rows that are the last so far
+    for batch in batches:
+        size = batch.num_rows  # without the empty rows at its end
+        while size and not any(column[size - 1].as_py() for column in batch.columns):
+            size -= 1
+        if size:
+            yield from held
+            held = []
+            yield batch.slice(0, size)
+        if size < batch.num_rows:
+            held.append(batch.slice(size))
 
 
 def _check_quotes(path: Path, dialect: Dialect) -> None:
