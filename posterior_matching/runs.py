@@ -76,6 +76,8 @@ class Run:
                     (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
                 atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
             for path in self.path.glob("checkpoints/*/*/_CHECKPOINT_METADATA"):
+                if path.parent.is_symlink():  # which Orbax cannot delete when a later checkpoint replaces it
+                    raise UserError(f"{path.parent} is a symbolic link: put the checkpoint itself in its place")
                 try:
                     dict(json.loads(path.read_text(encoding="utf-8")))
                 except (OSError, ValueError, TypeError) as error:  # Orbax would not list the others either

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from posterior_matching import data
-from posterior_matching.data import builtin, tables, tfds_reader
+from posterior_matching.data import builtin, cache, tables, tfds_reader
 from posterior_matching.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -425,3 +425,15 @@ def test_wine_quality():
     for dataset, part in zip(splits, (train, validation, test), strict=True):
         expected = ((part - train.mean(0)) / train.std(0)).astype(np.float32)
         np.testing.assert_array_equal(dataset.x, expected)
+
+
+def test_a_user_without_a_home_directory_is_told_where_to_put_the_cache(monkeypatch):
+    for name in ("POSTERIOR_MATCHING_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UserError, match="set POSTERIOR_MATCHING_CACHE to a folder"):
+        cache.folder()

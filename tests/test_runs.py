@@ -354,6 +354,15 @@ def test_a_damaged_latest_checkpoint_is_named_and_training_goes_on_from_the_one_
     assert [row["step"] for row in rows(run_dir)] == [3, 6]
 
 
+def test_a_linked_checkpoint_is_read_but_not_resumed(run_dir, tmp_path):
+    before, path = weights(run_dir), run_dir / "checkpoints" / "latest" / str(STEPS)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert_same(weights(run_dir), before)
+    message = refusal(train_pm_vae.train, make_config(steps=12), str(run_dir))
+    assert f"latest/{STEPS} is a symbolic link" in message
+
+
 def test_damaged_metrics_do_not_stop_a_resume(run_dir):
     with open(run_dir / "metrics.jsonl", "a", encoding="latin-1") as file:
         file.write("\n".join(["", "{", "7", '{"val_loss": 1.0}', '{"step": "six"}', "\x00\xff", "[]", '{"step":']))

@@ -11,15 +11,23 @@ import numpy as np
 from absl import logging
 
 from posterior_matching.atomic import replacing
+from posterior_matching.errors import UserError
 
 _DECODING = 1  # increment when decoding or preprocessing changes
 
 
 def folder() -> Path:
-    """Returns `$POSTERIOR_MATCHING_CACHE`, `$XDG_CACHE_HOME/posterior_matching` or `~/.cache/posterior_matching`."""
+    """Returns `$POSTERIOR_MATCHING_CACHE`, `$XDG_CACHE_HOME/posterior_matching` or `~/.cache/posterior_matching`.
+
+    Raises:
+        UserError: None of these is set, and the user has no home directory.
+    """
     if chosen := os.environ.get("POSTERIOR_MATCHING_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posterior_matching"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posterior_matching"
+    except RuntimeError as error:
+        raise UserError("no home directory for cached data: set POSTERIOR_MATCHING_CACHE to a folder") from error
 
 
 def cached(key: str, sources: Iterable[Path], compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
