@@ -1,5 +1,9 @@
 """The command line of all scripts: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
+from posterior_matching.numerics.memory import keep_freed_memory
+
+keep_freed_memory()  # it has no effect once pyarrow has been imported, as the modules below do
+
 import argparse
 import contextlib
 import inspect
@@ -19,8 +23,6 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.numerics import on_cpu
-from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 from posterior_matching.training.loop import InterruptedRunError
 
@@ -80,8 +82,6 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
             join()
-            if on_cpu():
-                keep_freed_memory()
             if exact and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
                 jax.config.update("jax_default_matmul_precision", "highest")
             _use_compilation_cache()
