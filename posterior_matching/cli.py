@@ -1,9 +1,5 @@
 """The command line of all scripts: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
-from posterior_matching.numerics.memory import keep_freed_memory
-
-keep_freed_memory()  # it has no effect once pyarrow has been imported, as the modules below do
-
 import argparse
 import contextlib
 import inspect
@@ -23,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
+from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 from posterior_matching.training.loop import InterruptedRunError
 
@@ -81,14 +78,14 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
+            keep_freed_memory()  # before JAX's backend starts its threads, after which it has no effect
             join()
             if exact and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
                 jax.config.update("jax_default_matmul_precision", "highest")
             _use_compilation_cache()
             main()
-        except (
-            InterruptedRunError
-        ) as error:  # all processes have stopped at one step, and process 0 may still be saving
+        except InterruptedRunError as error:
+            # Not through _fail: all processes have stopped at one step, and process 0 may still be saving.
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         except UserError as error:
@@ -97,7 +94,7 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
             if not parallel.has_joined():
                 raise
             parallel.wait_for_the_reason()
-            _fail(f"lost contact with another process ({str(error).partition(chr(10))[0]}): the same commands resume")
+            _fail(f"lost contact with another process ({str(error).splitlines()[0]}): the same commands resume")
 
     app.run(guarded, flags_parser=_parse_flags)
 
