@@ -72,23 +72,27 @@ class Run:
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
+                self._check_checkpoints()
                 for name in _KEPT:
                     (self.path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
                 atomic.write_text(self.path / "config.json", json.dumps(self._description, indent=2) + "\n")
-            for path in self.path.glob("checkpoints/*/*/_CHECKPOINT_METADATA"):
-                if path.parent.is_symlink():  # which Orbax cannot delete when a later checkpoint replaces it
-                    raise UserError(f"{path.parent} is a symbolic link: put the checkpoint itself in its place")
-                try:
-                    dict(json.loads(path.read_text(encoding="utf-8")))
-                except (OSError, ValueError, TypeError) as error:  # Orbax would not list the others either
-                    self._set_aside(path.parent, error)
-            step = latest_step(self.path)
-            if self.step and not step:
-                raise self._nothing_intact()
-            self.step = step
         parallel.wait_for_all_processes()
         self._managers = {name: _manager(self.path, name) for name in _KEPT}
         self._forget_later_best()
+
+    def _check_checkpoints(self) -> None:
+        """Refuses or sets aside the checkpoints with which Orbax would stop."""
+        for path in self.path.glob("checkpoints/*/*/_CHECKPOINT_METADATA"):
+            if path.parent.is_symlink():  # which Orbax cannot delete when a later checkpoint replaces it
+                raise UserError(f"{path.parent} is a symbolic link: put the checkpoint itself in its place")
+            try:
+                dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:  # Orbax would not list the others either
+                self._set_aside(path.parent, error)
+        step = latest_step(self.path)
+        if self.step and not step:
+            raise self._nothing_intact()
+        self.step = step
 
     def _nothing_intact(self) -> UserError:
         return UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir or delete it")

@@ -397,14 +397,14 @@ def test_contract(generator, event_shape):
     if isinstance(generator, SIIDGMMaskGenerator):
         pytest.skip("a part of CelebAMaskGenerator, and slow to compile")
     draw, shape = compiled(generator), (CHUNK, *event_shape)
+    before = traces[generator, shape]
     masks = np.asarray(draw(jax.random.key(3), shape))
-    count = traces[generator, shape]
     other = np.asarray(draw(jax.random.key(4), shape))
     assert masks.shape == shape
     assert masks.dtype == np.float32
     assert set(np.unique(masks)) == {0.0, 1.0}
     np.testing.assert_array_equal(masks, draw(jax.random.key(3), shape))
-    assert traces[generator, shape] == count > 0  # one program for all keys
+    assert traces[generator, shape] > 0 and traces[generator, shape] - before <= 1  # one program for all keys
     if isinstance(generator, FixedRectangleMaskGenerator):
         return
     assert (masks != other).any()

@@ -604,6 +604,26 @@ def test_what_is_not_finite_is_not_saved(linear, changes, message, saved):
     assert runs.latest_step(linear.path) == saved
 
 
+def test_a_checkpoint_that_was_not_validated_is_not_called_good(linear):
+    """The loss at its step was finite, but of the weights before; its own weights give infinity."""
+    changes = {"optimizer": {"learning_rate": 1e30}, "validation_every": 50, "checkpoint_every": 1}
+    message = refusal(linear, steps=50, **changes)
+    assert runs.latest_step(linear.path) >= 1
+    assert "no saved checkpoint was validated" in message and "last good" not in message
+
+
+def test_tensorboard_sees_events_before_the_run_ends(linear, monkeypatch):
+    sizes = []
+
+    def size(*_):
+        sizes.append(sum(path.stat().st_size for path in (linear.path / "tb").iterdir()))
+
+    monkeypatch.setattr(log, "_FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(log.TrainingLog, "restart_clock", size)
+    linear(steps=8)
+    assert len(set(sizes)) > 1 and sizes == sorted(sizes)
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_skipping_leaves_the_state_untouched(kind):
     chosen = experiment(loss=bad_at(2, 3, 5, kind=kind), skip_nonfinite_updates=True, ema_decay=0.9)

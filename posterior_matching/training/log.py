@@ -15,6 +15,7 @@ from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
 
 _MAX_CONSECUTIVE_SKIPS = 100
+_FLUSH_SECONDS = 10.0  # after which TensorBoard sees new events
 _COUNTS = ("skipped_updates", "skipped_in_a_row")  # integer metrics
 
 
@@ -51,7 +52,7 @@ class TrainingLog:
         self._training: dict[str, float] = {}
         self._writes = jax.process_index() == 0
         self._steps_timed, self._clock = 0, time.perf_counter()
-        self._steps = steps
+        self._steps, self._validated = steps, 0
         if not self._writes:
             return
         total, ours = (
@@ -137,6 +138,7 @@ class TrainingLog:
         """Writes one row of `metrics.jsonl`."""
         if not math.isfinite(values["loss"]):
             raise UserError(f"the validation loss is {values['loss']} at step {step}; {self._last_good()}")
+        self._validated = step
         self._write("val", step, values)
         if not self._writes:
             return
@@ -176,12 +178,16 @@ class TrainingLog:
             raise UserError(f"{count} updates in a row not finite and skipped, up to step {step}; {self._last_good()}")
 
     def _last_good(self) -> str:
-        saved = f"the last good checkpoint is step {self._run.step}" if self._run.step else "no checkpoint was saved"
+        # Without validation, only the loss before the last update of a checkpoint's weights is known to be finite.
+        validated = (self._run.path / "checkpoints" / "latest" / str(self._validated)).exists() * self._validated
+        good = max(runs.latest_step(self._run.path, "best"), validated)
+        saved = "no saved checkpoint was validated" if self._run.step else "no checkpoint was saved"
+        saved = f"the last good checkpoint is step {good}" if good else saved
         return f"{saved} in {self._run.path}; try a lower config.optimizer.learning_rate or config.optimizer.clip_norm"
 
 
 class TensorBoardEvents:
-    """The TensorBoard events of a run, written at once.
+    """The TensorBoard events of a run, on disk within seconds.
 
     tensorboardX's `SummaryWriter` leaves writing to a thread, and waits for it without end if it fails.
     """
@@ -192,6 +198,7 @@ class TensorBoardEvents:
         with runs.writing(run.path):
             (run.path / "tb").mkdir(exist_ok=True)
             self._file = event_file_writer.EventsWriter(str(run.path / "tb" / "events"))
+        self._flushed = -math.inf
         if run.step:  # TensorBoard then forgets what it has of later steps
             from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -217,6 +224,9 @@ class TensorBoardEvents:
         from tensorboardX.proto import event_pb2
 
         self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
 
 def parameter_overview(model: nnx.Module) -> str:
