@@ -44,30 +44,19 @@ class Options(CorruptionOptions):
 
 def autoencoder_loss(restarts: Restarts, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     """Negative log p(x | z) of all restarts, with z the posterior mean."""
-    ll = restarts.autoencoder_ll(
-        batch.x,
-        corrupted_x=options.corrupt(batch, rngs, restarts.models[0].cardinalities),
-        available=batch.available,
-        dropout_key=rngs.dropout() if batch.training else None,
-    )
+    corrupted_x = options.corrupt(batch, rngs, restarts.models[0].cardinalities)
+    dropout = rngs.dropout() if batch.training else None
+    ll = restarts.autoencoder_ll(batch.x, corrupted_x=corrupted_x, available=batch.available, dropout_key=dropout)
     return {"loss": -ll.sum(0), "reconstruction_ll_nats": ll.mean(0)}
 
 
 def loss(model: VADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     """Negative ELBO."""
-    terms = model.terms(
-        batch.x,
-        rngs.sample(),
-        corrupted_x=options.corrupt(batch, rngs, model.cardinalities),
-        available=batch.available,
-        rngs=rngs if batch.training else None,
-    )
-    values = {
-        "loss": -terms.elbo(),
-        "elbo_nats": terms.elbo(),
-        "reconstruction_ll_nats": terms.reconstruction_ll,
-        "kl_nats": terms.kl,
-    }
+    corrupted_x = options.corrupt(batch, rngs, model.cardinalities)
+    dropout = rngs if batch.training else None
+    terms = model.terms(batch.x, rngs.sample(), corrupted_x=corrupted_x, available=batch.available, rngs=dropout)
+    values = {"loss": -terms.elbo(), "elbo_nats": terms.elbo()}
+    values |= {"reconstruction_ll_nats": terms.reconstruction_ll, "kl_nats": terms.kl}
     if not batch.training and batch.label is not None:
         cluster = model.predict_cluster(batch.x, SAMPLES, key=rngs.sample(), available=batch.available)
         values["contingency"] = contingency(batch.label, cluster, model.num_clusters)
@@ -84,9 +73,8 @@ def phases(setup: Setup) -> list[Phase]:
         raise OptionError("model.num_clusters", f"is {clusters}, but there are only {examples} training examples")
 
     def begin(restarts: Restarts) -> tuple[VADE, dict[str, float]]:
-        model, mixture, numbers = choose(
-            restarts, pretraining.mixture_inits, pretraining.mixture_iterations, setup.train_set, setup.training.seed
-        )
+        inits, iterations = pretraining.mixture_inits, pretraining.mixture_iterations
+        model, mixture, numbers = choose(restarts, inits, iterations, setup.train_set, setup.training.seed)
         return model, numbers | mixture_accuracy(model, mixture, setup.validation_set)
 
     return [
