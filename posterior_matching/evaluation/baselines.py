@@ -2,8 +2,11 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from posterior_matching.data.columns import one_hot
 
 Imputer = Callable[[np.ndarray], np.ndarray]
 
@@ -14,33 +17,42 @@ def fit(
     max_rows: int = 10_000,
     cardinalities: Sequence[int] = (),
 ) -> dict[str, Imputer]:
-    """Fits mean, k-nearest-neighbour (k = 5) and iterative (Bayesian ridge) imputers.
+    """Fits imputers: `mean`, `knn` (k = 5), `iterative` (Bayesian ridge), `forest` (iterative, as missForest).
 
     Categories are one-hot encoded, and the one with the largest value is imputed: the mode in place of the mean.
 
     Args:
         train: `[N, d]`, NaN = missing; categories as indices.
-        names: Which of them to fit; the cost of the iterative one grows with the cube of d.
-        max_rows: The latter two are fitted to at most this many rows, evenly spaced, as their cost grows with rows.
+        names: Which of them to fit; the cost of the iterative ones grows fast with d.
+        max_rows: All but the mean are fitted to at most this many rows, evenly spaced, as their cost grows with rows.
         cardinalities: Number of categories of each column, 0 for real ones; (): all are real.
 
     Returns:
         Functions, by name, that map rows `[N, d]`, NaN where unobserved, to the completed rows.
     """
     # This import enables the iterative imputer.
+    from sklearn.ensemble import ExtraTreesRegressor
     from sklearn.experimental import enable_iterative_imputer  # noqa: F401
     from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 
-    if any(cardinalities):
-        fitted = fit(_one_hot(train, cardinalities), names, max_rows)
-        return {name: functools.partial(_through_one_hot, imputer, cardinalities) for name, imputer in fitted.items()}
+    kept = {"keep_empty_features": True}
+    trees = ExtraTreesRegressor(50, n_jobs=-1, random_state=0)
     some = train[:: -(-len(train) // max_rows)]
     imputers = {
-        "mean": (SimpleImputer(keep_empty_features=True), train),
-        "knn": (KNNImputer(keep_empty_features=True), some),
-        "iterative": (IterativeImputer(random_state=0, keep_empty_features=True), some),
+        "mean": (SimpleImputer(**kept), train),
+        "knn": (KNNImputer(**kept), some),
+        "iterative": (IterativeImputer(random_state=0, **kept), some),
+        "forest": (IterativeImputer(trees, max_iter=5, tol=0.0, random_state=0, **kept), some),
     }
-    return {name: imputer.fit(rows).transform for name, (imputer, rows) in imputers.items() if name in names}
+    return {name: fit_one(imputer, x, cardinalities) for name, (imputer, x) in imputers.items() if name in names}
+
+
+def fit_one(imputer: Any, train: np.ndarray, cardinalities: Sequence[int] = ()) -> Imputer:
+    """Fits an imputer of scikit-learn; see `fit`."""
+    if not any(cardinalities):
+        return imputer.fit(train).transform
+    transform = imputer.fit(one_hot(train, cardinalities)).transform
+    return functools.partial(_through_one_hot, transform, cardinalities)
 
 
 def impute(imputers: Mapping[str, Imputer], x: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -56,18 +68,9 @@ def impute(imputers: Mapping[str, Imputer], x: np.ndarray, b: np.ndarray) -> Ite
         yield name, imputer(rows).reshape(x.shape)
 
 
-def _one_hot(x: np.ndarray, cardinalities: Sequence[int]) -> np.ndarray:
-    """Rows `[N, d]` -> `[N, width]` with categories one-hot, NaN where x is NaN."""
-    columns = []
-    for values, count in zip(x.T, cardinalities, strict=True):
-        one_hot = np.where(np.isnan(values)[:, None], np.nan, values[:, None] == np.arange(count))
-        columns.append(one_hot if count else values[:, None])
-    return np.concatenate(columns, axis=1)
-
-
 def _through_one_hot(imputer: Imputer, cardinalities: Sequence[int], x: np.ndarray) -> np.ndarray:
     parts = np.split(
-        imputer(_one_hot(x, cardinalities)), np.cumsum([count or 1 for count in cardinalities])[:-1], axis=1
+        imputer(one_hot(x, cardinalities)), np.cumsum([count or 1 for count in cardinalities])[:-1], axis=1
     )
     columns = [p.argmax(1) if count else p[:, 0] for p, count in zip(parts, cardinalities, strict=True)]
     return np.stack(columns, axis=1).astype(np.float64)
