@@ -182,9 +182,9 @@ import os, signal
 import numpy as np
 from posterior_matching import data
 from posterior_matching.data.builders import tabular
-def rows_then_death(self, path, num_rows):
+def rows_then_death(self, x):
     yield 0, {"features": np.zeros(8, np.float32)}
-    if path.name == "val.txt":
+    if len(x) == 5:  # val
         os.kill(os.getpid(), signal.SIGKILL)
 tabular.TabularBuilder._generate_examples = rows_then_death
 data.load("gas", "train")
