@@ -1,5 +1,6 @@
 """Downloads that can be interrupted, and checksums of files that were downloaded or brought by hand."""
 
+import contextlib
 from pathlib import Path
 
 import filelock
@@ -43,7 +44,8 @@ def fetch(url: str, path: Path) -> None:
                 atomic.move(part, path)
                 _version(part).unlink(missing_ok=True)
         finally:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 def _continue(url: str, part: Path) -> None:
