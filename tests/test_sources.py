@@ -383,8 +383,6 @@ def test_text_files_come_first_then_archives_then_the_network(monkeypatch, capsy
         path.unlink() if path.is_file() else path.rmdir()
     assert (data.load("power", "test").x == 3).all()
     assert asked == [("https://drive.google.com", f"{split}.txt") for split in ("train", "val", "test")]
-        ("https://drive.google.com", f"{split}.txt") for split in ("train", "val", "test")
-    ]
     capsys.readouterr()
 
 
