@@ -391,9 +391,14 @@ def test_offline_one_line_names_every_file_that_would_do():
         data.load("hepmass", "train")
     line = str(error.value)
     assert "\n" not in line and "drive.google.com: ConnectionError, archive.ics.uci.edu: ConnectionError" in line
-    for word in ("train.txt (https://drive", " and 1000_test.csv.gz (https://archive", "hepmass.zip (https://", "put "):
-        assert word in line
-    assert line.endswith(f"or 1000_train.csv and 1000_test.csv into '{manual('hepmass')}'")
+    assert f"put into '{manual('hepmass')}' train.txt (https://drive.google.com/" in line
+    for name in (
+        "1000_train.csv.gz and https://archive.ics.uci.edu/",
+        "1000_test.csv.gz; or https",
+        "hepmass.zip; or ",
+    ):
+        assert name in line
+    assert line.endswith("; or 1000_train.csv and 1000_test.csv")
 
 
 @pytest.mark.parametrize(

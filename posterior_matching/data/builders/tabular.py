@@ -134,12 +134,12 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             else:
                 return list(files)
         sets = [
-            " and ".join(f"{path.name} ({url})" if "://" in url else path.name for path, url in files.items())
+            " and ".join(url if url.endswith(path.name) else f"{path.name} ({url})" for path, url in files.items())
             for files in self._choices()
         ]
         reasons = ", ".join(f"{server}: {reason}" for server, reason in failures.items())
         raise UserError(
-            f"cannot download dataset '{self.name}' ({reasons}): put {'; or '.join(sets)} into '{self._folder}'"
+            f"cannot download dataset '{self.name}' ({reasons}): put into '{self._folder}' {'; or '.join(sets)}"
         )
 
     # Reading files
