@@ -84,7 +84,7 @@ def interrupt(server, path, monkeypatch, after=400_000):
                 raise KeyboardInterrupt
             yield chunk
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="interrupted: the same command resumes"):
         patch.setattr(requests.Response, "iter_content", some)
         fetch(server.url, path)
     assert not path.exists()

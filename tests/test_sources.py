@@ -401,6 +401,28 @@ def test_offline_one_line_names_every_file_that_would_do():
     assert line.endswith("; or 1000_train.csv and 1000_test.csv")
 
 
+def test_if_google_drive_fails_the_archive_is_downloaded(monkeypatch):
+    asked = []
+
+    def fetch(url, path):
+        asked.append(url)
+        if "static" in url:
+            raise requests.HTTPError(response=requests.Response())
+        write("power", "old")
+        assert path.exists()
+
+    monkeypatch.setattr(tabular, "fetch", fetch)
+    assert len(data.load("power", "test")) == 28
+    assert [url.split("/")[-1] for url in asked] == [url.split("/")[-1] for (url,) in Power.ARCHIVES[:2]]
+
+    def interrupted(*_):
+        raise UserError("interrupted")
+
+    monkeypatch.setattr(tabular, "fetch", interrupted)
+    with pytest.raises(UserError, match=r"^interrupted$"):
+        data.load("gas", "train")
+
+
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [

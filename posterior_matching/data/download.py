@@ -28,6 +28,7 @@ def fetch(url: str, path: Path) -> None:
 
     Raises:
         OSError: The server cannot be reached or refuses (`requests.RequestException`), or the file cannot be written.
+        UserError: It was interrupted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, lock = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.lock")
@@ -41,6 +42,8 @@ def fetch(url: str, path: Path) -> None:
                     if _size(part) <= arrived:
                         raise
                     continue
+                except KeyboardInterrupt:
+                    raise UserError(f"interrupted: the same command resumes the download of {path.name}") from None
                 atomic.move(part, path)
                 _version(part).unlink(missing_ok=True)
         finally:

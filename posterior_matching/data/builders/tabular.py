@@ -128,6 +128,8 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
                 print(f"downloading {url} to {path}", flush=True)
                 try:
                     _fetch_from_drive(url, path) if url.startswith(_DRIVE) else fetch(url, path)
+                except UserError:
+                    raise
                 except Exception as error:  # of gdown, requests or the file system: they have no common base
                     failures[url.split("/")[2]] = _reason(error)
                     break
