@@ -25,8 +25,10 @@ from posterior_matching.data import builtin, tables, tfds_reader
 from posterior_matching.data.adult import adult
 from posterior_matching.data.builtin import mixture_log_prob
 from posterior_matching.data.columns import Columns
+from posterior_matching.data.gaussian import GaussianCheck
 from posterior_matching.data.splits import resolve_split, unknown_split
 from posterior_matching.data.tables import Table, TableOption, TableOptions, read_table
+from posterior_matching.data.tfds_reader import gaussian_check
 from posterior_matching.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,11 +38,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Columns",
     "Dataset",
+    "GaussianCheck",
     "Table",
     "TableOption",
     "TableOptions",
     "decode",
     "fingerprint",
+    "gaussian_check",
     "load",
     "load_for_training",
     "mixture_log_prob",
