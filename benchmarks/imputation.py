@@ -87,19 +87,11 @@ def posterior_matching(rows: Rows, train: np.ndarray, seed: int) -> Callable[[np
 
 
 def iterative(rows: Rows, train: np.ndarray, seed: int) -> Callable[[np.ndarray], Imputations]:
-    """Chained Bayesian ridge regressions: their predictions, and draws from their predictive distributions."""
-    from sklearn.experimental import enable_iterative_imputer  # noqa: F401
-    from sklearn.impute import IterativeImputer
-
-    point, draws = (
-        baselines.fit_one(
-            IterativeImputer(sample_posterior=sample, random_state=seed, keep_empty_features=True),
-            train,
-            rows.columns.cardinalities,
-        )
-        for sample in (False, True)
-    )
-    return lambda x: Imputations(point(x), np.stack([draws(x) for _ in range(NUM_DRAWS)]))
+    """Chained regressions, Bayesian ridge and logistic: their predictions, and draws of them (multiple imputation)."""
+    rng, cardinalities = np.random.default_rng(seed), rows.columns.cardinalities
+    point, draws = baselines.ChainedImputer(cardinalities).fit(train), baselines.ChainedImputer(cardinalities)
+    draws.fit(train, rng)
+    return lambda x: Imputations(point.transform(x), np.stack([draws.sample(x, rng) for _ in range(NUM_DRAWS)]))
 
 
 def of_baseline(name: str) -> Method:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,13 +17,15 @@ def fit(
     max_rows: int = 10_000,
     cardinalities: Sequence[int] = (),
 ) -> dict[str, Imputer]:
-    """Fits imputers: `mean`, `knn` (k = 5), `iterative` (Bayesian ridge), `forest` (iterative, as missForest).
+    """Fits imputers.
 
-    Categories are one-hot encoded, and the one with the largest value is imputed: the mode in place of the mean.
+    `mean`, with the mode of categories; `knn`, 5 neighbours with categories one-hot; `iterative`, regressions on the
+    other columns in turn (Bayesian ridge, and logistic for categories); `forest`, the same with random forests
+    (missForest: Stekhoven and Buehlmann 2012).
 
     Args:
         train: `[N, d]`, NaN = missing; categories as indices.
-        names: Which of them to fit; the cost of the iterative ones grows fast with d.
+        names: Which of them to fit; the cost of the latter two grows fast with d.
         max_rows: All but the mean are fitted to at most this many rows, evenly spaced, as their cost grows with rows.
         cardinalities: Number of categories of each column, 0 for real ones; (): all are real.
 
@@ -31,24 +33,114 @@ def fit(
         Functions, by name, that map rows `[N, d]`, NaN where unobserved, to the completed rows.
     """
     # This import enables the iterative imputer.
-    from sklearn.ensemble import ExtraTreesRegressor
+    from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
     from sklearn.experimental import enable_iterative_imputer  # noqa: F401
     from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 
-    kept = {"keep_empty_features": True}
-    trees = ExtraTreesRegressor(50, n_jobs=-1, random_state=0)
     some = train[:: -(-len(train) // max_rows)]
-    imputers = {
-        "mean": (SimpleImputer(**kept), train),
-        "knn": (KNNImputer(**kept), some),
-        "iterative": (IterativeImputer(random_state=0, **kept), some),
-        "forest": (IterativeImputer(trees, max_iter=5, tol=0.0, random_state=0, **kept), some),
-    }
-    return {name: fit_one(imputer, x, cardinalities) for name, (imputer, x) in imputers.items() if name in names}
+    fitted: dict[str, Imputer] = {}
+    for name in names:
+        if name == "mean":
+            fitted[name] = _fit_one_hot(SimpleImputer(keep_empty_features=True), train, cardinalities)
+        elif name == "knn":
+            fitted[name] = _fit_one_hot(KNNImputer(keep_empty_features=True), some, cardinalities)
+        elif name == "iterative" and not any(cardinalities):
+            fitted[name] = IterativeImputer(random_state=0, keep_empty_features=True).fit(some).transform
+        elif name == "iterative":
+            fitted[name] = ChainedImputer(cardinalities).fit(some).transform
+        elif name == "forest":
+            trees = RandomForestRegressor(n_jobs=-1, random_state=0), RandomForestClassifier(n_jobs=-1, random_state=0)
+            fitted[name] = (
+                ChainedImputer(cardinalities or (0,) * train.shape[1], *trees, num_rounds=5).fit(some).transform
+            )
+        else:
+            raise ValueError(f"unknown imputer '{name}'")
+    return fitted
 
 
-def fit_one(imputer: Any, train: np.ndarray, cardinalities: Sequence[int] = ()) -> Imputer:
-    """Fits an imputer of scikit-learn; see `fit`."""
+class ChainedImputer:
+    """Imputes every column from the others, in turn and in several rounds (van Buuren 2007).
+
+    scikit-learn's `IterativeImputer` knows no categories: of their one-hot columns it predicts each from the others,
+    which determine it, so that an imputed category never leaves its initial value.
+
+    Args:
+        cardinalities: Number of categories of each column, 0 for real ones.
+        regressor: An estimator of scikit-learn for real columns; None: Bayesian ridge.
+        classifier: One for categories; None: logistic.
+        num_rounds: Rounds over all columns.
+    """
+
+    def __init__(
+        self, cardinalities: Sequence[int], regressor: Any = None, classifier: Any = None, num_rounds: int = 10
+    ):
+        from sklearn.linear_model import BayesianRidge, LogisticRegression
+
+        self.cardinalities, self.num_rounds = tuple(cardinalities), num_rounds
+        self._regressor, self._classifier = regressor or BayesianRidge(), classifier or LogisticRegression(max_iter=200)
+
+    def fit(self, x: np.ndarray, rng: np.random.Generator | None = None) -> Self:
+        """Fits to rows `[N, d]`, NaN = missing; with `rng`, on draws in place of predictions, as `sample` needs it."""
+        from sklearn.base import clone
+
+        missing = np.isnan(x)
+        self._start = np.array([_center(*column) for column in zip(x.T, self.cardinalities, strict=True)])
+        filled = np.where(missing, self._start, x)
+        self._models: list[Any] = [None] * x.shape[1]
+        for _ in range(self.num_rounds):
+            for j in np.argsort(missing.sum(0), kind="stable"):  # the most complete column first
+                known = ~missing[:, j]
+                if len(np.unique(x[known, j])) > 1:  # otherwise its start is all that is known
+                    estimator = clone(self._classifier if self.cardinalities[j] else self._regressor)
+                    self._models[j] = estimator.fit(self._others(filled[known], j), x[known, j])
+                    self._predict(filled, missing, j, rng)
+        return self
+
+    def transform(self, x: np.ndarray) -> np.ndarray:
+        """Returns rows `[N, d]` with predictions in place of NaN."""
+        return self._complete(x, None)
+
+    def sample(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns rows `[N, d]` with draws of the predictive distributions in place of NaN (multiple imputation)."""
+        return self._complete(x, rng)
+
+    def _complete(self, x: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        missing = np.isnan(x)
+        filled = np.where(missing, self._start, x)
+        for _ in range(self.num_rounds):
+            for j in np.argsort(missing.sum(0), kind="stable"):
+                self._predict(filled, missing, j, rng)
+        return filled
+
+    def _predict(self, filled: np.ndarray, missing: np.ndarray, j: int, rng: np.random.Generator | None = None) -> None:
+        """Replaces the missing cells of column j."""
+        rows, model = missing[:, j], self._models[j]
+        if model is None or not rows.any():
+            return
+        features = self._others(filled[rows], j)
+        if rng is None:
+            filled[rows, j] = model.predict(features)
+        elif self.cardinalities[j]:
+            cumulative = model.predict_proba(features).cumsum(1)
+            chosen = (rng.uniform(size=(len(features), 1)) > cumulative[:, :-1]).sum(1)
+            filled[rows, j] = model.classes_[chosen]
+        else:
+            filled[rows, j] = rng.normal(*model.predict(features, return_std=True))
+
+    def _others(self, filled: np.ndarray, j: int) -> np.ndarray:
+        return one_hot(np.delete(filled, j, axis=1), np.delete(self.cardinalities, j))
+
+
+def _center(values: np.ndarray, cardinality: int) -> float:
+    """The mean, or the mode of categories; 0 if all are missing."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return 0.0
+    return float(np.bincount(values.astype(int)).argmax() if cardinality else values.mean())
+
+
+def _fit_one_hot(imputer: Any, train: np.ndarray, cardinalities: Sequence[int]) -> Imputer:
+    """Fits an imputer of scikit-learn to one-hot categories; of an imputed category, the largest column is chosen."""
     if not any(cardinalities):
         return imputer.fit(train).transform
     transform = imputer.fit(one_hot(train, cardinalities)).transform
