@@ -5,7 +5,7 @@
 | `digits` | [8, 8, 1] images, values 0..16 | scikit-learn's handwritten digits, no download |
 | `mixture` | [8] features | samples of a known Gaussian mixture (`mixture_log_prob`), no download |
 | `patches` | [63] features | natural image patches of scikit-learn's sample photographs, no download |
-| `adult` | 6 real, 8 categorical columns | UCI Adult, `adult` |
+| `adult` | 6 real, 8 categorical columns | UCI Adult, `data/adult.py` |
 | `gas` `power` `hepmass` `miniboone` `bsds` | [8] [6] [21] [43] [63] features | TFDS builders, `data/builders/` |
 | `mnist16`, `mnist16_flat` | [16, 16, 1] images, [256] features in [0, 1] | `mnist`, resized |
 | `celeb_a` | [64, 64, 3] images | TFDS, cropped and resized |
@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from posterior_matching.config import call
-from posterior_matching.data import builtin, tables, tfds_reader
-from posterior_matching.data.adult import adult
+from posterior_matching.data import adult, builtin, tables, tfds_reader
 from posterior_matching.data.builtin import mixture_log_prob
 from posterior_matching.data.columns import Columns
 from posterior_matching.data.gaussian import GaussianCheck
@@ -53,7 +52,7 @@ __all__ = [
 ]
 
 
-_TABLES = {"adult": adult}  # built in, with named columns of several kinds
+_TABLES = {"adult": adult.read}  # built in, with named columns of several kinds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ NAMES += ["race", "sex", "capital-gain", "capital-loss", "hours-per-week", "nati
 _REAL = ("age", "fnlwgt", "education-num", "capital-gain", "capital-loss", "hours-per-week")
 
 
-def adult(options: TableOptions = TableOptions()) -> tuple[Table, Columns]:  # noqa: B008
+def read(options: TableOptions = TableOptions()) -> tuple[Table, Columns]:  # noqa: B008
     """Six real and eight categorical columns of people in the United States.
 
     Rows with missing values are dropped, real columns are standardised by all remaining rows of `adult.data`, then the

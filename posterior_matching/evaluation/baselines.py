@@ -128,7 +128,7 @@ class ChainedImputer:
             filled[rows, j] = rng.normal(*model.predict(features, return_std=True))
 
     def _others(self, filled: np.ndarray, j: int) -> np.ndarray:
-        return one_hot(np.delete(filled, j, axis=1), np.delete(self.cardinalities, j))
+        return one_hot(np.delete(filled, j, axis=1), self.cardinalities[:j] + self.cardinalities[j + 1 :])
 
 
 def _center(values: np.ndarray, cardinality: int) -> float:
