@@ -29,27 +29,35 @@ EXACT_X = np.array([EXACT.log_prob(x, np.ones(4)) for x in X])
 EXACT_XO = np.array([EXACT.log_prob(x, b) for x, b in zip(X, B, strict=True)])
 
 
-def test_is_log_prob_with_exact_posteriors_is_exact_even_with_few_samples():
-    model, n = EXACT.model(), 7
-    result = jax.jit(lambda key: model.is_log_prob(jnp.float32(X), jnp.asarray(B), n, key=key, chunk_size=3))(KEY)
+@pytest.mark.parametrize(("num_samples", "chunk_size"), [(1, 128), (6, 6), (7, 3), (5, 1)])
+def test_is_log_prob_with_exact_posteriors_is_exact_for_every_number_of_samples(num_samples, chunk_size):
+    """All weights are equal: miscounting them, in a partial chunk say, would shift the result by log(n / K)."""
+    model, x, b = EXACT.model(), jnp.float32(X), jnp.asarray(B)
+    result = jax.jit(lambda key: model.is_log_prob(x, b, num_samples, key=key, chunk_size=chunk_size))(KEY)
     np.testing.assert_allclose(result.log_p_x, EXACT_X, atol=1e-3)
     np.testing.assert_allclose(result.log_p_xu_given_xo, EXACT_X - EXACT_XO, atol=1e-3)
-    np.testing.assert_allclose(result.ess_x, n, rtol=1e-2)
-    np.testing.assert_allclose(result.ess_xo, n, rtol=1e-2)
+    np.testing.assert_allclose(result.ess_x, num_samples, rtol=1e-2)
+    np.testing.assert_allclose(result.ess_xo, num_samples, rtol=1e-2)
 
 
-def test_is_log_prob_with_other_posteriors_is_unbiased():
-    model, copies = EXACT.model(widen=1.7), 400
+def test_is_log_prob_with_other_posteriors_is_unbiased_and_converges():
+    model, copies, spread = EXACT.model(widen=1.7), 400, []
     x, b = (jnp.repeat(jnp.float32(a), copies, axis=0) for a in (X, B))
-    result = jax.jit(lambda key: model.is_log_prob(x, b, 16, key=key))(KEY)
-    full = np.asarray(result.log_p_x, np.float64).reshape(len(X), copies)
-    observed = full - np.asarray(result.log_p_xu_given_xo).reshape(full.shape)
-    for estimate, exact in ((full, EXACT_X), (observed, EXACT_XO)):
-        ratio = np.exp(estimate - exact[:, None])
-        assert (ratio.std(1) > 1e-3).all()
-        assert (np.abs(ratio.mean(1) - 1) < 5 * ratio.std(1) / np.sqrt(copies)).all()
-    ess = np.stack([result.ess_x, result.ess_xo])
-    assert (ess > 1).all() and (ess < 16).all() and len(np.unique(ess)) > copies
+    for num_samples in (4, 64):
+        estimate = jax.jit(lambda key, k=num_samples: model.is_log_prob(x, b, k, key=key, chunk_size=24))
+        result = estimate(KEY)
+        full = np.asarray(result.log_p_x, np.float64).reshape(len(X), copies)
+        observed = full - np.asarray(result.log_p_xu_given_xo).reshape(full.shape)
+        for log_prob, exact in ((full, EXACT_X), (observed, EXACT_XO)):
+            ratio = np.exp(log_prob - exact[:, None])
+            assert (np.abs(ratio.mean(1) - 1) < 5 * ratio.std(1) / np.sqrt(copies)).all()
+            spread.append(ratio.std(1))
+        ess = np.stack([result.ess_x, result.ess_xo])
+        assert (ess > 1 - 1e-4).all() and (ess < num_samples).all() and len(np.unique(ess)) > copies
+        assert (estimate(jax.random.key(1)).log_p_x != result.log_p_x).all()
+    # Standard errors fall as 1 / sqrt(K): by 4. Chunks that draw the same samples would not help.
+    few, many = np.linalg.norm(spread[:2]), np.linalg.norm(spread[2:])
+    assert 3.0 < few / many < 5.0
 
 
 def test_is_log_prob_never_scores_what_is_not_available():
