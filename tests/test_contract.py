@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks import synthetic
 from helpers.arrays import by_path, randomised
-from helpers.configs import FAMILIES, ROOT, small, untrained
+from helpers.configs import FAMILIES, GMM, MLP, ROOT, small, untrained
 from helpers.runs import assert_same_runs, refusal, rows, weights
 from posterior_matching import data, models, parallel, runs
 from posterior_matching.config import plain
@@ -107,6 +107,38 @@ def test_unobserved_values_have_no_influence_at_all_and_observed_ones_are_copied
         assert imputations.shape == (2, *x.shape) and (imputations[0] != imputations[1])[hidden].any()
         for imputation in imputations:
             np.testing.assert_array_equal(imputation[~hidden], copied[~hidden])
+
+
+# What sees x_o is like what sees x -----------------------------------------------------------------------------------
+
+DEEPER = MLP | {"residual_blocks": 1}
+WITH_MASK, WITH_MASKS = {"layers.0.kernel": ((3, 3, 1, 4), (3, 3, 2, 4))}, {"linear_in.kernel": ((64, 8), (128, 8))}
+TWINS = {  # by option: where they are, how the shapes of their weights differ, another value of the option
+    "pm_vae partial_encoder": ("vae.encoder", "partial_posterior.encoder", WITH_MASK, MLP),
+    "pm_vae partial_posterior": ("vae.posterior_head", "partial_posterior.head", {}, GMM),
+    "pm_vade partial_encoder": ("vade.encoder", "partial_posterior.encoder", WITH_MASKS, DEEPER),
+    "lookahead lookahead_encoder": ("pm_vae.vae.encoder", "encoder", WITH_MASK, MLP),
+}
+
+
+@pytest.mark.parametrize("case", TWINS)
+def test_what_sees_x_o_is_by_default_like_what_sees_x_with_weights_of_its_own(case):
+    (name, option), (of_x, of_x_o, difference, another) = case.split(), TWINS[case]
+    config = {key: value for key, value in model_config(name).items() if key != option}
+
+    def shapes(part, **given):
+        model = nnx.eval_shape(lambda: models.build(name, config | given, (8, 8, 1), nnx.Rngs(0)))
+        weights = {
+            jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
+        }
+        return {key.removeprefix(f"{part}."): shape for key, shape in weights.items() if key.startswith(f"{part}.")}
+
+    theirs, ours = shapes(of_x), shapes(of_x_o)
+    assert theirs.keys() == ours.keys() != set()  # shared weights would have one path
+    assert {key: (theirs[key], ours[key]) for key in theirs if theirs[key] != ours[key]} == difference
+    assert shapes(of_x_o, **{option: None}) == ours
+    assert shapes(of_x_o, **{option: another}).keys() != ours.keys()
 
 
 # The matching loss sends no gradient where it must not ---------------------------------------------------------------

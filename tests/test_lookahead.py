@@ -15,7 +15,7 @@ from configs import lookahead_mnist16
 from helpers.arrays import filled
 from helpers.configs import small
 from helpers.pm_vae import ALIGNED as EXACT
-from helpers.pm_vae import ENCODER, KINDS, MLP, each_kind, example, lookahead_on, masks_and_data, mutual_information
+from helpers.pm_vae import KINDS, each_kind, example, lookahead_on, masks_and_data, mutual_information
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.models import build
@@ -134,18 +134,6 @@ def test_only_unobserved_available_features_of_the_lookahead_posterior_train(kin
     (_, found), gradient = jax.value_and_grad(run, has_aux=True)(params, b.at[:, free].set(1.0), available)
     np.testing.assert_array_equal(found, 0.0)
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradient))
-
-
-def test_the_lookahead_encoder_is_like_the_encoder_by_default_or_of_its_own_kind():
-    shape, _ = KINDS["rgb"]
-    abstract = lambda config: nnx.eval_shape(lambda: build("lookahead", config, shape, nnx.Rngs(0)))  # noqa: E731
-    default = abstract(tiny_config("rgb"))
-    assert default.encoder.layers[0].kernel.shape == (3, 3, 4, 4)  # sees three colours and the mask
-    assert len(default.encoder.layers) == len(ENCODER["conv_layers"])
-    own = abstract(tiny_config("rgb") | {"lookahead_encoder": MLP})
-    assert own.encoder.linear_in.kernel.shape == (8 * 8 * 4, 12)
-    with pytest.raises(UserError, match=r"unknown key 'model\.lookahead_encodr': did you mean 'lookahead_enc"):
-        abstract(tiny_config("rgb") | {"lookahead_encodr": MLP})
 
 
 def test_the_published_experiment_has_the_papers_hyperparameters():

@@ -263,16 +263,6 @@ def test_the_matching_objective_is_the_partial_posterior_s_likelihood(matched):
     np.testing.assert_allclose(model.matching_ll(x, b, KEY), model.partial_posterior(x, b).log_prob(z), rtol=1e-5)
 
 
-def test_the_partial_encoder_is_that_of_the_vade_by_default_with_weights_of_its_own(matched):
-    model, _, _ = matched
-    ours, theirs = model.partial_posterior.encoder, model.vade.encoder
-    assert [a.kernel.shape[-1] for a in ours.layers] == [a.kernel.shape[-1] for a in theirs.layers]
-    assert ours.layers[0].kernel.shape == (3, 3, 2, 4)  # sees x * b and b
-    given = {"vade": VADE_CONFIG, "partial_posterior": GMM, "partial_encoder": MLP | {"hidden_units": 3}}
-    model = nnx.eval_shape(lambda: build("pm_vade", given, (5,), nnx.Rngs(0)))
-    assert model.partial_posterior.encoder.linear_in.kernel.shape == (10, 3)
-
-
 # Training scripts ----------------------------------------------------------------------------------------------------
 
 
