@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posterior_matching import runs
+from posterior_matching import models, runs
 from posterior_matching.errors import UserError
 
 
@@ -22,6 +22,17 @@ def weights(model):
     """The arrays by path of a model, or of the model of a run."""
     model = model if isinstance(model, nnx.Module) else runs.load_model(model)
     return {name: np.asarray(value) for name, value in runs.flat_weights(nnx.state(model)).items()}
+
+
+def untrained_run(folder, name, model, **config):
+    """The directory of a run on digits: a model with the config `model` and random weights, as after one step."""
+    config = {"dataset": "digits", "train_split": "train", "evaluate_checkpoint": "latest", "model": model} | config
+    run = runs.open_run(str(folder / "run"), name, config, (8, 8, 1))
+    run.create()
+    state = runs.flat_weights(nnx.state(models.build(name, model, (8, 8, 1), nnx.Rngs(0))))
+    with run.finished_saving():
+        run.save(1, state, {"step": np.int32(1)}, {}, best=False)
+    return run.path
 
 
 def assert_same_runs(found, expected):
