@@ -173,10 +173,19 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_stays(run_dir):
     assert (found["action"][4:] != shown["action"][4:]).any()
 
 
-def test_other_settings_are_not_mixed(run_dir):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 3}, "holds an evaluation that differs (num_samples: 2 -> 3): use its values, or delete it"),
+        ({"policies": ("samplng",)}, "unknown policy 'samplng': did you mean 'sampling'?"),
+        ({"num_steps": 1}, "num_steps must be at least 2, not 1"),
+        ({"num_steps": 65}, "num_steps must be at most 64, the number of features, not 65"),
+        ({"memory_budget_gb": np.nan}, "memory_budget_gb must be a finite number"),
+    ],
+)
+def test_other_settings_and_bad_arguments_are_refused(run_dir, change, message):
     before = contents(run_dir)
-    message = refusal(evaluate, run_dir, **OPTIONS | {"num_samples": 3})
-    assert "holds an evaluation that differs (num_samples: 2 -> 3): use its values, or delete it" in message
+    assert message in refusal(evaluate, run_dir, **OPTIONS | change)
     assert contents(run_dir) == before
 
 

@@ -347,15 +347,17 @@ def test_bad_input_gets_one_line_and_nothing_is_written(trained, name, kind, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ON_A_BASE)
-def test_a_base_that_does_not_fit_gets_one_line_and_nothing_is_written(trained, name, tmp_path):
-    family = FAMILIES[name]
+@pytest.mark.parametrize("case", [*ON_A_BASE, OWN_PRETRAINED])
+def test_a_base_that_does_not_fit_gets_one_line_and_nothing_is_written(trained, case, tmp_path):
+    name, family = case.split(" on ")[0], FAMILIES[case.split(" on ")[0]]
     base = family.base
+    other = name if base.required else "vqvae"
     expected = {
-        None: f"missing key 'config.{base.dir_key}': the run directory of a {base.model} run",
         str(tmp_path / "nowhere"): "does not exist",
-        trained(name).path: f"is a run of {name}, not of {base.model}: pass the directory of a {base.model} run",
+        trained(other).path: f"is a run of {other}, not of {base.model}: pass the directory of a {base.model} run",
     }
+    if base.required:
+        expected[None] = f"missing key 'config.{base.dir_key}': the run directory of a {base.model} run"
     for base_dir, message in expected.items():
         assert message in refusal(family.train, small(name, **{base.dir_key: base_dir}), str(tmp_path / "run"))
     changes = {base.dir_key: trained(base.model).path, "dataset": "mixture"}
