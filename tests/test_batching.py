@@ -91,8 +91,8 @@ def test_streaming_gives_the_rows_of_resident_data():
 
 def test_the_memory_budget_is_per_device():
     arrays = {"x": np.zeros((400, 10), np.float32)}  # 16,000 bytes, 4,000 on each device
-    assert TrainingFeed(arrays, 1, 0, memory_budget_gb=4001e-9).resident
-    assert not TrainingFeed(arrays, 1, 0, memory_budget_gb=3999e-9).resident
+    assert TrainingFeed(arrays, 100, 0, memory_budget_gb=4001e-9).resident  # batches may be as large as a share
+    assert not TrainingFeed(arrays, 100, 0, memory_budget_gb=3999e-9).resident
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
