@@ -4,18 +4,16 @@ import json
 
 import jax
 import jax.numpy as jnp
-import nbformat
 import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
-from nbclient import NotebookClient
 
-from helpers.configs import LEAST, ROOT
+from helpers.configs import LEAST
 from helpers.pm_vae import ALIGNED as EXACT
 from helpers.pm_vae import lookahead_on, masks_and_data, mutual_information
 from helpers.runs import contents, refusal, untrained_run
-from helpers.scripts import environment
+from helpers.scripts import execute
 from posterior_matching import acquisition, data, models
 from posterior_matching.acquisition import POLICIES, acquire, greedy_action
 from posterior_matching.evaluation.acquisition import evaluate
@@ -191,10 +189,7 @@ def test_other_settings_and_bad_arguments_are_refused(run_dir, change, message):
 
 @pytest.mark.process
 def test_the_notebook_executes(run_dir):
-    notebook = nbformat.read(ROOT / "notebooks" / "greedy_acquisition_plots.ipynb", as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
-    client.execute(cwd=str(ROOT / "notebooks"), env=environment(RUN_DIR=str(run_dir)))
-    assert "nats; then feature" in notebook.cells[-1].outputs[-1].text
+    assert "nats; then feature" in execute("greedy_acquisition_plots", RUN_DIR=str(run_dir))[0]
 
 
 def test_a_memory_budget_decides_how_many_features_are_looked_at_together():

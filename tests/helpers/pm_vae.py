@@ -7,6 +7,7 @@ import scipy.stats
 from flax import nnx
 from numpyro import distributions as dist
 
+from helpers.configs import LEAST
 from posterior_matching.models import build
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
@@ -126,15 +127,13 @@ def axis_aligned():
 
 
 ALIGNED = axis_aligned()
-SHAPE_CONFIG = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 64}
 
 
-def lookahead_on(model, exact, encoder=SHAPE_CONFIG):
+def lookahead_on(model, exact):
     """An untrained lookahead posterior on a model of `Exact`."""
-    (d, e), network = exact.w.shape, {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 2}
-    pm_vae = {"latent_dim": e, "encoder": network, "decoder": network}
-    pm_vae |= {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "IdentityGaussian"}}
-    config = {"pm_vae": pm_vae, "lookahead_encoder": encoder}
+    d, e = exact.w.shape
+    encoder = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 64}
+    config = {"pm_vae": LEAST | {"latent_dim": e}, "lookahead_encoder": encoder}
     lookahead = build("lookahead", config, (d,), nnx.Rngs(0))
     lookahead.pm_vae = model
     return lookahead
