@@ -20,7 +20,7 @@ from flax import nnx
 from configs import common
 from helpers.arrays import Compilations, assert_close, assert_same
 from helpers.configs import MLP, small, untrained
-from helpers.runs import assert_same_runs, refusal, rows
+from helpers.runs import assert_same_runs, crash_after, refusal, rows
 from posterior_matching import data, models, parallel, runs
 from posterior_matching.config import call, plain
 from posterior_matching.errors import UserError
@@ -100,20 +100,13 @@ def linear(tmp_path, monkeypatch):
     It crashes after step `stop` if that is given.
     """
     monkeypatch.setitem(models.MODELS, "linear", Linear)
-    add = log.TrainingLog.add
 
     def run_it(name="run", *phases, stop=None, **changes):
-        def crash(self, step, *args):
-            if step == stop + 1:
-                raise ZeroDivisionError
-            add(self, step, *args)
-
         chosen = experiment(*phases, **changes)
         run = runs.open_run(str(tmp_path / name), "linear", chosen.config, (DIM + 1,))
         if stop is None:
             return fit(chosen, run)
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(log.TrainingLog, "add", crash)
+        with crash_after(stop):
             fit(chosen, run)
 
     run_it.path = tmp_path / "run"

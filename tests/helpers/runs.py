@@ -1,5 +1,6 @@
 """Run directories: how they are read and compared, and what it means to be refused."""
 
+import contextlib
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 from posterior_matching import models, runs
 from posterior_matching.errors import UserError
+from posterior_matching.training.log import TrainingLog
 
 
 def rows(run_dir):
@@ -44,6 +46,21 @@ def assert_same_runs(found, expected):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+@contextlib.contextmanager
+def crash_after(step):
+    """Training crashes there once `step` is done."""
+    add = TrainingLog.add
+
+    def crash(log, now, *rest):
+        if now > step:
+            raise ZeroDivisionError
+        add(log, now, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(TrainingLog, "add", crash)
+        yield
 
 
 def contents(folder):

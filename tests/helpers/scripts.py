@@ -31,7 +31,7 @@ def spawn(command, cwd, **options):
 
 def finish(process, status=0):
     """Waits for a process to end with `status`; returns what it printed, as `out` and `err`."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == status, f"{process.args}\n{out}\n{err}"
     return out, err
 
