@@ -43,39 +43,20 @@ class Counting:
         return jnp.zeros(z.shape[:-1])
 
 
-def estimate_from_table(table, num_samples, chunk_size):
-    """`table`: log weights `[chunk, B]`."""
-    table = jnp.asarray(table, jnp.float32)
-    log_joint = lambda z: jnp.take_along_axis(table, z[..., 0].astype(jnp.int32), 0)  # noqa: E731
-    return importance_log_prob(log_joint, Counting(table.shape[1]), KEY, num_samples, chunk_size)
+RANDOM = np.random.default_rng(0).normal(size=(4, 3)) * 2
+IMPOSSIBLE = np.array([[-np.inf, -np.inf, 0.0], [1.0, -np.inf, 0.0], [-np.inf, -np.inf, -np.inf]])
+WEIGHTS = [(RANDOM, num_samples, 1e-4) for num_samples in (4, 6, 8, 9, 3, 1)]
+WEIGHTS += [(np.full((4, 2), level), 7, 1e-2) for level in (-1e4, 1e4)]  # far outside the range of floats
+WEIGHTS += [(np.array([[0.0], [50.0], [-3.0]]), 3, 1e-4), (IMPOSSIBLE, 6, 1e-4)]  # one that dominates, and zeros
 
 
-@pytest.mark.parametrize(("num_samples", "chunk_size"), [(4, 4), (6, 4), (8, 4), (9, 4), (3, 4), (1, 4)])
-def test_log_mean_weight_and_effective_sample_size_of_known_weights(num_samples, chunk_size):
-    table = np.random.default_rng(0).normal(size=(chunk_size, 3)) * 2
-    weights = np.stack([table[k % chunk_size] for k in range(num_samples)])
-    estimate = estimate_from_table(table, num_samples, chunk_size)
-    np.testing.assert_allclose(estimate.log_prob, logsumexp(weights, axis=0) - np.log(num_samples), rtol=1e-4)
-    expected = np.exp(weights).sum(0) ** 2 / np.exp(2 * weights).sum(0)
-    np.testing.assert_allclose(estimate.effective_sample_size, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("level", [-1e4, 1e4])
-def test_weights_far_outside_the_range_of_floats_are_no_trouble(level):
-    estimate = estimate_from_table(np.full((4, 2), level), 7, 4)
-    np.testing.assert_allclose(estimate.log_prob, level, rtol=1e-6)
-    np.testing.assert_allclose(estimate.effective_sample_size, 7, rtol=1e-2)
-
-
-def test_one_dominant_weight_is_an_effective_sample_size_of_one():
-    table = np.array([[0.0], [50.0], [-3.0]])
-    estimate = estimate_from_table(table, 3, 3)
-    np.testing.assert_allclose(estimate.log_prob, 50.0 - np.log(3), rtol=1e-6)
-    np.testing.assert_allclose(estimate.effective_sample_size, 1.0, rtol=1e-4)
-
-
-def test_impossible_samples_count_as_zero_weight():
-    table = np.array([[-np.inf, -np.inf, 0.0], [1.0, -np.inf, 0.0], [-np.inf, -np.inf, -np.inf]])
-    estimate = estimate_from_table(table, 6, 3)
-    np.testing.assert_allclose(estimate.log_prob, [1.0 - np.log(3), -np.inf, np.log(4 / 6)], rtol=1e-5)
-    np.testing.assert_allclose(estimate.effective_sample_size[jnp.array([0, 2])], [2.0, 4.0], rtol=1e-5)
+@pytest.mark.parametrize(("table", "num_samples", "rtol"), WEIGHTS)
+def test_log_mean_weight_and_effective_sample_size_of_known_weights(table, num_samples, rtol):
+    """`table`: the log weights `[chunk, B]` of every chunk."""
+    log_joint = lambda z: jnp.take_along_axis(jnp.float32(table), z[..., 0].astype(jnp.int32), 0)  # noqa: E731
+    found = importance_log_prob(log_joint, Counting(table.shape[1]), KEY, num_samples, len(table))
+    log_weights = np.stack([table[k % len(table)] for k in range(num_samples)])
+    np.testing.assert_allclose(found.log_prob, logsumexp(log_weights, axis=0) - np.log(num_samples), rtol=1e-5)
+    weights = np.exp(log_weights - np.maximum(log_weights.max(0), -1e9))
+    effective = weights.sum(0) ** 2 / np.maximum(np.square(weights).sum(0), 1e-9)  # 0 where all weights vanish
+    np.testing.assert_allclose(found.effective_sample_size, effective, rtol=rtol)
