@@ -18,7 +18,7 @@ from posterior_matching import data, masking, models, progress
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import pictures, uci
 from posterior_matching.evaluation.examples import ExampleMap, load_dataset, open_run
-from posterior_matching.evaluation.results import Parts, Results, load_npz
+from posterior_matching.evaluation.results import Parts, Results
 
 NUM_ROWS, DIM = 1797, 5
 
@@ -89,25 +89,6 @@ def test_results_do_not_depend_on_the_batch_size(table, model):
 SETTINGS = {"num_samples": 10, "dataset": "digits"}
 
 
-def test_batches_that_an_interrupted_call_left_are_not_computed_again(table, model, tmp_path):
-    parts = Parts(tmp_path, SETTINGS)
-
-    def evaluate():
-        return ExampleMap(look, model, table.dataset, 150)(jax.random.key(3), parts=parts)
-
-    whole = evaluate()
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["00000.npz", "00001.npz", "00002.npz"]
-    marked = load_npz(tmp_path / "00001.npz")
-    np.savez(tmp_path / "00001.npz", **(marked | {"scalar": marked["scalar"] + 100}))
-    (tmp_path / "00002.npz").unlink()
-    found = evaluate()
-    np.testing.assert_array_equal(found["draw"], whole["draw"])
-    assert found.keys() == whole.keys() and sorted(path.name for path in tmp_path.iterdir()) == names
-    expected = whole["scalar"] + np.where((np.arange(NUM_ROWS) >= 600) & (np.arange(NUM_ROWS) < 1200), 100, 0)
-    np.testing.assert_allclose(found["scalar"], expected, rtol=1e-5)
-
-
 def counted(calls):
     def compute():
         calls.append(1)
@@ -174,7 +155,7 @@ def description(**changes):
     return {"config": {"dataset": "mixture"}, "input_shape": [8], "standardisation": None} | changes
 
 
-def test_num_instances_takes_the_first_examples(table, model):
+def test_num_instances_takes_the_first_examples():
     whole = load_dataset(description(), None, "test", None)
     few = load_dataset(description(), None, "test", 30)
     assert len(whole) == 2000 and len(few) == 30
@@ -187,11 +168,6 @@ def test_num_instances_takes_the_first_examples(table, model):
             load_dataset(description(), None, "test", number)
     digits = load_dataset(description(input_shape=[8, 8, 1]), "digits", "test", 7)
     assert digits.label.shape == (7,) and digits.x.shape == (7, 8, 8, 1)
-    # The first examples have the keys they have in the whole.
-    few = ExampleMap(look, model, data.load(str(table.path), "all"), 3)(jax.random.key(1))
-    own = description(input_shape=[DIM], config={"dataset": str(table.path)})
-    found = ExampleMap(look, model, load_dataset(own, None, "all", 11), 32)(jax.random.key(1))
-    np.testing.assert_array_equal(found["draw"], few["draw"][:11])
 
 
 def test_own_data_are_standardised_as_the_run_was(table):
