@@ -22,6 +22,7 @@ SHAPES = {
     "patches": (63,),
     "mixture": (8,),
     "winequality-white.csv": (12,),
+    "adult": (14,),
     "digits": (8, 8, 1),
     "mnist16": (16, 16, 1),
     "mnist": (28, 28, 1),

@@ -1,18 +1,27 @@
 """Measures a training step of any config, on random data of the dataset's shape.
 
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py [--config.key=value ...] [--seconds 20]
+    python benchmarks/train_speed.py --config configs/pm_vae_gas.py --against ../other_checkout [--rounds 2]
 
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, the
 floating-point operations per step that XLA counts in the compiled program, their rate, and the rate of a large matrix
 product measured in the same run. All rates are medians. To compare machines, use the ratio of the two rates. (On CPUs,
 strided transposed convolutions run at stride one, and XLA counts the multiplications by zero. It counts a loop body
 once, so the true share of lookahead configs, which loop over features, is higher than printed.)
+
+With `--against`, this checkout and another one are measured in turn, each with its own code and its own config of that
+name, and the ratios of their speeds are printed. Machines are noisy: raise `--rounds` before you believe a difference
+of a few percent.
 """
 
+import os
 import pathlib
+import re
 import resource
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -32,10 +41,60 @@ from posterior_matching.training.step import CompiledPhase
 
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
+_AGAINST = flags.DEFINE_string("against", None, "Another checkout of this repository, to compare with this one.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "With --against: measurements of each checkout.", lower_bound=1)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures one checkout, or compares two."""
+    if _AGAINST.value is None:
+        measure()
+    else:
+        compare(pathlib.Path(_AGAINST.value).resolve(), _ROUNDS.value)
+
+
+def compare(other: pathlib.Path, rounds: int) -> None:
+    """Measures two checkouts in turn, theirs first, and prints their steps per second and the ratios.
+
+    Raises:
+        UserError: `other` is no checkout, or a measurement failed.
+    """
+    if not (other / "benchmarks" / "train_speed.py").is_file():
+        raise UserError(f"--against={other} is not a checkout of this repository: it has no benchmarks/train_speed.py")
+    own = ("--against", "--rounds")
+    arguments = [argument for argument in _joined(sys.argv[1:]) if argument.split("=")[0] not in own]
+    ratios = []
+    for number in range(rounds):
+        theirs, ours = (steps_per_second(checkout, arguments) for checkout in (other, synthetic.ROOT))
+        ratios.append(ours / theirs)
+        print(f"round {number + 1}: theirs {theirs:.4g}, ours {ours:.4g} steps/s, ratio {ratios[-1]:.3f}", flush=True)
+    print(f"ratio, ours / theirs: median {np.median(ratios):.3f} ({spread(ratios)})")
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `--flag value` written `--flag=value`."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            found.append(f"--{argument.lstrip('-')}")
+        else:
+            found[-1] += f"={argument}"
+    return found
+
+
+def steps_per_second(checkout: pathlib.Path, arguments: Sequence[str]) -> float:
+    """Measures a checkout in a process of its own."""
+    command = [sys.executable, "benchmarks/train_speed.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    found = re.search(r"^steps per second +(\S+)", result.stdout, re.MULTILINE)
+    if result.returncode or found is None:
+        raise UserError(f"measuring {checkout} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return float(found[1])
+
+
+def measure() -> None:
+    """Measures this checkout and prints."""
     config = _CONFIG.value
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")

@@ -27,3 +27,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def move(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Moves a complete file to its place, for what takes several tries to write; otherwise use `replacing`."""
+    os.replace(temporary, path)

@@ -6,11 +6,13 @@
 The annotation gives the type and range, which pydantic checks. An undeclared key is an error, never ignored.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
 import inspect
 import json
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
@@ -114,6 +116,28 @@ def parse(options: Config, *option_types: type) -> tuple[Any, ...]:
         call(option_type, {key: options[key] for key in options if key in fields}, "config")
         for option_type, fields in zip(option_types, declared, strict=True)
     )
+
+
+def read_options(text: str, where: str) -> dict[str, Any]:
+    """Reads options from one argument: `bounds=0.0,0.2,name='a'`. Values are Python literals.
+
+    Commas separate options where `key=` follows, and the items of a tuple elsewhere.
+
+    Args:
+        text: The argument; may be empty.
+        where: The name of the group, for messages.
+
+    Raises:
+        OptionError: A value is no literal.
+    """
+    options = {}
+    for part in re.split(r",\s*(?=[A-Za-z_]\w*=)", text) if text else []:
+        key, _, value = part.partition("=")
+        try:
+            options[key] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise OptionError(f"{where}.{key}", f"must be a number, 'text' or a tuple, not {value!r}") from None
+    return options
 
 
 def plain(config: Any) -> dict[str, Any]:

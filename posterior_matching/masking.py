@@ -8,10 +8,8 @@ A generator is an immutable set of options. `generator(key, shape)` draws masks 
 [batch, *mask_shape(event_shape)], independent per example, with pure JAX operations: it runs under jit, scan and pmap.
 """
 
-import ast
 import functools
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, cast
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import PlainValidator
 
-from posterior_matching.config import Config, build, naming
+from posterior_matching.config import Config, build, naming, read_options
 from posterior_matching.errors import OptionError, UserError, nearest
 
 MASK_GENERATORS: dict[str, type["MaskGenerator"]] = {}
@@ -512,15 +510,8 @@ def mask_generator_from_spec(spec: str) -> MaskGenerator:
     name, _, text = spec.partition(":")
     if name not in MASK_GENERATORS:
         raise OptionError("mask_generator", f"unknown {{}} '{name}': {nearest(name, MASK_GENERATORS)}")
-    options: dict[str, Any] = {"name": name}
     try:
-        # Commas separate options where "name=" follows, and the items of a tuple elsewhere.
-        for part in re.split(r",\s*(?=[A-Za-z_]\w*=)", text) if text else []:
-            option, _, value = part.partition("=")
-            try:
-                options[option] = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError):
-                raise OptionError(f"mask_generator.{option}", f"must be a number or a tuple, not '{value}'") from None
+        options = {"name": name} | read_options(text, "mask_generator")
         return build_mask_generator(options, "mask_generator")
     except UserError as error:
         taken = ", ".join(field.name for field in fields(cast(Any, MASK_GENERATORS[name]))) or "no options"

@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from helpers.configs import ROOT
-from helpers.scripts import environment
+from helpers.scripts import finish, spawn
 
 pytestmark = pytest.mark.process
 
@@ -66,18 +65,7 @@ def contributed(tmp_path_factory):
 
 
 def run(folder, *arguments):
-    variables = environment(PYTHONPATH=str(folder))
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return finish(spawn([sys.executable, *arguments], folder, PYTHONPATH=str(folder)))[0]
 
 
 def test_the_new_family_trains_loads_and_keeps_every_promise(contributed):
@@ -85,12 +73,11 @@ def test_the_new_family_trains_loads_and_keeps_every_promise(contributed):
     (command,) = re.findall(r"^    python (train_toy\.py .*)$", TEXT, flags=re.MULTILINE)
     assert "done: step 4 of 4" in run(folder, *command.split(), *QUICK)
     assert "(10, 8, 8, 8, 1)" in run(folder, "-c", example + "\nprint(imputations.shape)")
-    promised = run(
-        folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_contract.py", "-k", "toy", "--record"
-    )
+    pytest_quietly = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    promised = run(folder, *pytest_quietly, "tests/test_contract.py", "-k", "toy", "--record")
     assert int(re.search(r"(\d+) passed", promised)[1]) > 15
     assert (folder / "tests" / "goldens" / "toy.json").exists()
-    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_structure.py")
+    run(folder, *pytest_quietly, "tests/test_structure.py")
 
 
 def test_the_new_dataset_and_the_new_mask_generator_train(contributed):

@@ -9,11 +9,10 @@ from flax import nnx
 from numpyro import distributions as dist
 from scipy.special import expit, log_expit, logsumexp
 
-from helpers.arrays import Z_LIMIT, filled, normal, softplus
+from helpers.arrays import Z_LIMIT, assert_mean, assert_moments, filled, normal, softplus
 from posterior_matching.errors import UserError
 from posterior_matching.models.distributions import (
     LATENT_HEADS,
-    LIKELIHOOD_HEADS,
     Bernoulli,
     IdentityGaussian,
     SharedScaleGaussian,
@@ -63,10 +62,19 @@ def with_bias(head, bias):
     return head
 
 
-def standard_errors(samples, expected):
-    """How many standard errors the mean over axis 0 is from `expected`."""
-    samples = np.asarray(samples, np.float64)
-    return (samples.mean(0) - expected) / (samples.std(0, ddof=1) / np.sqrt(len(samples)))
+def gaussian(kind, seed, rows=4):
+    """Gaussians over three dimensions, `[rows]` of them."""
+    if kind == "standard":
+        return standard_normal(3).expand((rows,))
+    if kind == "diagonal":
+        return diagonal_gaussian(jnp.asarray(normal(seed, rows, 6)))
+    return tril_gaussian(jnp.asarray(normal(seed, rows, tril_gaussian_parameters(3))), 3)
+
+
+def covariances(q):
+    """The covariance matrices `[B, e, e]` of Gaussians, float64."""
+    matrices = getattr(q, "covariance_matrix", None)
+    return np.asarray(jax.vmap(jnp.diag)(q.variance) if matrices is None else matrices, np.float64)
 
 
 def correlation_z(a, b):
@@ -133,68 +141,42 @@ def test_gaussian_samples_match_their_density_and_are_independent_across_example
     q = head(jnp.asarray(np.repeat(normal(5, 1, 2), 2, axis=0)))  # the same context twice
     z = np.asarray(q.sample(jax.random.key(0), (n,)), np.float64)
     assert z.shape == (n, 2, e)
-    covariance = getattr(q, "covariance_matrix", None)
-    covariance = np.asarray(jax.vmap(jnp.diag)(q.variance) if covariance is None else covariance, np.float64)
-    factor = np.linalg.cholesky(covariance)
+    factor = np.linalg.cholesky(covariances(q))
     white = np.linalg.solve(factor[None], (z - np.asarray(q.mean))[..., None])[..., 0]  # N(0, I) if all is well
-    assert np.abs(standard_errors(white, 0.0)).max() < Z_LIMIT
-    products = np.einsum("nbi,nbj->nbij", white, white)
-    assert np.abs(standard_errors(products, np.eye(e))).max() < Z_LIMIT
+    assert_moments(white, np.zeros(e), np.eye(e))
     assert max(abs(correlation_z(z[:, 0, i], z[:, 1, j])) for i in range(e) for j in range(e)) < Z_LIMIT
-
-
-def test_standard_normal_is_the_product_of_unit_normals():
-    z = normal(0, 2, 5, 3)
-    expected = scipy.stats.norm.logpdf(z).sum(-1)
-    np.testing.assert_allclose(standard_normal(3).log_prob(jnp.asarray(z)), expected, rtol=1e-5)
-    sample = standard_normal(3).sample(jax.random.key(0), (20_000,))
-    assert np.abs(standard_errors(sample, 0.0)).max() < Z_LIMIT
-    assert np.abs(standard_errors(sample**2, 1.0)).max() < Z_LIMIT
 
 
 # KL and entropy
 
 
-@pytest.mark.parametrize("name", ["DiagonalGaussian", "TriLGaussian"])
-def test_kl_to_standard_normal_equals_monte_carlo(name):
-    head = latent_head(name, (2,), 3)
-    q = head(jnp.asarray(normal(5, 2, 2)))
-    z = q.sample(jax.random.key(0), (50_000,))
-    log_ratio = q.log_prob(z) - jnp.asarray(scipy.stats.norm.logpdf(z).sum(-1))
-    kl = np.asarray(kl_to_standard_normal(q), np.float64)
-    assert kl.shape == (2,) and (kl > 0.1).all()
-    assert np.abs(standard_errors(log_ratio, kl)).max() < Z_LIMIT
+@pytest.mark.parametrize(
+    ("q", "p"), [("diagonal", "standard"), ("tril", "standard"), ("diagonal", "diagonal"), ("diagonal", "tril")]
+)
+def test_kl_equals_the_matrix_formula_and_monte_carlo(q, p):
+    kl = kl_to_standard_normal if p == "standard" else lambda q: kl_divergence(q, p)
+    q, p = gaussian(q, 1), gaussian(p, 2)
+    found, s, t = np.asarray(kl(q)), covariances(q), covariances(p)
+    d = np.asarray(p.mean, np.float64) - np.asarray(q.mean)
+    distance = np.einsum("bi,bij,bj->b", d, np.linalg.inv(t), d)
+    trace = np.trace(np.linalg.inv(t) @ s, axis1=1, axis2=2)
+    exact = (trace + distance - 3 + np.linalg.slogdet(t)[1] - np.linalg.slogdet(s)[1]) / 2
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    z = q.sample(KEY, (20_000,))
+    assert_mean(q.log_prob(z) - p.log_prob(z), found)
 
 
-def test_kl_to_standard_normal_equals_the_matrix_formula():
-    e = 4
-    head = latent_head("TriLGaussian", (2,), e)
-    q = head(jnp.asarray(normal(5, 3, 2)))
-    for kl, mean, factor in zip(kl_to_standard_normal(q), q.mean, np.asarray(q.scale_tril, np.float64), strict=True):
-        covariance, mean = factor @ factor.T, np.asarray(mean, np.float64)
-        expected = 0.5 * (np.trace(covariance) + mean @ mean - e - np.linalg.slogdet(covariance)[1])
-        np.testing.assert_allclose(kl, expected, rtol=1e-3)
+def test_kl_to_standard_normal_needs_a_gaussian():
+    for q in (random_gmm(2)(jnp.zeros((1, 2))), dist.Independent(dist.Laplace(jnp.zeros(3)), 1)):
+        with pytest.raises(UserError, match=r"DiagonalGaussian or TriLGaussian: .* closed form"):
+            kl_to_standard_normal(q)
 
 
-def test_kl_to_standard_normal_is_zero_for_the_prior_itself_and_needs_a_gaussian():
-    np.testing.assert_allclose(kl_to_standard_normal(standard_normal(5)), 0.0, atol=1e-6)
-    identity = dist.MultivariateNormal(jnp.zeros((2, 3)), scale_tril=jnp.eye(3))
-    np.testing.assert_allclose(kl_to_standard_normal(identity), 0.0, atol=1e-6)
-    with pytest.raises(UserError, match="DiagonalGaussian or TriLGaussian"):
-        kl_to_standard_normal(random_gmm(2)(jnp.zeros((1, 2))))
-    with pytest.raises(UserError, match="closed form"):
-        kl_to_standard_normal(dist.Independent(dist.Laplace(jnp.zeros(3)), 1))
-
-
-def test_entropy_of_gaussians_is_exact():
-    key = jax.random.key(0)
-    q = latent_head("TriLGaussian", (2,), 3)(jnp.asarray(normal(5, 2, 2)))
-    covariance = np.asarray(q.covariance_matrix, np.float64)
-    expected = [scipy.stats.multivariate_normal(np.zeros(3), c).entropy() for c in covariance]
-    np.testing.assert_allclose(entropy(q, key, 1), expected, rtol=1e-3)
-    q = latent_head("DiagonalGaussian", (2,), 3)(jnp.asarray(normal(5, 2, 2)))
-    expected = scipy.stats.norm.entropy(scale=np.sqrt(q.variance)).sum(-1)
-    np.testing.assert_allclose(entropy(q, key, 1), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("kind", ["diagonal", "tril"])
+def test_entropy_of_gaussians_is_exact(kind):
+    q = gaussian(kind, 5)
+    expected = [scipy.stats.multivariate_normal(np.zeros(3), c).entropy() for c in covariances(q)]
+    np.testing.assert_allclose(entropy(q, KEY, 1), expected, rtol=1e-3)
 
 
 # AutoregressiveGMM: density
@@ -231,38 +213,14 @@ def test_autoregressive_log_prob_equals_one_network_run_per_dimension(e, compone
     np.testing.assert_allclose(log_prob(jnp.asarray(many)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_each_conditional_depends_on_no_later_dimension():
-    """Only conditional i uses slice i of the output bias: that part of the gradient may depend on z_0 .. z_i only."""
-    e, components = 4, 3
-    head = random_gmm(e, components)
-    context = jnp.asarray(normal(3, 1, 2))
-
-    def parts(z):
-        def log_prob(bias):
-            return with_bias(head, bias)(context).log_prob(z[None])[0]
-
-        return jax.grad(log_prob)(bias).reshape(e, 3 * components)
-
-    bias = head.linear.bias[...]
-    jacobian = np.abs(np.asarray(jax.jit(jax.jacfwd(parts))(jnp.asarray(normal(4, e))))).max(
-        1
-    )  # [conditional, dimension of z]
-    np.testing.assert_array_equal(jacobian[np.triu_indices(e, 1)], 0.0)
-    assert (jacobian[np.tril_indices(e)] > 0).all()
-
-
 def density_on_grid(head, context, limit=16.0, step=0.05):
-    """Density of a two-dimensional head at the centres of a grid's cells, and the centres."""
+    """Density of a two-dimensional head at the centres of a grid's cells, checked to integrate to 1; the centres."""
     centres = np.arange(-limit + step / 2, limit, step)
     grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
     log_prob = jax.jit(lambda z: head(context[None]).log_prob(z[:, None])[:, 0])
-    return np.exp(np.asarray(log_prob(jnp.float32(grid)), np.float64)).reshape(len(centres), -1), centres, step
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_autoregressive_density_integrates_to_one(seed):
-    density, _, step = density_on_grid(random_gmm(2, seed=seed), jnp.asarray(normal(seed, 2)))
+    density = np.exp(np.asarray(log_prob(jnp.float32(grid)), np.float64)).reshape(len(centres), -1)
     np.testing.assert_allclose(density.sum() * step**2, 1.0, atol=1e-3)
+    return density, centres, step
 
 
 def test_autoregressive_entropy_equals_numerical_integration():
@@ -357,18 +315,6 @@ def test_sample_and_log_prob_returns_the_log_prob_of_its_samples(name, sample_sh
     np.testing.assert_allclose(z, z_again, rtol=1e-5, atol=1e-5)
 
 
-def test_autoregressive_log_prob_gradients_agree_with_finite_differences():
-    head, context = random_gmm(3), jnp.asarray(normal(0, 1, 2))
-    z = normal(1, 3)
-    log_prob = jax.jit(lambda z: head(context).log_prob(z[None])[0])
-    gradient = np.asarray(jax.grad(log_prob)(jnp.asarray(z)))
-    step = 1e-2
-    for i in range(3):
-        shift = step * np.eye(3, dtype=np.float32)[i]
-        difference = (float(log_prob(z + shift)) - float(log_prob(z - shift))) / (2 * step)
-        np.testing.assert_allclose(gradient[i], difference, rtol=2e-2, atol=2e-2)
-
-
 @pytest.mark.parametrize("name", sorted(LATENT_HEADS))
 def test_latent_log_prob_and_gradients_stay_finite_at_extreme_inputs(name):
     graphdef, state = nnx.split(latent_head(name, (4,), 3))
@@ -405,63 +351,24 @@ def test_identity_gaussian_scale_starts_at_one():
 
 
 def test_bernoulli_takes_features_as_logits_and_scores_grey_values_by_cross_entropy():
-    shape = (3, 4, 4, 1)
-    logits, x = 3 * normal(0, *shape), np.random.default_rng(1).uniform(size=shape)
-    x[0], x[1] = 0.0, 1.0
-    p = Bernoulli(shape[1:], shape[1:])(jnp.asarray(logits))
-    assert p.batch_shape == shape
-    expected = x * log_expit(logits.astype(np.float64)) + (1 - x) * log_expit(-logits.astype(np.float64))
-    np.testing.assert_allclose(p.log_prob(jnp.float32(x)), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(p.mean, expit(logits), rtol=1e-5)
-
-
-def test_bernoulli_log_prob_and_gradient_are_exact_even_for_saturated_logits():
-    logits, x = (a.reshape(-1, 1) for a in np.meshgrid([-200.0, -17.0, 1e-3, 17.0, 200.0], [0.0, 0.3, 1.0]))
-    head = Bernoulli((1,), (1,))
-    gradient = jax.grad(lambda features: head(features).log_prob(jnp.float32(x)).sum())(jnp.float32(logits))
+    """Exactly, and with exact gradients, even for saturated logits."""
+    logits = np.append([-200.0, -17.0, 1e-3, 17.0, 200.0], 3 * normal(0, 7))
+    logits, x = (a.reshape(3, 4, 3, 1) for a in np.meshgrid(logits, [0.0, 0.3, 1.0]))
+    head = Bernoulli(x.shape[1:], x.shape[1:])
+    p = head(jnp.float32(logits))
+    assert p.batch_shape == x.shape
     expected = x * log_expit(logits) + (1 - x) * log_expit(-logits)
-    np.testing.assert_allclose(head(jnp.float32(logits)).log_prob(jnp.float32(x)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(p.log_prob(jnp.float32(x)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(p.mean, expit(logits), rtol=1e-5, atol=1e-30)
+    gradient = jax.grad(lambda features: head(features).log_prob(jnp.float32(x)).sum())(jnp.float32(logits))
     np.testing.assert_allclose(gradient, x - expit(logits), rtol=1e-4, atol=1e-6)
 
 
-def test_bernoulli_refuses_a_network_whose_output_is_not_of_the_datas_shape():
-    with pytest.raises(UserError, match=r"\(16, 16, 1\) differs from the data's, \(8, 8, 1\): .*decoder"):
-        Bernoulli((16, 16, 1), (8, 8, 1))
-
-
-def test_heads_are_listed_under_their_class_names():
-    for name, head in (LATENT_HEADS | LIKELIHOOD_HEADS).items():
-        assert head.__name__ == name
-
-
-# KL between Gaussians, as the VDVAE needs them
-
-
-def gaussian_pair(e=3, positions=5):
-    q = diagonal_gaussian(jnp.asarray(normal(1, positions, 2 * e)))
-    p = tril_gaussian(jnp.asarray(normal(2, positions, tril_gaussian_parameters(e))), e)
-    return q, p
-
-
-def test_kl_of_a_diagonal_to_a_full_covariance_gaussian_equals_the_closed_form_and_monte_carlo():
-    q, p = gaussian_pair()
-    found = np.asarray(jax.jit(lambda: kl_divergence(*gaussian_pair()))())
-    for n in range(5):
-        s = np.diag(np.asarray(q.variance[n], np.float64))
-        t = np.asarray(p.scale_tril[n], np.float64) @ np.asarray(p.scale_tril[n], np.float64).T
-        d = np.asarray(p.mean[n] - q.mean[n], np.float64)
-        inverse = np.linalg.inv(t)
-        exact = (np.trace(inverse @ s) + d @ inverse @ d - 3 + np.linalg.slogdet(t)[1] - np.linalg.slogdet(s)[1]) / 2
-        np.testing.assert_allclose(found[n], exact, rtol=1e-3)
-    z = q.sample(KEY, (20_000,))
-    ratio = np.asarray(q.log_prob(z) - p.log_prob(z))
-    assert (np.abs(standard_errors(ratio, found)) < Z_LIMIT).all()
-
-
-def test_kl_between_diagonal_gaussians_equals_monte_carlo():
-    q, p = (diagonal_gaussian(jnp.asarray(normal(seed, 4, 6))) for seed in (1, 2))
-    z = q.sample(KEY, (20_000,))
-    assert (np.abs(standard_errors(q.log_prob(z) - p.log_prob(z), np.asarray(kl_divergence(q, p)))) < Z_LIMIT).all()
+@pytest.mark.parametrize(("head", "role"), [(Bernoulli, "logits"), (SharedScaleGaussian, "means")])
+def test_heads_that_take_the_networks_output_refuse_another_shape_than_the_datas(head, role):
+    message = rf"output as {role}: its shape \(16, 16, 1\) differs from the data's, \(8, 8, 1\): .*decoder"
+    with pytest.raises(UserError, match=message):
+        head((16, 16, 1), (8, 8, 1))
 
 
 def test_shared_scale_gaussian_takes_the_features_for_means():
@@ -470,5 +377,3 @@ def test_shared_scale_gaussian_takes_the_features_for_means():
     x, means = (jax.random.normal(jax.random.key(i), (3, 2, 2, 1)) for i in range(2))
     expected = scipy.stats.norm(np.asarray(means), np.exp(-0.5) + 1e-5).logpdf(np.asarray(x))
     np.testing.assert_allclose(head(means).log_prob(x), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"takes the network's output as means: its shape \(1, 1, 1\)"):
-        SharedScaleGaussian((1, 1, 1), (2, 2, 1))

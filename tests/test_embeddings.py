@@ -130,17 +130,12 @@ def test_what_pytorch_has_saved_is_read_without_it(new_format):
         np.testing.assert_array_equal(found[name], value.numpy())
 
 
-def zipped(description):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", description)
-    return file.getvalue()
-
-
 def test_weights_that_want_to_run_code_are_refused():
-    attack = pickle.dumps(collections.OrderedDict(a=print))
+    saved = io.BytesIO()
+    with zipfile.ZipFile(saved, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(collections.OrderedDict(a=print)))
     with pytest.raises(UserError, match=r"only tensors, but this one holds builtins\.print"):
-        read_torch_weights(zipped(attack))
+        read_torch_weights(saved.getvalue())
 
 
 def test_weights_that_reach_beyond_what_is_stored_are_refused():

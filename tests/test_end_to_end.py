@@ -15,12 +15,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from helpers.configs import ROOT, SMALL, load, untrained
 from helpers.runs import rows
 from helpers.scripts import finish, free_port, start, write_config
 from posterior_matching import data, masking, runs
-from posterior_matching.data import builtin
 from posterior_matching.evaluation import uci
 from posterior_matching.training.experiment import Batch
 
@@ -183,65 +183,32 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line_that_names_it(fo
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def exact_conditional(x, b):
-    """log p(x_u | x_o) of the mixture, example by example, with scipy's densities."""
-    from scipy.special import logsumexp
-    from scipy.stats import multivariate_normal
-
-    weights, means, covariances = builtin._mixture_parameters()
-
-    def log_prob(row, chosen):
-        if not chosen.any():
-            return 0.0
-        terms = [
-            np.log(w) + multivariate_normal.logpdf(row[chosen], m[chosen], c[np.ix_(chosen, chosen)])
-            for w, m, c in zip(weights, means, covariances, strict=True)
-        ]
-        return logsumexp(terms)
-
-    every = np.ones(8, bool)
-    return np.array([log_prob(row, every) - log_prob(row, mask == 1) for row, mask in zip(x, b, strict=True)])
-
-
 def test_evaluation_writes_its_results_and_the_exact_likelihood(undisturbed):
     uci.evaluate(undisturbed, num_instances=50, num_samples=8, num_trials=2, baselines=True, seed=4)
-    results = json.loads((undisturbed / "uci_results" / "results.json").read_text())
-    assert set(results) == {"metrics", "num_examples", "seed", "flags", "versions", "seconds"}
-    assert results["num_examples"] == 50 and results["seed"] == 4 and results["flags"]["num_samples"] == 8
+    metrics = json.loads((undisturbed / "uci_results" / "results.json").read_text())["metrics"]
     names = {"nrmse", "ac_ll_nats", "ac_ll_exact_nats", "log_p_x_nats"}
     names |= {"effective_sample_size_x", "effective_sample_size_xo"}
-    assert set(results["metrics"]) == names | {"nrmse_mean", "nrmse_knn", "nrmse_iterative"}
-    for values in results["metrics"].values():
-        assert set(values) == {"mean", "std", "trials"} and len(values["trials"]) == 2
-        np.testing.assert_allclose(values["mean"], np.mean(values["trials"]))
-        np.testing.assert_allclose(values["std"], np.std(values["trials"]))
+    assert set(metrics) == names | {"nrmse_mean", "nrmse_knn", "nrmse_iterative"}
     for name, metric in (("nrmse", "nrmse"), ("ac_lls", "ac_ll_nats")):
         array = np.load(undisturbed / "uci_results" / f"{name}.npy", allow_pickle=False)
-        np.testing.assert_array_equal(array, results["metrics"][metric]["trials"])
+        np.testing.assert_array_equal(array, metrics[metric]["trials"])
 
     x = data.load("mixture", "test").x[:50]
-    for trial, found in enumerate(results["metrics"]["ac_ll_exact_nats"]["trials"]):
+    for trial, found in enumerate(metrics["ac_ll_exact_nats"]["trials"]):
         key = jax.random.fold_in(jax.random.key(4), trial)
         mask_keys = [jax.random.split(jax.random.fold_in(key, i), 3)[0] for i in range(50)]
         b = np.stack([masking.BernoulliMaskGenerator()(k, (1, 8))[0] for k in mask_keys])
-        np.testing.assert_allclose(found, exact_conditional(x, b).mean(), rtol=1e-5)
+        exact = data.mixture_log_prob(x, np.ones_like(x)) - data.mixture_log_prob(x, b)
+        np.testing.assert_allclose(found, exact.mean(), rtol=1e-5)
         # The model knows less than the truth, and importance sampling errs low.
-        assert results["metrics"]["ac_ll_nats"]["trials"][trial] < found
+        assert metrics["ac_ll_nats"]["trials"][trial] < found
 
 
 def tensorboard(run_dir):
     """Tag -> steps of the events that were written."""
-    from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import masked_crc32c
-
     found = {}
     for path in sorted((run_dir / "tb").iterdir()):
-        content = path.read_bytes()
-        while content:
-            length = int.from_bytes(content[:8], "little")
-            payload, content = content[12 : 12 + length], content[16 + length :]
-            assert masked_crc32c(payload)  # readable, whatever the platform
-            event = event_pb2.Event.FromString(payload)
+        for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append(event.step)
     return found
@@ -269,28 +236,23 @@ def test_digits_from_training_to_pictures(folder, trained):
 
 
 @pytest.mark.skipif(not (MNIST / "mnist").is_dir(), reason="MNIST is not prepared")
-@pytest.mark.parametrize("name", ["pm_vae_mnist16"])
-def test_a_few_steps_on_mnist_lower_the_loss(name, monkeypatch):
+def test_a_few_steps_on_mnist_lower_the_loss(monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(MNIST))
-    config = load(name)
+    config = load("pm_vae_mnist16")
     dataset = data.load(config.dataset, "test")
     phase = untrained("pm_vae", config, dataset).phases[0]
-    graphdef, parameters, rest = nnx.split(phase.model, nnx.Param, ...)
-    optimizer = optax.adam(config.optimizer.learning_rate)
-    state = optimizer.init(parameters)
+    optimizer = nnx.Optimizer(phase.model, optax.adam(config.optimizer.learning_rate), wrt=nnx.Param)
+    x, available = data.decode(dataset.x[:8], dataset.max_value)
 
-    @jax.jit
-    @jax.value_and_grad
-    def loss(parameters, key):
-        model = nnx.merge(graphdef, parameters, rest, copy=True)
-        x, available = data.decode(dataset.x[:8], dataset.max_value)
-        rngs = nnx.Rngs(noise=key, mask=key, sample=key)
-        return phase.loss(model, Batch(x, available, None, jnp.int32(0)), rngs)["loss"].mean()
+    @nnx.jit
+    def step(model, optimizer, key):
+        def loss(model):
+            rngs = nnx.Rngs(noise=key, mask=key, sample=key)
+            return phase.loss(model, Batch(x, available, None, jnp.int32(0)), rngs)["loss"].mean()
 
-    losses = []
-    for step in range(8):
-        value, gradient = loss(parameters, jax.random.key(step))
-        losses.append(float(value))
-        updates, state = optimizer.update(gradient, state, parameters)
-        parameters = optax.apply_updates(parameters, updates)
+        value, gradient = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradient)
+        return value
+
+    losses = [float(step(phase.model, optimizer, key)) for key in jax.random.split(jax.random.key(0), 8)]
     assert np.isfinite(losses).all() and np.mean(losses[-2:]) < losses[0] - 20

@@ -36,9 +36,10 @@ from posterior_matching.masking import (
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 3, 1), (4, 3, 3)])
-def test_partial_input_shape_is_that_of_partial_input(shape):
-    x, b = jnp.ones((2, *shape)), jnp.ones((2, *mask_shape(shape)))
+@pytest.mark.parametrize(("shape", "shape_of_mask"), [((5,), (5,)), ((4, 3, 1), (4, 3, 1)), ((28, 20, 3), (28, 20, 1))])
+def test_shapes_of_masks_and_of_what_models_see(shape, shape_of_mask):
+    assert mask_shape(shape) == shape_of_mask
+    x, b = jnp.ones((2, *shape)), jnp.ones((2, *shape_of_mask))
     assert masking.partial_input(x, b).shape == (2, *masking.partial_input_shape(shape))
 
 
@@ -155,130 +156,58 @@ def halves(dim):
 # --- distributions ---
 
 
-def test_bernoulli_distribution():
-    assert BernoulliMaskGenerator() == BernoulliMaskGenerator(0.5)
-    assert_distribution(sample(BernoulliMaskGenerator(0.2), 20000, (4,)), bernoulli_distribution(4, 0.2))
-
-
-def test_image_bernoulli_distribution():
-    assert ImageBernoulliMaskGenerator() == ImageBernoulliMaskGenerator(0.2)
-    assert_distribution(sample(ImageBernoulliMaskGenerator(), 20000, (2, 2, 1)), bernoulli_distribution(4, 0.2))
+GCF = [(26, 17, 58, 36), (26, 29, 58, 48), (26, 15, 37, 50), (26, 15, 37, 34), (26, 31, 37, 50), (43, 20, 62, 44)]
+MIXED = (FixedRectangleMaskGenerator(0, 0, 1, 1), SquareMaskGenerator(2), ImageBernoulliMaskGenerator(0.3))
+MIXED_PARTS = ({without(2, 3, 0, 0, 1, 1): 1}, square_distribution(2, 3, 2), bernoulli_distribution(6, 0.3))
+DISTRIBUTIONS = [  # generator, event shape, draws, the probability of every mask
+    (BernoulliMaskGenerator(0.2), (4,), 20_000, bernoulli_distribution(4, 0.2)),
+    (ImageBernoulliMaskGenerator(), (2, 2, 1), 20_000, bernoulli_distribution(4, 0.2)),
+    (UniformMaskGenerator(), (5,), 40_000, subset_distribution(5, range(5))),  # something is always unobserved
+    (UniformMaskGenerator((0.3, 0.7)), (2, 4, 1), 40_000, subset_distribution(8, range(2, 5))),
+    (RectangleMaskGenerator(0.3, 1.0), (5, 4, 1), 40_000, rectangle_distribution(5, 4, 0.3, 1.0)),
+    (RectangleMaskGenerator(0.1, 0.6), (4, 4, 1), 40_000, rectangle_distribution(4, 4, 0.1, 0.6)),
+    (RectangleMaskGenerator(0.0, 1.0), (1, 6, 1), 40_000, rectangle_distribution(1, 6, 0.0, 1.0)),
+    (SquareMaskGenerator(2), (5, 4, 1), 20_000, square_distribution(5, 4, 2)),
+    (SquareMaskGenerator(2), (4, 4, 1), 20_000, square_distribution(4, 4, 2)),
+    (FixedRectangleMaskGenerator(1, 2, 3, 8), (5, 8, 1), 9, {without(5, 8, 1, 2, 3, 8): 1}),
+    (GCFMaskGenerator(), (64, 64, 1), 2000, {without(64, 64, *corners): 1 / 6 for corners in GCF}),
+    (MixtureMaskGenerator(MIXED, (1, 0.5, 2)), (2, 3, 1), 200_000, mix(*zip((1, 0.5, 2), MIXED_PARTS, strict=True))),
+]
 
 
 @pytest.mark.parametrize(
-    ("bounds", "event_shape", "sizes"),
-    [
-        (None, (5,), range(5)),  # 0 to d - 1: something is always unobserved.
-        ((0.25, 0.75), (8,), range(2, 6)),
-    ],
+    ("generator", "event_shape", "n", "distribution"), DISTRIBUTIONS, ids=[f"{g}-{s}" for g, s, *_ in DISTRIBUTIONS]
 )
-def test_uniform_distribution(bounds, event_shape, sizes):
-    masks = sample(UniformMaskGenerator(bounds), 40000, event_shape)
-    assert_distribution(masks, subset_distribution(math.prod(event_shape), sizes))
-
-
-def test_uniform_sizes_of_mnist16():
-    sizes = sample(UniformMaskGenerator((0.0, 0.2)), 20000, (16, 16, 1)).sum(axis=(1, 2, 3))
-    counts = np.bincount(sizes)
-    assert len(counts) == 51  # 0 to int(51.2) - 1
-    assert scipy.stats.chisquare(counts).pvalue > 1e-6
-
-
-@pytest.mark.parametrize(("height", "width", "low", "high"), [(5, 4, 0.3, 1.0), (4, 4, 0.1, 0.6), (1, 6, 0.0, 1.0)])
-def test_rectangle_distribution(height, width, low, high):
-    masks = sample(RectangleMaskGenerator(low, high), 40000, (height, width, 1))
-    assert_distribution(masks, rectangle_distribution(height, width, low, high))
-
-
-@pytest.mark.parametrize(("height", "width", "size"), [(5, 4, 2), (4, 4, 2)])
-def test_square_distribution(height, width, size):
-    distribution = square_distribution(height, width, size)
-    masks = sample(SquareMaskGenerator(size), 20000, (height, width, 1))
-    assert_distribution(masks, distribution)
-    assert {mask.tobytes() for mask in masks} == distribution.keys()  # The last row and column too.
-
-
-def test_square_positions_are_independent_across_the_batch():
-    pairs = sample(SquareMaskGenerator(2), 40000, (5, 4, 1)).reshape(20000, -1)  # Two examples a row.
-    single = square_distribution(5, 4, 2)
-    assert_distribution(pairs, {a + b: p * q for a, p in single.items() for b, q in single.items()})
-
-
-def test_fixed_rectangle():
-    assert_distribution(sample(FixedRectangleMaskGenerator(1, 2, 3, 8), 9, (5, 8, 1)), {without(5, 8, 1, 2, 3, 8): 1})
-
-
-def test_mixture_distribution():
-    generators = (FixedRectangleMaskGenerator(0, 0, 1, 1), SquareMaskGenerator(2), ImageBernoulliMaskGenerator(0.3))
-    parts = [{without(2, 3, 0, 0, 1, 1): 1}, square_distribution(2, 3, 2), bernoulli_distribution(6, 0.3)]
-    masks = sample(MixtureMaskGenerator(generators, (1, 0.5, 2)), 200_000, (2, 3, 1))
-    assert_distribution(masks, mix(*zip((1, 0.5, 2), parts, strict=True)))
-
-
-def test_mixture_picks_are_independent_across_the_batch():
-    generator = MixtureMaskGenerator((BernoulliMaskGenerator(0.0), BernoulliMaskGenerator(1.0)), (3, 1))
-    assert_distribution(sample(generator, 40000, (1,)).reshape(-1, 2), bernoulli_distribution(2, 0.25))
-
-
-def test_composite_distribution():
-    distribution = mix(
-        (2, bernoulli_distribution(9, 0.5)),
-        *[(1, {mask: 1}) for mask in halves(3)],
-        (2, square_distribution(3, 3, 1)),
-        (2, rectangle_distribution(3, 3, 0.3, 1.0)),
-    )
-    assert_distribution(sample(MNISTMaskGenerator(dim=3), 100_000, (3, 3, 1)), distribution)
+def test_distribution(generator, event_shape, n, distribution):
+    assert_distribution(sample(generator, n, event_shape), distribution)
 
 
 @pytest.mark.parametrize(
     ("generator", "p", "low", "high"),
     [
-        (MNISTMaskGenerator(), 0.5, 0.3, 1.0),
-        (OmniglotMaskGenerator(), 0.5, 0.1, 0.6),
-        (Cifar10MaskGenerator(), 0.3, 0.1, 0.5),
+        (MNISTMaskGenerator(dim=7), 0.5, 0.3, 1.0),
+        (OmniglotMaskGenerator(dim=8), 0.5, 0.1, 0.6),
+        (Cifar10MaskGenerator(dim=8), 0.3, 0.1, 0.5),
     ],
     ids=["mnist", "omniglot", "cifar10"],
 )
-def test_composite_marginals_and_parts(generator, p, low, high):
-    dim, half = generator.dim, generator.dim // 2
-    # covering[l - 1, i]: the number of ordered coordinate pairs on an axis that span l pixels, pixel i among them.
-    covering, spans = np.zeros((dim, dim)), np.zeros(dim)
-    for a, b in itertools.product(range(dim), repeat=2):
-        covering[abs(a - b), min(a, b) : max(a, b) + 1] += 1
-        spans[abs(a - b)] += 1
-    tenths = 10 * np.outer(np.arange(1, dim + 1), np.arange(1, dim + 1))
-    fits = (tenths >= round(10 * low) * dim**2) & (tenths <= round(10 * high) * dim**2)
-    rectangle = 1 - covering.T @ fits @ covering / (spans @ fits @ spans)
-    in_square = np.zeros(dim)
-    for start in range(dim - half + 1):
-        in_square[start : start + half] += 1 / (dim - half + 1)
-    half_masks = [np.frombuffer(mask, np.uint8).reshape(dim, dim) for mask in halves(dim)]
-    expected = (2 * p + sum(half_masks) + 2 * (1 - np.outer(in_square, in_square)) + 2 * rectangle) / 10
-
-    masks = sample(generator, 20000, (dim, dim, 1))[..., 0]
-    assert_means(masks, expected)
-    for mask in half_masks:  # Some rectangles are halves too, but rarely.
-        is_half = (masks == mask).all(axis=(1, 2))
-        assert abs(is_half.mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 20000) + 0.001
-    # Of the parts, only rectangles are solid with shares below 0.2 or above 0.55.
-    height, width = (1 - masks).any(axis=2).sum(axis=1), (1 - masks).any(axis=1).sum(axis=1)
-    area = np.where(height * width == (1 - masks).sum(axis=(1, 2)), height * width, dim**2 // 4)
-    shares = np.stack([area < 0.2 * dim**2, area > 0.55 * dim**2], axis=1)
-    tails = [fits & (tenths < 2 * dim**2), fits & (tenths > 5.5 * dim**2)]
-    assert_means(shares, np.array([0.2 * (spans @ tail @ spans) / (spans @ fits @ spans) for tail in tails]))
-
-
-def test_gcf_distribution():
-    corners = [
-        (26, 17, 58, 36), (26, 29, 58, 48), (26, 15, 37, 50), (26, 15, 37, 34), (26, 31, 37, 50), (43, 20, 62, 44),
-    ]  # fmt: skip
-    masks = sample(GCFMaskGenerator(), 2000, (64, 64, 1))
-    assert_distribution(masks, {without(64, 64, *c): 1 / 6 for c in corners})
+def test_distribution_of_composites(generator, p, low, high):
+    """Two parts in ten are pixels, which look like no rectangle."""
+    dim = generator.dim
+    parts = [(1, {mask: 1}) for mask in halves(dim)]
+    parts += [(2, square_distribution(dim, dim, dim // 2)), (2, rectangle_distribution(dim, dim, low, high))]
+    rectangles = mix(*parts)
+    masks = sample(generator, 100_000, (dim, dim, 1))
+    pixels = np.array([mask.tobytes() not in rectangles for mask in masks])
+    assert_means(pixels, 0.2)
+    assert_means(masks[pixels], p)
+    assert_distribution(masks[~pixels], rectangles)
 
 
 def classify_64(masks):
-    """Names the part of SIIDGM, GCF or the rectangles that each [64, 64, 1] mask comes from."""
-    known = {without(64, 64, 16, 16, 48, 48): "centre"} | dict.fromkeys(halves(64), "half")
+    """Counts the parts of SIIDGM, GCF or the rectangles that [64, 64, 1] masks come from."""
+    known = {without(64, 64, 16, 16, 48, 48): "centre"}
+    known |= dict(zip(halves(64), ("left", "top", "right", "bottom"), strict=True))
     names = []
     for mask in masks:
         rows, columns = np.nonzero(mask[..., 0] == 0)
@@ -290,40 +219,21 @@ def classify_64(masks):
             names.append("rectangle" if share >= 0.3 else "gcf")
         elif 0.2 <= share <= 0.3:
             names.append("pattern")
+            assert (mask[1:] != mask[:-1]).mean() < 0.1  # cells are about 17 pixels wide
         else:
             assert abs(share - 0.8) < 0.05
             names.append("pixels")
     return Counter(names)
 
 
-def test_siidgm_and_celeb_a():
-    weighted = zip(SIIDGMMaskGenerator().mixture().weights, SIIDGMMaskGenerator().mixture().generators, strict=True)
-    assert sorted(weighted, key=str) == sorted(
-        [
-            (2, RandomPatternMaskGenerator(max_size=10000, resolution=0.06, density=0.25)),
-            (2, ImageBernoulliMaskGenerator(0.2)),
-            (2, FixedRectangleMaskGenerator(16, 16, 48, 48)),
-            (1, FixedRectangleMaskGenerator(0, 0, 32, 64)),
-            (1, FixedRectangleMaskGenerator(32, 0, 64, 64)),
-            (1, FixedRectangleMaskGenerator(0, 0, 64, 32)),
-            (1, FixedRectangleMaskGenerator(0, 32, 64, 64)),
-        ],
-        key=str,
-    )
-    # One part of the CelebA masks in four is from SIIDGM.
-    proportions = {"pattern": 0.05, "pixels": 0.05, "centre": 0.05, "half": 0.1, "gcf": 0.25, "rectangle": 0.5}
+def test_distribution_of_siidgm_within_celeb_a():
+    """One part of the CelebA masks in four is from SIIDGM."""
+    proportions = {"pattern": 0.05, "pixels": 0.05, "centre": 0.05, "gcf": 0.25, "rectangle": 0.5}
+    proportions |= dict.fromkeys(("left", "top", "right", "bottom"), 0.025)
     counts = classify_64(sample(CelebAMaskGenerator(), 2000, (64, 64, 1)))
     assert counts.keys() == proportions.keys()
     for name, p in proportions.items():
         assert abs(counts[name] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
-
-
-def test_halves_are_complementary():
-    left, top, right, bottom = (np.asarray(g(jax.random.key(0), (1, 7, 7, 1))) for g in masking._halves(7))
-    np.testing.assert_array_equal(left + right, np.ones((1, 7, 7, 1)))
-    np.testing.assert_array_equal(top + bottom, np.ones((1, 7, 7, 1)))
-    assert left[0, 3, 2:4, 0].tolist() == [0, 1]
-    assert top[0, 2:4, 3, 0].tolist() == [0, 1]
 
 
 # --- random patterns ---
@@ -385,8 +295,6 @@ def test_random_pattern_share():
 
 def test_every_generator_is_registered_and_tested():
     assert set(masking.MASK_GENERATORS.values()) == {type(generator) for generator, _ in EVERY_GENERATOR}
-    assert all(name == cls.__name__ for name, cls in masking.MASK_GENERATORS.items())
-    assert len(masking.MASK_GENERATORS) == 14
 
 
 @each_generator
@@ -404,6 +312,8 @@ def test_contract(generator, event_shape):
     assert masks.dtype == np.float32
     assert set(np.unique(masks)) == {0.0, 1.0}
     np.testing.assert_array_equal(masks, draw(jax.random.key(3), shape))
+    if max(event_shape) < 64:  # others take long when they are not compiled
+        np.testing.assert_array_equal(masks, generator(jax.random.key(3), shape))
     assert traces[generator, shape] > 0 and traces[generator, shape] - before <= 1  # one program for all keys
     if isinstance(generator, FixedRectangleMaskGenerator):
         return
@@ -411,15 +321,6 @@ def test_contract(generator, event_shape):
     # Examples are independent: a random projection of the masks is uncorrelated between neighbours in the batch.
     values = np.tensordot(masks, np.random.default_rng(0).normal(size=event_shape), axes=len(event_shape))
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 / math.sqrt(len(values))
-
-
-@pytest.mark.parametrize(
-    ("generator", "event_shape"),
-    [(UniformMaskGenerator(), (5,)), (RectangleMaskGenerator(), (5, 4, 1)), (SquareMaskGenerator(2), (5, 4, 1))],
-)
-def test_jit_equals_eager(generator, event_shape):
-    key, shape = jax.random.key(5), (CHUNK, *event_shape)
-    np.testing.assert_array_equal(compiled(generator)(key, shape), generator(key, shape))
 
 
 def test_scan_equals_pmap():
@@ -504,12 +405,6 @@ def test_shapes_that_fit(generator, event_shape):
             generator.check((8,))
 
 
-def test_mask_shape():
-    assert mask_shape((28, 28, 3)) == (28, 28, 1)
-    assert mask_shape((28, 20, 1)) == (28, 20, 1)
-    assert mask_shape((6,)) == (6,)
-
-
 def test_build():
     mixture = {
         "name": "MixtureMaskGenerator",
@@ -530,9 +425,6 @@ def test_build():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"p": 0.5}, "missing key 'config.mask_generator.name'"),
-        ({"name": "BernouliMaskGenerator"}, "did you mean 'BernoulliMaskGenerator'"),
-        ({"name": "BernoulliMaskGenerator", "q": 0.5}, "unknown key 'config.mask_generator.q'"),
         ({"name": "SquareMaskGenerator"}, "missing key 'config.mask_generator.size'"),
         ({"name": "GCFMaskGenerator", "dim": 32}, "unknown key 'config.mask_generator.dim'"),
         ({"name": "OmniglotMaskGenerator", "rectangles": 1}, "unknown key 'config.mask_generator.rectangles'"),
@@ -584,9 +476,9 @@ def test_a_specification_names_a_generator_and_its_options(spec, expected):
             "SquareMaskGenerator:sze=4",
             r"'mask_generator.sze': did you mean 'size'\? \(SquareMaskGenerator takes size\)",
         ),
-        ("SquareMaskGenerator:size", r"mask_generator.size must be a number or a tuple, not ''.*takes size"),
-        ("SquareMaskGenerator:size=four", r"mask_generator.size must be a number or a tuple, not 'four'"),
-        ("SquareMaskGenerator:size=__import__('os').getpid()", "must be a number or a tuple"),
+        ("SquareMaskGenerator:size", r"mask_generator.size must be a number, 'text' or a tuple, not ''.*takes size"),
+        ("SquareMaskGenerator:size=four", r"mask_generator.size must be a number, 'text' or a tuple, not 'four'"),
+        ("SquareMaskGenerator:size=__import__('os').getpid()", "must be a number, 'text' or a tuple"),
         ("SquareMaskGenerator:size=4.5", r"mask_generator.size must be a valid integer, not 4\.5"),
         ("GCFMaskGenerator:dim=64", "'mask_generator.dim'.*GCFMaskGenerator takes no options"),
     ],

@@ -42,9 +42,8 @@ def run_dir(finished, tmp_path):
 
 
 def describe(run_dir, **changes):
-    path = run_dir / "config.json"
-    description = json.loads(path.read_text())
-    path.write_text(json.dumps(description | changes))
+    """Changes the description of a run."""
+    (run_dir / "config.json").write_text(json.dumps(runs.read_description(run_dir) | changes))
 
 
 # Contents ------------------------------------------------------------------------------------------------------------
@@ -62,28 +61,18 @@ def test_config_json_says_everything(run_dir):
 
 
 def test_config_json_is_written_before_the_first_step(tmp_path, monkeypatch):
-    class Stopped(Exception):
-        pass
-
-    def get(*_):
-        raise Stopped
-
-    monkeypatch.setattr(loop.TrainingFeed, "get", get)
-    with pytest.raises(Stopped):
+    monkeypatch.setattr(loop.TrainingFeed, "get", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         train_pm_vae.train(make_config(), str(tmp_path / "run"))
     assert runs.read_description(tmp_path / "run", "pm_vae")["config"]["steps"] == STEPS
 
 
-def test_metrics_jsonl_has_one_object_per_validation(run_dir):
-    assert [row["step"] for row in rows(run_dir)] == [3, 6]
-    terms = {"loss", "elbo_nats", "reconstruction_ll_nats", "kl_nats", "matching_ll_nats"}
-    training_only = {"beta", "gradient_norm", "learning_rate"}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        expected = {f"train_{name}" for name in terms | training_only} | {f"val_{name}" for name in terms}
-        assert set(row) == expected | {"step", "steps_per_second"}
-        assert all(np.isfinite(value) for value in row.values()) and row["steps_per_second"] > 0
-        for part in ("train", "val"):  # the terms fit together; beta and the matching coefficient are 1 here
+def test_the_logged_terms_fit_together(run_dir):
+    """Here beta and the matching coefficient are 1."""
+    found = rows(run_dir)
+    assert [row["step"] for row in found] == [3, 6]
+    for row in found:
+        for part in ("train", "val"):
             elbo = row[f"{part}_reconstruction_ll_nats"] - row[f"{part}_kl_nats"]
             np.testing.assert_allclose(row[f"{part}_elbo_nats"], elbo, rtol=1e-4)
             np.testing.assert_allclose(row[f"{part}_loss"], -elbo - row[f"{part}_matching_ll_nats"], rtol=1e-4)
@@ -264,8 +253,7 @@ def test_best_and_latest(run_dir):
     for chosen, shift in ((None, 1), ("latest", 1), ("best", 0)):  # this config evaluates the latest
         loaded = weights(runs.load_model(run_dir, "pm_vae", chosen))
         assert_same(loaded, {k: v + shift for k, v in before.items()})
-    description = json.loads((run_dir / "config.json").read_text())
-    describe(run_dir, config=description["config"] | {"evaluate_checkpoint": "best"})
+    describe(run_dir, config=runs.read_description(run_dir)["config"] | {"evaluate_checkpoint": "best"})
     assert_same(weights(run_dir), before)
 
 
@@ -290,8 +278,7 @@ def test_a_run_of_another_model(run_dir):
 
 
 def test_a_config_that_does_not_fit_the_checkpoint(run_dir):
-    description = json.loads((run_dir / "config.json").read_text())
-    config = description["config"]
+    config = runs.read_description(run_dir)["config"]
     describe(run_dir, config=config | {"model": config["model"] | {"latent_dim": 3}})
     message = refusal(runs.load_model, run_dir)
     assert "latest checkpoint" in message and "does not fit its config.json" in message

@@ -19,7 +19,7 @@ FLOORS = [
     ["script"],
     ["cli", "estimator"],
     ["training", "evaluation", "imputation"],
-    ["runs", "acquisition"],
+    ["runs", "acquisition", "missingness"],
     ["models"],
     ["masking", "data", "numerics"],
     ["config", "parallel"],

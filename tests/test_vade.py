@@ -6,22 +6,21 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import nbclient
-import nbformat
 import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
+from nbclient.exceptions import CellExecutionError
 from numpyro import distributions as dist
 from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 
 import train_pm_vade
 import train_vade
-from helpers.arrays import assert_same
-from helpers.configs import GMM, MLP, ROOT, small
+from helpers.arrays import assert_mean, assert_same, normal
+from helpers.configs import GMM, LEAST, MLP, small
 from helpers.runs import rows
-from helpers.scripts import environment
+from helpers.scripts import execute
 from posterior_matching import data, runs
 from posterior_matching.errors import UserError
 from posterior_matching.models import build, vade_initialisation
@@ -30,14 +29,7 @@ from posterior_matching.models.vade_initialisation import Restarts
 pytestmark = pytest.mark.slow
 
 KEY = jax.random.key(0)
-VADE_CONFIG = {
-    "latent_dim": 2,
-    "num_clusters": 3,
-    "encoder": MLP,
-    "posterior": {"name": "DiagonalGaussian"},
-    "decoder": MLP,
-    "likelihood": {"name": "IdentityGaussian"},
-}
+VADE_CONFIG = LEAST | {"num_clusters": 3}
 
 
 # One latent dimension: everything can be integrated on a grid. -------------------------------------------------------
@@ -104,37 +96,13 @@ def test_the_elbo_is_vade_s_integrated_over_the_posterior(line):
 
     n = 20_000
     terms = jax.jit(lambda key: line.terms(jnp.repeat(jnp.asarray(X), n, axis=0), key))(KEY)
-    elbo = np.asarray(terms.elbo(), np.float64).reshape(len(X), n)
-    error = 5 * elbo.std(1) / np.sqrt(n)
-    assert (error < 0.2).all() and (np.abs(elbo.mean(1) - expected) < error).all()
-    kl = np.asarray(terms.kl, np.float64).reshape(len(X), n)
+    elbo, kl = (np.asarray(a).reshape(len(X), n).T for a in (terms.elbo(), terms.kl))
+    assert_mean(elbo, expected)
     log_q_over_p = scipy.stats.norm.logpdf(GRID[:, None], Q_MEAN, Q_SCALE) - logsumexp(joint, axis=-1)[:, None]
-    exact_kl = np.trapezoid(q * log_q_over_p, GRID, axis=0)
-    assert (np.abs(kl.mean(1) - exact_kl) < 5 * kl.std(1) / np.sqrt(n)).all()
+    assert_mean(kl, np.trapezoid(q * log_q_over_p, GRID, axis=0))
     # And it is a lower bound on log p(x).
     log_p_x = np.log(np.trapezoid(np.exp(log_lik + logsumexp(joint, axis=-1)[:, None]), GRID, axis=0))
     assert (expected < log_p_x).all()
-
-
-def test_the_elbo_has_the_gradient_of_the_form_with_gamma(line):
-    """log p(z) and sum_c gamma_c (log p(z, c) - log gamma_c) are one function, and so are their gradients."""
-    z = jnp.float32(np.linspace(-3, 3, 11))[:, None]
-
-    def with_gamma(means, log_scales, logits):
-        joint = jax.nn.log_softmax(logits) + jax.scipy.stats.norm.logpdf(z, means[:, 0], jnp.exp(log_scales[:, 0]))
-        log_gamma = jax.nn.log_softmax(joint)
-        return (jnp.exp(log_gamma) * (joint - log_gamma)).sum()
-
-    def ours(means, log_scales, logits):
-        graphdef, state = nnx.split(line)
-        model = nnx.merge(graphdef, state)
-        model.means, model.log_scales, model.logits = map(nnx.Param, (means, log_scales, logits))
-        return model.prior().log_prob(z).sum()
-
-    given = (line.means[...], line.log_scales[...], line.logits[...])
-    gradients = (jax.jit(jax.grad(fn, (0, 1, 2)))(*given) for fn in (ours, with_gamma))
-    for found, expected in zip(*gradients, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_cluster_probabilities_are_gamma_averaged_over_the_posterior(line):
@@ -148,24 +116,6 @@ def test_cluster_probabilities_are_gamma_averaged_over_the_posterior(line):
     assert len(set(cluster.tolist())) == 3
     one_sample = jax.vmap(lambda key: line.predict_cluster(jnp.asarray(X), 1, key=key))(jax.random.split(KEY, 20))
     assert len(np.unique(one_sample, axis=0)) > 1  # one sample can mislead where many do not
-
-
-def test_with_one_cluster_and_the_exact_posterior_the_elbo_is_log_p_x():
-    """A linear-Gaussian model: z ~ N(m, s^2), x = w z + noise."""
-    w, sigma, m, s = np.array([1.0, -0.5]), 0.4, 0.7, 1.3
-    model = nnx.eval_shape(lambda: build("vade", VADE_CONFIG | {"latent_dim": 1, "num_clusters": 1}, (2,), nnx.Rngs(0)))
-    model.logits, model.means = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.full((1, 1), m))
-    model.log_scales = nnx.Param(jnp.full((1, 1), np.log(s)))
-    variance = 1 / (1 / s**2 + (w**2).sum() / sigma**2)
-    model.encoder = lambda x, rngs=None: x  # noqa: ARG005
-    model.decoder = lambda z, rngs=None: z  # noqa: ARG005
-    model.posterior_head = lambda x: dist.Independent(
-        dist.Normal(variance * (m / s**2 + (x @ jnp.float32(w))[:, None] / sigma**2), np.sqrt(variance)), 1
-    )
-    model.likelihood_head = lambda z: dist.Normal(z * jnp.float32(w), sigma)
-    covariance = s**2 * np.outer(w, w) + sigma**2 * np.eye(2)
-    expected = scipy.stats.multivariate_normal.logpdf(X, m * w, covariance)
-    np.testing.assert_allclose(model.terms(jnp.asarray(X), KEY).elbo(), expected, rtol=1e-4)
 
 
 # Initialisation ------------------------------------------------------------------------------------------------------
@@ -216,7 +166,6 @@ def test_the_encoder_sees_the_corrupted_data_and_the_likelihood_scores_the_clean
         ({"num_clusters": 0}, "model.num_clusters must be at least 1, not 0"),
         ({"latent_dim": 0}, "model.latent_dim"),
         ({"posterior": {"name": "TriLGaussian"}}, "model.posterior must be a DiagonalGaussian"),
-        ({"num_cluster": 3}, "unknown key 'model.num_cluster': did you mean 'num_clusters'"),
     ],
 )
 def test_bad_model_options(changes, message):
@@ -229,19 +178,11 @@ def test_bad_model_options(changes, message):
 
 @pytest.fixture(scope="module")
 def matched():
-    """A PM-VaDE of 6x6 images, with a mixture that tells z apart."""
-    vade = VADE_CONFIG | {
-        "encoder": {"name": "ConvEncoder", "conv_layers": ((4, 3, 2), (6, 3, 1))},
-        "decoder": {"name": "ConvDecoder", "conv_layers": ((4, 3, 1), (1, 3, 2))},
-        "likelihood": {"name": "Bernoulli"},
-    }
-    config = {"vade": vade, "partial_posterior": GMM}
-    model = build("pm_vade", config, (6, 6, 1), nnx.Rngs(0))
+    """A PM-VaDE with a mixture that tells z apart; examples and masks."""
+    model = build("pm_vade", {"vade": VADE_CONFIG, "partial_posterior": GMM}, (5,), nnx.Rngs(0))
     model.vade.means[...] = jnp.array([[-0.5, 0.0], [0.5, 0.0], [0.0, 0.7]])
     model.vade.log_scales[...] = jnp.full((3, 2), -1.0)
-    rng = np.random.default_rng(0)
-    x, b = rng.uniform(size=(4, 6, 6, 1)), rng.integers(0, 2, (4, 6, 6, 1))
-    return model, jnp.float32(x), jnp.float32(b)
+    return model, jnp.asarray(normal(0, 4, 5)), jnp.float32(normal(1, 4, 5) > 0)
 
 
 def test_partial_cluster_probabilities_are_gamma_averaged_over_the_partial_posterior(matched):
@@ -261,16 +202,6 @@ def test_the_matching_objective_is_the_partial_posterior_s_likelihood(matched):
     model, x, b = matched
     z = model.vade.posterior(x).sample(KEY)
     np.testing.assert_allclose(model.matching_ll(x, b, KEY), model.partial_posterior(x, b).log_prob(z), rtol=1e-5)
-
-
-def test_the_partial_encoder_is_that_of_the_vade_by_default_with_weights_of_its_own(matched):
-    model, _, _ = matched
-    ours, theirs = model.partial_posterior.encoder, model.vade.encoder
-    assert [a.kernel.shape[-1] for a in ours.layers] == [a.kernel.shape[-1] for a in theirs.layers]
-    assert ours.layers[0].kernel.shape == (3, 3, 2, 4)  # sees x * b and b
-    given = {"vade": VADE_CONFIG, "partial_posterior": GMM, "partial_encoder": MLP | {"hidden_units": 3}}
-    model = nnx.eval_shape(lambda: build("pm_vade", given, (5,), nnx.Rngs(0)))
-    assert model.partial_posterior.encoder.linear_in.kernel.shape == (10, 3)
 
 
 # Training scripts ----------------------------------------------------------------------------------------------------
@@ -358,29 +289,15 @@ def test_bad_training_options(tmp_path, changes, message):
 
 # Notebook ------------------------------------------------------------------------------------------------------------
 
-NOTEBOOK = ROOT / "notebooks" / "clustering_plots.ipynb"
-
-
-def execute(run_dir):
-    """Executes the notebook on a run; returns it with its outputs."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    variables = environment(RUN_DIR=str(run_dir), NUM_IMAGES="40")
-    variables |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    nbclient.NotebookClient(notebook, timeout=300).execute(cwd=str(NOTEBOOK.parent), env=variables)
-    return notebook
-
 
 @pytest.mark.process
 def test_the_notebook_runs_from_start_to_end(trained):
-    notebook = execute(trained.pm_vade)
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    assert "40 test images of digits, 10 clusters" in text
+    text, pictures = execute("clustering_plots", RUN_DIR=str(trained.pm_vade), NUM_IMAGES="40")
+    assert "40 test images of digits, 10 clusters" in text and pictures == 2
     assert re.search(r"PM-VaDE: 0\.\d+ with all pixels, 0\.\d+ with half, 0\.\d+ with none", text)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
 
 @pytest.mark.process
 def test_the_notebook_says_what_is_wrong_with_a_run(trained):
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="is a run of vade, not of pm_vade"):
-        execute(trained.vade)
+    with pytest.raises(CellExecutionError, match="is a run of vade, not of pm_vade"):
+        execute("clustering_plots", RUN_DIR=str(trained.vade))

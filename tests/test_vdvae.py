@@ -18,14 +18,13 @@ from flax import nnx
 import train_pm_vdvae
 from benchmarks import synthetic
 from configs import pm_vdvae_mnist
-from helpers.arrays import randomised
+from helpers.arrays import assert_mean, by_path, randomised
 from helpers.configs import small, untrained
 from helpers.runs import rows
 from helpers.scripts import finish, start
-from posterior_matching import data, models
+from posterior_matching import models
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import imputation
-from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.models import vdvae
 from posterior_matching.models.vdvae import BlockOptions, DecoderBlock, VDVAETerms
 from posterior_matching.models.vdvae_layout import (
@@ -39,7 +38,6 @@ from posterior_matching.numerics import InitialKeys
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
 TINY = {"encoder": "4x1,4d3,1x1", "decoder": "1x1,4m1", "latent_dim": 2, "width": 8, "num_components": 2}
 TINY |= {"num_levels": 6, "bottleneck": 0.5}
@@ -150,10 +148,7 @@ def test_parameter_count_of_the_mnist_config():
         "conv_out": 193 * 30,
     }
     assert {name: count(getattr(model, name)) for name in parts} == parts
-    assert count(model) == sum(parts.values()) + 2 * 192 == PARAMETERS
-
-
-PARAMETERS = 7_266_942
+    assert count(model) == sum(parts.values()) + 2 * 192 == 7_266_942
 
 
 # Terms and their gradients
@@ -174,25 +169,7 @@ def gradients(**options):
         return terms, jax.vmap(pullback)(directions)[0]
 
     terms, found = run(params)
-    leaves = jax.tree_util.tree_leaves_with_path(found)
-    return terms, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def test_the_matching_term_reaches_the_partial_posterior_only_and_the_others_all_but_it():
-    terms, found = gradients()
-    partial = {name for name in found if "partial_encoder" in name or "partial_posterior_head" in name}
-    assert 0 < len(partial) < len(found)
-    for i, name in enumerate(VDVAETerms._fields):
-        reached = {path for path, g in found.items() if (g[i] != 0).any()}
-        if name == "pm_kl":
-            assert reached == partial
-        elif name == "reconstruction_ll":
-            assert reached == set(found) - partial
-        else:  # what comes after the last block's prior has no part in the KL
-            assert reached and reached < set(found) - partial
-    assert all(np.isfinite(g).all() for g in found.values())
-    assert (np.asarray(terms.kl) > 0).all() and (np.asarray(terms.pm_kl) > 0).all()
-    np.testing.assert_allclose(terms.loss(), -terms.reconstruction_ll + terms.kl + terms.pm_kl, rtol=1e-6)
+    return terms, by_path(found)
 
 
 def test_rematerialisation_changes_nothing():
@@ -268,7 +245,7 @@ def test_importance_samples_of_a_linear_model_agree_with_the_closed_form():
         exact = (pixels * mask[..., 0]).sum((1, 2))
         ratio = np.exp(np.asarray(found, np.float64).reshape(2, copies) - exact[:, None])  # expectation 1
         assert (ratio.std(1) > 1e-3).all() and (ratio.std(1) < 0.5).all()
-        assert (np.abs(ratio.mean(1) - 1) < 5 * ratio.std(1) / np.sqrt(copies)).all()
+        assert_mean(ratio.T, 1.0)
     np.testing.assert_allclose(result.log_p_xu_given_xo, result.log_p_x - result.log_p_xo, rtol=1e-5, atol=1e-5)
     assert (np.asarray(result.ess_x) >= 1).all() and (np.asarray(result.ess_x) < 300).all()
 
@@ -282,28 +259,6 @@ def test_joint_samples_of_a_linear_model_have_its_probabilities():
         np.testing.assert_allclose(expected.sum(), 1.0, rtol=1e-6)
         counts = np.bincount(x[:, i, j, 0].astype(int), minlength=6)
         assert (np.abs(counts - n * expected) < 5 * np.sqrt(n * expected * (1 - expected)) + 1).all()
-
-
-def test_evaluation_on_several_devices_and_batches_equals_one():
-    model = randomised(build())
-    rows = data.Dataset(
-        "synthetic", "test", np.random.default_rng(0).integers(0, 6, (9, 4, 4, 1), np.uint8), max_value=5.0
-    )
-
-    def score(model, key, x, available):
-        b = jnp.ones((1, 4, 4, 1)).at[:, :2].set(0.0) * available[None]
-        found = model.is_log_prob(model.to_levels(x[None]), b, 5, key=key, chunk_size=2)
-        return {"log_p_x": found.log_p_x[0], "log_p_xo": found.log_p_xo[0]}
-
-    found = ExampleMap(score, model, rows, 1)(KEY)  # 4 devices, 3 batches
-
-    @jax.jit
-    def directly():
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(9))
-        return jax.vmap(functools.partial(score, model))(keys, rows.x / jnp.float32(5), jnp.ones((9, 4, 4, 1)))
-
-    for name, value in directly().items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-4)
 
 
 def test_levels_are_the_inverse_of_images():
@@ -322,11 +277,12 @@ def run(tmp_path_factory):
     return Path(train_pm_vdvae.train(small("pm_vdvae"), str(tmp_path_factory.mktemp("vdvae") / "run")))
 
 
-def test_a_run_logs_what_it_should(run):
+def test_the_logged_terms_fit_together(run):
     *_, last = rows(run)
-    terms = {"loss", "elbo_nats", "reconstruction_ll_nats", "kl_nats", "pm_kl_nats", "bpd"}
-    assert {f"val_{term}" for term in terms} <= last.keys() and "train_skipped_updates" in last
-    assert last["val_bpd"] == pytest.approx(-last["val_elbo_nats"] / (64 * np.log(2)), rel=1e-5)
+    elbo = last["val_reconstruction_ll_nats"] - last["val_kl_nats"]
+    assert last["val_elbo_nats"] == pytest.approx(elbo, rel=1e-5)
+    assert last["val_bpd"] == pytest.approx(-elbo / (64 * np.log(2)))
+    assert last["val_loss"] == pytest.approx(-elbo + last["val_pm_kl_nats"])
 
 
 def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):

@@ -5,6 +5,7 @@
 | `digits` | [8, 8, 1] images, values 0..16 | scikit-learn's handwritten digits, no download |
 | `mixture` | [8] features | samples of a known Gaussian mixture (`mixture_log_prob`), no download |
 | `patches` | [63] features | natural image patches of scikit-learn's sample photographs, no download |
+| `adult` | 6 real, 8 categorical columns | UCI Adult, `data/adult.py` |
 | `gas` `power` `hepmass` `miniboone` `bsds` | [8] [6] [21] [43] [63] features | TFDS builders, `data/builders/` |
 | `mnist16`, `mnist16_flat` | [16, 16, 1] images, [256] features in [0, 1] | `mnist`, resized |
 | `celeb_a` | [64, 64, 3] images | TFDS, cropped and resized |
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from posterior_matching.config import call
-from posterior_matching.data import builtin, tables, tfds_reader
+from posterior_matching.data import adult, builtin, tables, tfds_reader
 from posterior_matching.data.builtin import mixture_log_prob
 from posterior_matching.data.columns import Columns
+from posterior_matching.data.gaussian import GaussianCheck
 from posterior_matching.data.splits import resolve_split, unknown_split
 from posterior_matching.data.tables import Table, TableOption, TableOptions, read_table
+from posterior_matching.data.tfds_reader import gaussian_check
 from posterior_matching.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,17 +37,22 @@ if TYPE_CHECKING:
 __all__ = [
     "Columns",
     "Dataset",
+    "GaussianCheck",
     "Table",
     "TableOption",
     "TableOptions",
     "decode",
     "fingerprint",
+    "gaussian_check",
     "load",
     "load_for_training",
     "mixture_log_prob",
     "read_table",
     "split_table",
 ]
+
+
+_TABLES = {"adult": adult.read}  # built in, with named columns of several kinds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +66,7 @@ class Dataset:
         label: [N] int32 class labels, or None.
         max_value: The pixel value that means 1: 255 for uint8 images, 16 for `digits`; 1 for images already in [0, 1]
             and for features.
-        columns: Descriptions of the d features of the user's own table; None for every other dataset.
+        columns: Descriptions of the d features of the user's own table or `adult`; None for every other dataset.
         fingerprint: SHA-256 of the user's own file or frame; None for every other dataset.
     """
 
@@ -101,8 +109,9 @@ def load(
     Raises:
         UserError: The name, split or file is unknown or malformed, or the data cannot be downloaded.
     """
-    if tables.is_table(name):
-        return split_table(_read(name, table, columns), (split,), columns, unknown_categories)[0]
+    if _has_columns(name):
+        read, own_columns = _read(name, table, columns)
+        return split_table(read, (split,), columns or own_columns, unknown_categories)[0]
     name = str(name)
     if Path(name).is_file():
         raise UserError(f"'{name}' is a file of an unsupported format: save the table as .csv, .parquet or .npy")
@@ -137,18 +146,25 @@ def load_for_training(config: Mapping[str, Any], columns: Columns | None = None)
     name, splits = config["dataset"], (config["train_split"], config["validation_split"])
     if name is None:
         raise UserError("missing key 'config.dataset': a name (README, \"Data\") or the path of a table")
-    if not tables.is_table(name):
+    if not _has_columns(name):
         train, validation = (load(name, split, columns=columns) for split in splits)
         return train, validation
-    table = _read(name, call(TableOptions, config.get("table") or {}, "config.table"), columns)
-    train, validation = split_table(table, splits, columns)
+    table, own_columns = _read(name, call(TableOptions, config.get("table") or {}, "config.table"), columns)
+    train, validation = split_table(table, splits, columns or own_columns)
     return train, validation
 
 
-def _read(source: "str | pd.DataFrame", options: TableOptions, columns: Columns | None) -> Table:
-    if columns is None:
-        return read_table(source, options)
-    return read_table(source, columns.reading(options), known_names=columns.names)
+def _has_columns(source: "str | pd.DataFrame") -> bool:
+    return tables.is_table(source) or source in _TABLES
+
+
+def _read(source: "str | pd.DataFrame", options: TableOptions, columns: Columns | None) -> tuple[Table, Columns | None]:
+    """Reads a table of the user's own, or one that is built in together with its columns."""
+    if columns is not None:
+        options = columns.reading(options)
+    if isinstance(source, str) and source in _TABLES:
+        return _TABLES[source](options)
+    return read_table(source, options, known_names=columns.names if columns else ()), None
 
 
 def split_table(

@@ -86,10 +86,9 @@ def mixture_log_prob(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def patches() -> tuple[Parts, float]:
-    """Natural image patches with the BSDS300 preprocessing, cut from scikit-learn's two sample photographs.
+    """Natural 8x8 grey patches as `patch_features`, cut from scikit-learn's two sample photographs.
 
-    8x8, grey, dequantised, scaled to [0, 1], patch mean subtracted, last pixel dropped (it is minus the sum of the
-    others). Train, val and test come from disjoint strips of the photographs.
+    Train, val and test come from disjoint strips of the photographs.
 
     Returns:
         Split -> ([N, 63] float32 features, None), 50,000 / 5,000 / 5,000 rows; and the maximum value, 1.
@@ -109,10 +108,23 @@ def patches() -> tuple[Parts, float]:
             windows = np.lib.stride_tricks.sliding_window_view(regions, (8, 8), axis=(0, 2))  # [420, strips, 25, 8, 8]
             chosen = rng.choice(np.prod(windows.shape[:3]), size, replace=False)
             cut.append(windows[np.unravel_index(chosen, windows.shape[:3])].reshape(size, 64))
-        x = (np.concatenate(cut) + rng.uniform(size=(2 * size, 64))) / 256
-        x -= x.mean(axis=1, keepdims=True)
-        parts[name] = x[:, :-1].astype(np.float32), None
+        parts[name] = patch_features(np.concatenate(cut), rng), None
     return parts, 1.0
+
+
+def patch_features(grey: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The BSDS300 preprocessing of Uria et al. (2013) and later work.
+
+    Args:
+        grey: [N, 64] patches with integer values 0..255.
+        rng: Source of the uniform noise that is added.
+
+    Returns:
+        [N, 63] float32: scaled to [0, 1], patch mean subtracted, last pixel dropped (minus the sum of the others).
+    """
+    x = (grey + rng.uniform(size=grey.shape)) / 256
+    x -= x.mean(axis=1, keepdims=True)
+    return x[:, :-1].astype(np.float32)
 
 
 DATASETS = {"digits": digits, "mixture": mixture, "patches": patches}

@@ -297,6 +297,23 @@ class Columns:
         return {column: column.name for column in self.columns}
 
 
+def one_hot(x: np.ndarray, cardinalities: Sequence[int]) -> np.ndarray:
+    """Encodes the categories of encoded rows one-hot, real columns unchanged.
+
+    Args:
+        x: `[N, d]`, NaN = missing; categories as indices.
+        cardinalities: See `Columns.cardinalities`.
+
+    Returns:
+        `[N, width]`; NaN in all columns of a missing category.
+    """
+    columns = []
+    for values, count in zip(x.T, cardinalities, strict=True):
+        encoded = np.where(np.isnan(values)[:, None], np.nan, values[:, None] == np.arange(count))
+        columns.append(encoded if count else values[:, None])
+    return np.concatenate(columns, axis=1)
+
+
 # One column ----------------------------------------------------------------------------------------------------------
 
 

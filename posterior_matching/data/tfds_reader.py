@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from posterior_matching.data.cache import cached
+from posterior_matching.data.gaussian import GaussianCheck, gaussian_log_likelihood
 from posterior_matching.data.splits import resolve_split, unknown_split
 from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
@@ -46,6 +47,8 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
     if not builder.data_path.exists():
         _prepare(builder)
         builder = _builder(base)
+        if check := gaussian_check(base):
+            check.report()
     elif base in TABULAR:
         builder.check_sources()
     if not builder.info.splits:
@@ -63,6 +66,22 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
             f"dataset '{name}' has infinite values in split '{split}': use finite numbers and NaN (missing)"
         )
     return split, derive(x) if derive else x, arrays.get("label")
+
+
+def gaussian_check(name: str) -> GaussianCheck | None:
+    """Returns the check of one of the `TABULAR` datasets, prepared if necessary; None for any other name.
+
+    Raises:
+        UserError: See `read`.
+    """
+    if name not in TABULAR:
+        return None
+    builder = _builder(name)
+    measured = builder.info.metadata.get("gaussian_nats")
+    if not isinstance(measured, float):  # not prepared, or by an earlier version
+        (_, train, _), (_, test, _) = read(name, "train"), read(name, "test")
+        measured = gaussian_log_likelihood(train, test)
+    return GaussianCheck(name, measured, builder.GAUSSIAN_NATS)
 
 
 def _check_features(name: str) -> None:

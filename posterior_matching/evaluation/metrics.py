@@ -47,6 +47,50 @@ def category_accuracy(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray)
     return float((right[count > 0] / count[count > 0]).mean()) if count.any() else float("nan")
 
 
+def crps(x: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Continuous ranked probability score of predictive draws, `E|X - x| - E|X - X'| / 2`; lower is better.
+
+    The estimate is unbiased (Zamo and Naveau 2018, equation PWM). For a point prediction, a single draw, it is the
+    absolute error.
+
+    Args:
+        x: True values `[...]`.
+        draws: `[S, ...]`.
+
+    Returns:
+        `[...]`, in the units of x.
+    """
+    num_draws = len(draws)
+    error = np.abs(draws - x).mean(0)  # over draws
+    if num_draws == 1:
+        return error
+    # The sum of |X - X'| over all pairs, from the order statistics.
+    weights = 2 * np.arange(num_draws) - num_draws + 1
+    spread = np.tensordot(weights, np.sort(draws, axis=0), axes=1) / (num_draws * (num_draws - 1))
+    return error - spread
+
+
+def interval_coverage(x: np.ndarray, draws: np.ndarray, level: float = 0.9) -> np.ndarray:
+    """Whether true values lie between the order statistics of S draws that enclose a new draw with probability `level`.
+
+    Args:
+        x: True values `[...]`.
+        draws: `[S, ...]`; (S + 1) (1 - level) / 2 must be a whole number, as with 99 draws for 0.9.
+        level: The probability.
+
+    Returns:
+        `[...]` bool.
+
+    Raises:
+        ValueError: No two order statistics have this level.
+    """
+    tail = (len(draws) + 1) * (1 - level) / 2
+    if abs(tail - round(tail)) > 1e-9 or round(tail) < 1:
+        raise ValueError(f"{len(draws)} draws have no central interval of level {level}")
+    ordered = np.sort(draws, axis=0)
+    return (ordered[round(tail) - 1] <= x) & (x <= ordered[-round(tail)])
+
+
 def finite_mean(values: np.ndarray) -> tuple[float, int]:
     """Returns the mean of the finite values (NaN if there are none) and the number of others."""
     values = np.asarray(values, np.float64)

@@ -100,8 +100,12 @@ def evaluate(
             errors = _errors(truth, imputation, 1 - found["b"], cardinalities)
             results.add(**{f"{metric}_{name}": value for metric, value in errors.items()})
 
+    if gaussian := data.gaussian_check(run.dataset.name):
+        results.add(gaussian_ll_nats=gaussian.measured)
     nrmses = {"nrmse": results.trials("nrmse")} if not cardinalities or 0 in cardinalities else {}
     results.write(**nrmses, ac_lls=results.trials("ac_ll_nats"))
+    if gaussian:
+        gaussian.report()
     if x.ndim == 4:
         results.draw_imputations(trained, x, generator)
     return results

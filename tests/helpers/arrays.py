@@ -65,6 +65,24 @@ def assert_close(found, expected, rtol=1e-5, atol=1e-6):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), found, expected)
 
 
+def standard_errors(samples, expected):
+    """How many standard errors the mean of samples over the first axis is from `expected`."""
+    samples = np.asarray(samples, np.float64)
+    return (samples.mean(0) - expected) / (samples.std(0, ddof=1) / np.sqrt(len(samples)))
+
+
+def assert_mean(samples, expected):
+    """The mean of samples over the first axis is `expected`."""
+    assert (np.abs(standard_errors(samples, expected)) < Z_LIMIT).all()
+
+
+def assert_moments(samples, mean, covariance):
+    """Samples `[n, ..., d]` have this mean `[..., d]` and this covariance `[..., d, d]`."""
+    assert_mean(samples, mean)
+    centred = np.asarray(samples, np.float64) - mean
+    assert_mean(np.einsum("n...i,n...j->n...ij", centred, centred), covariance)
+
+
 class Compilations:
     """Counts what XLA compiles, or reads from its cache, from its making on."""
 

@@ -21,6 +21,8 @@ FAMILIES = synthetic.families()
 MLP = {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 8}
 DIAGONAL = {"name": "DiagonalGaussian"}
 GMM = {"name": "AutoregressiveGMM", "num_components": 2, "residual_blocks": 0, "hidden_units": 8}
+LEAST = {"latent_dim": 2, "encoder": MLP, "decoder": MLP, "posterior": DIAGONAL}  # what every VAE must be told
+LEAST |= {"likelihood": {"name": "IdentityGaussian"}}
 
 QUICK = {"train_split": "test", "steps": 6, "validation_every": 3, "log_every": 1, "batch_size": 4}
 _PARTIAL = {"model.latent_dim": 2, "model.partial_posterior": GMM}

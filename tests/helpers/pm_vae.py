@@ -7,6 +7,7 @@ import scipy.stats
 from flax import nnx
 from numpyro import distributions as dist
 
+from helpers.configs import LEAST
 from posterior_matching.models import build
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
@@ -14,10 +15,11 @@ from posterior_matching.models.vae import PosteriorMatchingVAE
 class Exact:
     """A linear-Gaussian model, x = W z + mean + noise: everything in closed form, in float64."""
 
-    def __init__(self, d=4, e=2, sigma=0.5, seed=0):
-        rng = np.random.default_rng(seed)
-        self.w, self.mean, self.sigma = rng.normal(size=(d, e)), rng.normal(size=d), sigma
-        self.covariance = self.w @ self.w.T + sigma**2 * np.eye(d)
+    def __init__(self, w=None):
+        rng = np.random.default_rng(0)
+        self.w = rng.normal(size=(4, 2)) if w is None else np.array(w)
+        self.mean, self.sigma = rng.normal(size=len(self.w)), 0.5
+        self.covariance = self.w @ self.w.T + self.sigma**2 * np.eye(len(self.w))
 
     def log_prob(self, x, observed):
         """Log p(x_o) of one example; 0 where nothing is observed."""
@@ -117,24 +119,15 @@ def example(kind, batch=4, seed=0):
     return jnp.float32(rng.uniform(size=(batch, *shape))), jnp.float32(b)
 
 
-def axis_aligned():
-    """A model whose posteriors are diagonal: every feature tells about one dimension of z."""
-    exact = Exact(d=6, e=2)
-    exact.w = np.array([[0.2, 0], [0.5, 0], [1.5, 0], [0, 0.35], [0, 0.8], [0, 2.5]])
-    exact.covariance = exact.w @ exact.w.T + exact.sigma**2 * np.eye(6)
-    return exact
+# Its posteriors are diagonal: every feature tells about one dimension of z.
+ALIGNED = Exact([[0.2, 0], [0.5, 0], [1.5, 0], [0, 0.35], [0, 0.8], [0, 2.5]])
 
 
-ALIGNED = axis_aligned()
-SHAPE_CONFIG = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 64}
-
-
-def lookahead_on(model, exact, encoder=SHAPE_CONFIG):
+def lookahead_on(model, exact):
     """An untrained lookahead posterior on a model of `Exact`."""
-    (d, e), network = exact.w.shape, {"name": "ResidualMLP", "residual_blocks": 0, "hidden_units": 2}
-    pm_vae = {"latent_dim": e, "encoder": network, "decoder": network}
-    pm_vae |= {"posterior": {"name": "DiagonalGaussian"}, "likelihood": {"name": "IdentityGaussian"}}
-    config = {"pm_vae": pm_vae, "lookahead_encoder": encoder}
+    d, e = exact.w.shape
+    encoder = {"name": "ResidualMLP", "residual_blocks": 1, "hidden_units": 64}
+    config = {"pm_vae": LEAST | {"latent_dim": e}, "lookahead_encoder": encoder}
     lookahead = build("lookahead", config, (d,), nnx.Rngs(0))
     lookahead.pm_vae = model
     return lookahead

@@ -1,5 +1,6 @@
 """Run directories: how they are read and compared, and what it means to be refused."""
 
+import contextlib
 import json
 import pathlib
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posterior_matching import runs
+from posterior_matching import models, runs
 from posterior_matching.errors import UserError
+from posterior_matching.training.log import TrainingLog
 
 
 def rows(run_dir):
@@ -24,6 +26,17 @@ def weights(model):
     return {name: np.asarray(value) for name, value in runs.flat_weights(nnx.state(model)).items()}
 
 
+def untrained_run(folder, name, model, **config):
+    """The directory of a run on digits: a model with the config `model` and random weights, as after one step."""
+    config = {"dataset": "digits", "train_split": "train", "evaluate_checkpoint": "latest", "model": model} | config
+    run = runs.open_run(str(folder / "run"), name, config, (8, 8, 1))
+    run.create()
+    state = runs.flat_weights(nnx.state(models.build(name, model, (8, 8, 1), nnx.Rngs(0))))
+    with run.finished_saving():
+        run.save(1, state, {"step": np.int32(1)}, {}, best=False)
+    return run.path
+
+
 def assert_same_runs(found, expected):
     """Both checkpoints and all metrics of two runs are equal bit for bit."""
     assert rows(found) == rows(expected)
@@ -33,6 +46,21 @@ def assert_same_runs(found, expected):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+@contextlib.contextmanager
+def crash_after(step):
+    """Training crashes there once `step` is done."""
+    add = TrainingLog.add
+
+    def crash(log, now, *rest):
+        if now > step:
+            raise ZeroDivisionError
+        add(log, now, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(TrainingLog, "add", crash)
+        yield
 
 
 def contents(folder):

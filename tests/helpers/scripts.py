@@ -5,6 +5,9 @@ import socket
 import subprocess
 import sys
 
+import nbclient
+import nbformat
+
 from helpers.configs import ROOT
 
 
@@ -28,9 +31,19 @@ def spawn(command, cwd, **options):
 
 def finish(process, status=0):
     """Waits for a process to end with `status`; returns what it printed, as `out` and `err`."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == status, f"{process.args}\n{out}\n{err}"
     return out, err
+
+
+def execute(notebook, **variables):
+    """Executes `notebooks/<notebook>.ipynb`; returns what it printed, and the number of its pictures."""
+    nodes = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4)
+    variables = environment(MPLBACKEND="module://matplotlib_inline.backend_inline", **variables)
+    nbclient.NotebookClient(nodes, timeout=300).execute(cwd=str(ROOT / "notebooks"), env=variables)
+    outputs = [output for cell in nodes.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    return text, sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def free_port():

@@ -1,5 +1,9 @@
 """TFDS builder of the bsds dataset."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from posterior_matching.data import sources
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -8,11 +12,13 @@ class Bsds(TabularBuilder):
 
     NUM_FEATURES = 63
     ROWS = (1_000_000, 50_000, 250_000)  # train, val, test
+    GAUSSIAN_NATS = 96.67
     DRIVE_IDS = (
         "1YKOxuYRC-79h9ZUHQ0d7v1bi9ozKE608",
         "1ySm47-7yvoQOHi3_Gbvme6vD2hAzt3Yq",
         "1ZoqOzNzfSe33cWkjKYeUuJ9C57Nf2YlO",
     )
+    ARCHIVES = (("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/BSDS300-images.tgz",),)
     HOMEPAGE = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/"
     CITATION = """
 @inproceedings{martin2001database,
@@ -23,3 +29,6 @@ class Bsds(TabularBuilder):
   year={2001}
 }
 """
+
+    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
+        return sources.bsds(files, self.ROWS)

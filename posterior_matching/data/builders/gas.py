@@ -1,5 +1,9 @@
 """TFDS builder of the gas dataset."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from posterior_matching.data import sources
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -8,10 +12,16 @@ class Gas(TabularBuilder):
 
     NUM_FEATURES = 8
     ROWS = (852_174, 94_685, 105_206)  # train, val, test
+    GAUSSIAN_NATS = -3.58
     DRIVE_IDS = (
         "1rhhLpGY5-5YZ-GQaZq_FniAMK9cqvxW7",
         "1y4TeXr5WhMWDZIwHh4iLIVj-eV3MgwBB",
         "17aRcAFtnYg6SVtGHksDZCQ5mgJwvve6L",
+    )
+    ARCHIVES = (
+        ("https://archive.ics.uci.edu/static/public/322/gas+sensor+array+under+dynamic+gas+mixtures.zip",),
+        ("https://archive.ics.uci.edu/ml/machine-learning-databases/00322/data.zip",),
+        ("ethylene_CO.txt",),
     )
     HOMEPAGE = "https://archive.ics.uci.edu/dataset/322"
     CITATION = r"""
@@ -24,3 +34,6 @@ class Gas(TabularBuilder):
   year={2015}
 }
 """
+
+    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
+        return sources.gas(files)

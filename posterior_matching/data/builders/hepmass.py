@@ -1,5 +1,9 @@
 """TFDS builder of the hepmass dataset."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from posterior_matching.data import sources
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -8,10 +12,19 @@ class Hepmass(TabularBuilder):
 
     NUM_FEATURES = 21
     ROWS = (315_123, 35_013, 174_987)  # train, val, test
+    GAUSSIAN_NATS = -27.93
     DRIVE_IDS = (
         "13PF7GfAhKy1WFgoFodpFlHEMK4ImDQsn",
         "13w__3XmdCMSuXO3io9sKdxclefXV5GQP",
         "1cgrGD-915n52buzHoMyaH9gRq1th-BDF",
+    )
+    ARCHIVES = (
+        (
+            "https://archive.ics.uci.edu/ml/machine-learning-databases/00347/1000_train.csv.gz",
+            "https://archive.ics.uci.edu/ml/machine-learning-databases/00347/1000_test.csv.gz",
+        ),
+        ("https://archive.ics.uci.edu/static/public/347/hepmass.zip",),  # larger, with the other masses
+        ("1000_train.csv", "1000_test.csv"),
     )
     HOMEPAGE = "https://archive.ics.uci.edu/dataset/347"
     CITATION = """
@@ -23,3 +36,6 @@ class Hepmass(TabularBuilder):
   year={2016}
 }
 """
+
+    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
+        return sources.hepmass(files)

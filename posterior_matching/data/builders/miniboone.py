@@ -1,5 +1,9 @@
 """TFDS builder of the miniboone dataset."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from posterior_matching.data import sources
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -8,10 +12,15 @@ class Miniboone(TabularBuilder):
 
     NUM_FEATURES = 43
     ROWS = (29_556, 3_284, 3_648)  # train, val, test
+    GAUSSIAN_NATS = -37.24
     DRIVE_IDS = (
         "14CJDG_EWpocULPFWde_eLJ_ixlavm3L-",
         "1LH7d70p3oScUXNLiWXN1ZzDT9oc3i5mf",
         "1QsJ9RW_-VdMIdM87i-_y3VSmBlibcdr1",
+    )
+    ARCHIVES = (
+        ("https://archive.ics.uci.edu/ml/machine-learning-databases/00199/MiniBooNE_PID.txt",),
+        ("https://archive.ics.uci.edu/static/public/199/miniboone+particle+identification.zip",),
     )
     HOMEPAGE = "https://archive.ics.uci.edu/dataset/199"
     CITATION = """
@@ -23,3 +32,6 @@ class Miniboone(TabularBuilder):
   year={2005}
 }
 """
+
+    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
+        return sources.miniboone(files)

@@ -1,5 +1,9 @@
 """TFDS builder of the power dataset."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from posterior_matching.data import sources
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -8,10 +12,16 @@ class Power(TabularBuilder):
 
     NUM_FEATURES = 6
     ROWS = (1_659_917, 184_435, 204_928)  # train, val, test
+    GAUSSIAN_NATS = -7.74
     DRIVE_IDS = (
         "10DB7jmsqjNTLAKEoRnT07F2hcRNOCRjM",
         "1XmPwLzSKljjWB9CrBRsbn3nYhOdYxQiy",
         "1qX5O7eR6G2HOAMiNYnBvaQSuJkefRMtV",
+    )
+    ARCHIVES = (
+        ("https://archive.ics.uci.edu/static/public/235/individual+household+electric+power+consumption.zip",),
+        ("https://archive.ics.uci.edu/ml/machine-learning-databases/00235/household_power_consumption.zip",),
+        ("household_power_consumption.txt",),
     )
     HOMEPAGE = "https://archive.ics.uci.edu/dataset/235"
     CITATION = r"""
@@ -22,3 +32,6 @@ class Power(TabularBuilder):
   year={2012}
 }
 """
+
+    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
+        return sources.power(files)

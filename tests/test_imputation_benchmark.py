@@ -1,0 +1,86 @@
+"""The comparison of imputers: its metrics against closed forms, and the whole of it on a small table."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from benchmarks import imputation
+from helpers.runs import refusal
+from posterior_matching.evaluation.metrics import crps, interval_coverage
+
+
+def test_crps_of_normal_draws_is_the_closed_form():
+    # Gneiting and Raftery 2007, equation 21, for N(0, 1).
+    x, rng = np.array([-1.5, 0.0, 0.3, 2.0]), np.random.default_rng(0)
+    exact = x * (2 * stats.norm.cdf(x) - 1) + 2 * stats.norm.pdf(x) - 1 / np.sqrt(np.pi)
+    estimates = np.array([crps(x, rng.normal(size=(10, 4))) for _ in range(4000)])
+    assert np.abs(estimates.mean(0) - exact).max() < 4.5 * (estimates.std(0) / np.sqrt(4000)).max()
+    np.testing.assert_array_equal(crps(x, np.zeros((1, 4))), np.abs(x))
+
+
+def test_the_interval_covers_a_new_draw_with_its_probability():
+    rng = np.random.default_rng(0)
+    values = rng.gamma(2.0, size=(100, 20_000))
+    covered = interval_coverage(values[0], values[1:]).mean()
+    assert abs(covered - 0.9) < 4.5 * np.sqrt(0.9 * 0.1 / 20_000)
+    with pytest.raises(ValueError, match="98 draws"):
+        interval_coverage(values[0], values[2:])
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    size = rng.normal(size=200)
+    frame = pd.DataFrame({"width": size, "height": 2 * size + 0.1 * rng.normal(size=200)})
+    frame["kind"] = np.where(size > 0, "large", "small")
+    frame.loc[::9, "height"] = np.nan
+    path = tmp_path_factory.mktemp("benchmark") / "things.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(imputation, "NUM_DRAWS", 19)  # between the smallest and the largest: 90%
+
+
+def compared(table, folder, methods, mechanisms=("MCAR",)):
+    return imputation.main([str(table)], mechanisms, [0.3], 2, methods, 2000, folder)
+
+
+def test_methods_are_scored_on_hidden_cells_and_kept_results_are_not_computed_again(table, tmp_path, capsys):
+    frame = compared(table, tmp_path, ["mean", "knn", "iterative"], ["MCAR", "MAR"])
+    assert len(frame) == 2 * 2 * 3 * 2  # seeds, mechanisms, methods, in and out of the sample
+    means = frame.groupby("method")[["nrmse", "accuracy", "crps", "coverage"]].mean()
+    assert 0.9 < means.nrmse["mean"] < 1.3 and means.nrmse["knn"] < 0.8 > means.nrmse["iterative"]
+    assert means.accuracy["mean"] < 0.7 < means.accuracy["iterative"]
+    assert 0.8 < means.coverage["iterative"] < 0.97 and np.isnan(means.coverage["knn"])
+    assert means.crps["iterative"] < means.crps["mean"]
+    assert (tmp_path / "imputation.png").stat().st_size > 1000
+    assert "| iterative |" in capsys.readouterr().out
+    kept = tmp_path / "things" / "MCAR_0.3_0_knn.json"
+    kept.write_text(json.dumps({"in": {"nrmse": 5.0}, "out": {"nrmse": 7.0}}))
+    frame = compared(table, tmp_path, ["knn"])
+    assert set(frame[frame["seed"] == 0]["nrmse"]) == {5.0, 7.0}
+
+
+@pytest.mark.slow
+def test_posterior_matching_is_compared_as_users_have_it(table, monkeypatch):
+    small = imputation.PosteriorMatchingImputer
+    config = {"steps": 300, "validation_every": 100, "log_every": 100}
+    monkeypatch.setattr(imputation, "PosteriorMatchingImputer", lambda **given: small(**given, config=config))
+    rows = imputation.read(str(table), 2000)
+    found = imputation.compare(rows, "MCAR", 0.3, 0, "posterior_matching")
+    for scores in found.values():
+        assert scores["nrmse"] < 1 and scores["accuracy"] > 0.6 and 0.7 < scores["coverage"] <= 1
+
+
+def test_wrong_input_is_refused_in_one_line(table, tmp_path):
+    assert "'guess'" in refusal(compared, table, tmp_path, ["guess"])
+    assert "'MCARR': " in refusal(compared, table, tmp_path, ["mean"], ["MCARR"])
+    assert "table.drop must be" in refusal(imputation.read, f"{table}:drop", 10)
+    assert "dorp" in refusal(imputation.read, f"{table}:dorp=('kind',)", 10)
+    assert "no_such" in refusal(imputation.read, "no_such.csv", 10)

@@ -1,0 +1,526 @@
+"""The paper's tables from small files in the formats of their archives: preprocessing, and the Gaussian check."""
+
+import gzip
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from flax import nnx
+from PIL import Image
+from scipy.stats import multivariate_normal
+
+from helpers.configs import DIAGONAL, MLP
+from posterior_matching import data
+from posterior_matching.data import download, gaussian, sources
+from posterior_matching.data.builders import tabular
+from posterior_matching.data.builders.bsds import Bsds
+from posterior_matching.data.builders.gas import Gas
+from posterior_matching.data.builders.hepmass import Hepmass
+from posterior_matching.data.builders.miniboone import Miniboone
+from posterior_matching.data.builders.power import Power
+from posterior_matching.errors import UserError
+from posterior_matching.evaluation import uci
+from posterior_matching.evaluation.examples import Evaluation
+from posterior_matching.models.vae import PosteriorMatchingVAE
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Bsds, "ROWS", (1000, 50, 80))
+    monkeypatch.setattr(tabular, "_fetch_from_drive", unreachable)
+    monkeypatch.setattr(tabular, "fetch", unreachable)
+
+
+def unreachable(*_):
+    raise requests.ConnectionError("no network here")
+
+
+def manual(name):
+    folder = Path(os.environ["TFDS_DATA_DIR"]) / "downloads" / "manual" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# Files in the original formats ---------------------------------------------------------------------------------------
+
+
+def power_text(num_rows=300):
+    """The text, and its complete rows [N, 8]: the seven values and the minute of the day."""
+    rng = np.random.default_rng(1)
+    names = "Global_active_power;Global_reactive_power;Voltage;Global_intensity;"
+    lines = [f"Date;Time;{names}Sub_metering_1;Sub_metering_2;Sub_metering_3"]
+    complete = []
+    for row in range(num_rows):
+        minute = (1044 + 7 * row) % 1440
+        values = np.round([*rng.uniform(0, 5, 2), rng.normal(240, 3), *rng.uniform(0, 20, 4)], 2)
+        cells = [f"{v:.3f}" for v in values]
+        if row % 20 == 3:
+            cells = ["?"] * 6 + [""]  # as in the original
+        else:
+            complete.append([*values, minute])
+        lines.append(";".join([f"{1 + row // 96}/12/2006", f"{minute // 60:02}:{minute % 60:02}:00", *cells]))
+    return "\r\n".join(lines) + "\r\n", np.array(complete)
+
+
+def gas_text(num_rows=400):
+    """The text, and its 16 sensors; eight of them are to be dropped."""
+    rng = np.random.default_rng(2)
+    sensors = np.cumsum(rng.normal(size=(num_rows, 16)), axis=0)
+    for column in (9, 7, 6, 4, 2, 1, 0):
+        sensors[:, column] = 3 * sensors[:, column + 1] + 0.01 * rng.normal(size=num_rows)
+    sensors[:, 15] = 5000 + sensors[:, 12] + 0.01 * rng.normal(size=num_rows)
+    sensors[:, 14] = -sensors[:, 13]  # a negative correlation does not count
+    sensors = sensors.round(2)
+    lines = ["Time (seconds), CO conc (ppm), Ethylene conc (ppm), sensor readings (16 channels)"]
+    for row, values in enumerate(sensors):
+        lines.append(f"{row / 100:.2f}   0.00\t20.00  " + " ".join(f"{v:.2f}" for v in values) + " ")
+    return "\n".join(lines) + "\n", sensors
+
+
+DISCRETE = (5, 9, 13, 17, 21)  # number of jets, b-tags
+
+
+def hepmass_text(num_rows, seed):
+    """The text, whose header has one name less than there are columns, and the rows [N, 28]."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_rows, 28)) * 2 + 1
+    x[:, 0] = rng.integers(0, 2, num_rows)
+    for column in DISCRETE:
+        x[:, column] = rng.choice([-1.0, 0.5, 1.5], num_rows)
+    x[:40, 3] = x[:, 3].max()  # occurs often too, but is not the smallest
+    buffer = io.StringIO()
+    np.savetxt(buffer, x, delimiter=",", header="# label," + ",".join(f"f{i}" for i in range(26)), comments="")
+    return buffer.getvalue(), x
+
+
+def miniboone_text(num_signals=200, num_background=90):
+    """The text, and all events [N, 50]."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(num_signals + num_background, 50)).round(6)
+    x[:, [3, 8, 11, 20, 33, 41, 49]] = rng.integers(0, 4, (len(x), 7))  # repeated
+    x[[5, 17, 150, 230]] = -999
+    lines = [f" {num_signals} {num_background}", *("  " + "  ".join(f"{v:.6e}" for v in row) for row in x)]
+    return "\n".join(lines) + "\n", x
+
+
+def photographs(seed=5):
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name in [*(f"train/{i}" for i in range(20)), *(f"test/{i}" for i in range(4))]:
+        shape = (14, 20, 3) if rng.integers(2) else (20, 14, 3)
+        smooth = np.cumsum(rng.normal(0, 6, shape), axis=0) + 128
+        found[name] = np.clip(smooth, 0, 255).astype(np.uint8)
+    return found
+
+
+def write_photographs(path, found):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in [("BSDS300/iids_train.txt", b"1\n2\n"), ("BSDS300/images/train/._0.txt", b"")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, image in found.items():
+            jpeg = io.BytesIO()
+            Image.fromarray(image).save(jpeg, "jpeg", quality=95)
+            info = tarfile.TarInfo(f"BSDS300/images/{name}.jpg")
+            info.size = jpeg.tell()
+            jpeg.seek(0)
+            archive.addfile(info, jpeg)
+
+
+def zipped(path, **members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def write(name, form):
+    """Writes a dataset into the folder for files brought by hand, in one of the forms in which it can be found."""
+    folder = manual(name)
+    if name == "power":
+        text = power_text()[0]
+        member = "household_power_consumption.txt"
+        if form == "text":
+            (folder / member).write_text(text)
+        else:
+            new = "individual+household+electric+power+consumption.zip"
+            zipped(folder / (new if form == "new" else "household_power_consumption.zip"), **{member: text})
+    elif name == "gas":
+        text = gas_text()[0]
+        if form == "text":
+            (folder / "ethylene_CO.txt").write_text(text)
+        else:
+            archive = "gas+sensor+array+under+dynamic+gas+mixtures.zip" if form == "new" else "data.zip"
+            zipped(folder / archive, **{"ethylene_methane.txt": "other", "data/ethylene_CO.txt": text})
+    elif name == "hepmass":
+        texts = {"1000_train.csv": hepmass_text(600, 3)[0], "1000_test.csv": hepmass_text(200, 4)[0]}
+        packed = {f"{key}.gz": gzip.compress(text.encode()) for key, text in texts.items()}
+        if form == "new":
+            zipped(folder / "hepmass.zip", **packed, **{"all_train.csv.gz": b"other"})
+        for key, content in {"text": {k: t.encode() for k, t in texts.items()}, "old": packed}.get(form, {}).items():
+            (folder / key).write_bytes(content)
+    elif name == "miniboone":
+        text = miniboone_text()[0]
+        if form == "new":
+            zipped(folder / "miniboone+particle+identification.zip", **{"MiniBooNE_PID.txt": text})
+        else:
+            (folder / "MiniBooNE_PID.txt").write_text(text)
+    else:
+        write_photographs(folder / "BSDS300-images.tgz", photographs())
+    return folder
+
+
+# What they must give, step by step as published ----------------------------------------------------------------------
+
+
+def tenths(x):
+    test = x[-int(0.1 * len(x)) :]
+    rest = x[: -int(0.1 * len(x))]
+    return rest[: -int(0.1 * len(rest))], rest[-int(0.1 * len(rest)) :], test
+
+
+def many(column):
+    """Whether the smallest value occurs more than five times, by counting all of them."""
+    counts = Counter(column)
+    return sorted(counts.items())[0][1] > 5
+
+
+def expected_power():
+    x = power_text()[1]
+    rng = np.random.RandomState(42)
+    rng.shuffle(x)
+    x = x[:, [0, 2, 4, 5, 6, 7]]
+    noise = np.zeros_like(x)
+    noise[:, 1] = 0.01 * rng.rand(len(x))
+    noise[:, 0] = 0.001 * rng.rand(len(x))
+    noise[:, 2:5] = rng.rand(len(x), 3)
+    return x + noise
+
+
+def test_power():
+    write("power", "old")
+    parts = sources.power([manual("power") / "household_power_consumption.zip"])
+    x = expected_power()
+    assert [part.shape for part in parts] == [(232, 6), (25, 6), (28, 6)] and parts[0].dtype == np.float32
+    fitted = np.concatenate(parts[:2])
+    np.testing.assert_allclose(fitted.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(fitted.std(0), 1, atol=1e-5)
+    for found, part in zip(parts, tenths(x), strict=True):
+        reference = (part - x[: len(fitted)].mean(0)) / x[: len(fitted)].std(0)
+        np.testing.assert_allclose(found[:, :5], reference[:, :5], atol=1e-5)
+        # The noise on the time of day is our own: uniform in one minute, and so a hundredth of the spread at most.
+        assert np.abs(found[:, 5] - reference[:, 5]).max() < 2 / x[:, 5].std()
+    assert len(np.unique(fitted[:, 5])) == len(fitted)
+
+
+def test_gas():
+    write("gas", "old")
+    parts = sources.gas([manual("gas") / "data.zip"])
+    sensors = gas_text()[1]
+    left = list(range(16))
+    while True:
+        correlation = np.array([[np.corrcoef(sensors[:, i], sensors[:, j])[0, 1] for j in left] for i in left])
+        remove = [i for row, i in enumerate(left) if (correlation[row] > 0.98).sum() > 1]
+        if not remove:
+            break
+        left.remove(remove[0])
+    assert len(left) == 8 and {3, 5, 8, 10, 13, 14, 15} <= set(left)
+    assert [part.shape for part in parts] == [(81, 8), (9, 8), (10, 8)] and parts[0].dtype == np.float32
+    x = np.concatenate(parts)  # a quarter of the rows, each at most once, up to shift and scale
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(x.std(0, ddof=1), 1, atol=1e-5)
+    sensors = sensors[:, left]
+    chosen = nearest_rows(x, sensors)
+    assert len(set(chosen)) == 100 and chosen != sorted(chosen)
+    picked = sensors[chosen]
+    np.testing.assert_allclose(x, (picked - picked.mean(0)) / picked.std(0, ddof=1), atol=1e-3)
+
+
+def nearest_rows(x, raw):
+    """The rows of `raw` of which `x` is a standardised subset: the affine map of each column follows from ranks."""
+    scaled = None
+    mean, std = raw.mean(0), raw.std(0)
+    for _ in range(20):  # alternate between the assignment and the map
+        scaled = (raw - mean) / std
+        chosen = [int(((scaled - row) ** 2).sum(1).argmin()) for row in x]
+        mean, std = raw[chosen].mean(0), raw[chosen].std(0, ddof=1)
+    return chosen
+
+
+@pytest.mark.parametrize("form", ["text", "old", "new"])
+def test_hepmass(form):
+    folder = write("hepmass", form)
+    train, val, test = sources.hepmass(sorted(path for path in folder.iterdir() if path.suffix != ".sha256"))
+    rows = [hepmass_text(*arguments)[1] for arguments in ((600, 3), (200, 4))]
+    x, held_out = (part[part[:, 0] == 1][:, 1:27] for part in rows)  # neither the label nor the last feature
+    kept = [column for column in range(26) if column + 1 not in DISCRETE]
+    assert len(kept) == 21 and kept == [column for column in range(26) if not many(x[:, column])]
+    mean, std = x[:, kept].mean(0), x[:, kept].std(0, ddof=1)
+    cut = len(x) - int(0.1 * len(x))
+    np.testing.assert_allclose(train, (x[:cut, kept] - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(val, (x[cut:, kept] - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(test, (held_out[:, kept] - mean) / std, atol=1e-5)
+
+
+def test_hepmass_reads_the_first_tenth(monkeypatch):
+    read, asked = sources.pd.read_csv, []
+
+    def read_less(*arguments, nrows, **options):
+        asked.append(nrows)
+        return read(*arguments, nrows=90, **options)
+
+    monkeypatch.setattr(sources.pd, "read_csv", read_less)
+    folder = write("hepmass", "old")
+    parts = sources.hepmass(sorted(folder.iterdir()))
+    assert asked == [700_000, 350_000]
+    assert len(parts[0]) + len(parts[1]) == (hepmass_text(600, 3)[1][:90, 0] == 1).sum()
+
+
+def test_miniboone():
+    write("miniboone", "old")
+    parts = sources.miniboone([manual("miniboone") / "MiniBooNE_PID.txt"])
+    x = miniboone_text()[1][:200]
+    x = np.delete(x, [5, 17, 150], axis=0)
+    x = x[:, [column for column in range(50) if not many(x[:, column])]]
+    assert x.shape == (197, 43)
+    fitted = x[: 197 - 19]
+    for found, part in zip(parts, tenths(x), strict=True):
+        np.testing.assert_allclose(found, (part - fitted.mean(0)) / fitted.std(0), atol=1e-5)
+
+
+def test_bsds():
+    folder = write("bsds", "")
+    parts = sources.bsds([folder / "BSDS300-images.tgz"], (1000, 50, 80))
+    assert [part.shape for part in parts] == [(1000, 63), (50, 63), (80, 63)]
+    grey = {}
+    with tarfile.open(folder / "BSDS300-images.tgz") as archive:
+        for name in photographs():
+            rgb = np.asarray(Image.open(archive.extractfile(f"BSDS300/images/{name}.jpg")), float)
+            windows = np.lib.stride_tricks.sliding_window_view(np.rint(rgb @ [0.299, 0.587, 0.114]), (8, 8))
+            grey[name] = windows.reshape(-1, 64)
+    where = {}
+    for split, part in zip(("train", "val", "test"), parts, strict=True):
+        last = -part.sum(1, keepdims=True)  # a patch has mean 0
+        x = 256 * np.concatenate([part, last], axis=1)
+        found = []
+        for row in x:  # the noise is in [0, 1), so the patch of origin differs by a constant and less than 1
+            spread = {name: np.ptp(row - patches, axis=1) for name, patches in grey.items()}
+            name = min(spread, key=lambda name: spread[name].min())
+            assert spread[name].min() < 1.01 and np.partition(spread[name], 1)[1] > 1.01  # that one alone
+            found.append((name, int(spread[name].argmin())))
+        assert len(set(found)) == len(found), "a patch twice"
+        where[split] = {name for name, _ in found}
+        counts = Counter(name for name, _ in found).values()
+        assert max(counts) - min(counts) <= 1
+        assert [name for name, _ in found] != sorted(name for name, _ in found)
+    assert len(where["train"]) == 18 and len(where["val"]) == 2 and not where["train"] & where["val"]
+    assert where["test"] == {f"test/{i}" for i in range(4)}
+
+
+def test_the_published_numbers_of_rows_follow_from_those_of_the_archives():
+    def sizes(num_rows):
+        return tuple(len(part) for part in sources._last_tenths(np.empty((num_rows, 0))))
+
+    assert sizes(2_049_280) == Power.ROWS  # complete rows
+    assert sizes(round(4_208_261 / 4)) == Gas.ROWS
+    assert sizes(36_499 - 11) == Miniboone.ROWS
+    signals = sum(Hepmass.ROWS[:2])
+    assert signals - int(0.1 * signals) == Hepmass.ROWS[0]
+
+
+# From the archive to the dataset -------------------------------------------------------------------------------------
+
+BUILDERS = {"power": Power, "gas": Gas, "hepmass": Hepmass, "miniboone": Miniboone, "bsds": Bsds}
+FORMS = [(name, form) for name in BUILDERS for form in ("old", "new", "text")][:-2]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_prepared_from_every_form_of_the_archive(name, form, capsys, caplog):
+    folder = write(name, form)
+    used = sorted(folder.iterdir())
+    with caplog.at_level("WARNING", logger="absl"):
+        found = [data.load(name, split).x for split in ("train", "val", "test")]
+    reference = BUILDERS[name].preprocess(BUILDERS[name], used)
+    for x, expected in zip(found, reference, strict=True):
+        assert x.shape[1] == BUILDERS[name].NUM_FEATURES
+        np.testing.assert_array_equal(x, expected)
+    out = capsys.readouterr().out
+    measured = data.gaussian_check(name).measured
+    assert f"preparing '{name}' from {used[-1] if len(used) == 1 else ''}" in out
+    assert f"Gaussian fitted to the training rows of {name}: {measured:.2f} nats (published: " in out
+    assert name == "bsds" or f"but {Counter(BUILDERS[name].ROWS).most_common()[0][0]} in the published" in caplog.text
+    assert f"these are not the published data of '{name}'" in caplog.text  # indeed
+    recorded = {path.name for path in folder.iterdir()} - {path.name for path in used}
+    assert recorded == {f"{path.name}.sha256" for path in used}
+
+
+def test_text_files_come_first_then_archives_then_the_network(monkeypatch, capsys):
+    asked = []
+
+    def drive(url, path):
+        asked.append((url[:24], path.name))
+        np.savetxt(path, np.full((20, 6), 3.0))
+
+    monkeypatch.setattr(tabular, "_fetch_from_drive", drive)
+    folder = write("power", "old")
+    prepared = Path(os.environ["TFDS_DATA_DIR"]) / "power"
+    assert data.load("power", "test").x.std() > 0 and not asked
+    for path in [*prepared.glob("*/*"), *prepared.iterdir()]:
+        path.unlink() if path.is_file() else path.rmdir()
+    for split in ("train", "val", "test"):
+        np.savetxt(folder / f"{split}.txt", np.full((20, 6), 2.0))
+    assert (data.load("power", "test").x == 2).all() and not asked
+    for path in [*folder.iterdir(), *prepared.glob("*/*"), *prepared.iterdir()]:
+        path.unlink() if path.is_file() else path.rmdir()
+    assert (data.load("power", "test").x == 3).all()
+    assert asked == [("https://drive.google.com", f"{split}.txt") for split in ("train", "val", "test")]
+    capsys.readouterr()
+
+
+def test_offline_one_line_names_every_file_that_would_do():
+    with pytest.raises(UserError) as error:
+        data.load("hepmass", "train")
+    line = str(error.value)
+    assert "\n" not in line and "drive.google.com: ConnectionError, archive.ics.uci.edu: ConnectionError" in line
+    assert f"put into '{manual('hepmass')}' train.txt (https://drive.google.com/" in line
+    for name in (
+        "1000_train.csv.gz and https://archive.ics.uci.edu/",
+        "1000_test.csv.gz; or https",
+        "hepmass.zip; or ",
+    ):
+        assert name in line
+    assert line.endswith("; or 1000_train.csv and 1000_test.csv")
+
+
+def test_if_google_drive_fails_the_archive_is_downloaded(monkeypatch):
+    asked = []
+
+    def fetch(url, path):
+        asked.append(url)
+        if "static" in url:
+            raise requests.HTTPError(response=requests.Response())
+        write("power", "old")
+        assert path.exists()
+
+    monkeypatch.setattr(tabular, "fetch", fetch)
+    assert len(data.load("power", "test")) == 28
+    assert [url.split("/")[-1] for url in asked] == [url.split("/")[-1] for (url,) in Power.ARCHIVES[:2]]
+
+    def interrupted(*_):
+        raise UserError("interrupted")
+
+    monkeypatch.setattr(tabular, "fetch", interrupted)
+    with pytest.raises(UserError, match=r"^interrupted$"):
+        data.load("gas", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("power", "household_power_consumption.zip", b"<html>moved</html>", "cannot read .*not a zip file"),
+        ("power", "household_power_consumption.txt", b"<html>moved</html>\n", "cannot read"),
+        ("power", "household_power_consumption.txt", b"", "cannot read .*No columns"),
+        ("gas", "ethylene_CO.txt", b"Time\n0 0 0 1 2 3\n", "cannot read"),
+        ("miniboone", "MiniBooNE_PID.txt", b"many few\n1 2\n", "cannot read .*many"),
+        ("miniboone", "MiniBooNE_PID.txt", b"5 5\n" + b"1 2 3\n" * 10, "cannot read|does not give 43"),
+        ("bsds", "BSDS300-images.tgz", b"\x1f\x8b garbage", "cannot read"),
+    ],
+)
+def test_what_is_not_the_archive_gives_one_line(name, file, content, message):
+    (manual(name) / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        data.load(name, "train")
+    assert "\n" not in str(error.value) and file in str(error.value)
+    assert [path.name for path in manual(name).iterdir()] == [file]  # nothing recorded
+
+
+@pytest.mark.parametrize("name", ["power", "bsds", "hepmass"])
+def test_a_truncated_archive_gives_one_line(name):
+    for path in write(name, "new").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"cannot read .*delete it to download it again") as error:
+        data.load(name, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_archives_without_the_member():
+    zipped(manual("gas") / "data.zip", **{"ethylene_methane.txt": "other"})
+    with pytest.raises(UserError, match=r"no ethylene_CO\.txt in '.*data\.zip'"):
+        data.load("gas", "train")
+    write_photographs(manual("bsds") / "BSDS300-images.tgz", {"train/0": np.zeros((20, 20, 3), np.uint8)})
+    with pytest.raises(UserError, match=r"has 1 and 0 \.jpg files"):
+        data.load("bsds", "train")
+
+
+def test_another_archive_is_noticed_when_it_is_used_again(capsys):
+    folder = write("miniboone", "old")
+    data.load("miniboone", "train")
+    file, prepared = folder / "MiniBooNE_PID.txt", Path(os.environ["TFDS_DATA_DIR"]) / "miniboone"
+    assert (folder / "MiniBooNE_PID.txt.sha256").read_text() == f"{download.file_fingerprint(file)}  {file.name}\n"
+    file.write_text(file.read_text().replace("1.", "2."))
+    with pytest.raises(UserError, match="has changed since"):
+        data.load("miniboone", "train")
+    for path in [*prepared.glob("*/*"), *prepared.iterdir()]:
+        path.unlink() if path.is_file() else path.rmdir()
+    with pytest.raises(UserError, match=r"not the file that was used before .*MiniBooNE_PID\.txt\.sha256") as error:
+        data.load("miniboone", "train")
+    assert "\n" not in str(error.value)
+    (folder / "MiniBooNE_PID.txt.sha256").unlink()
+    data.load("miniboone", "train")
+    capsys.readouterr()
+
+
+# The Gaussian --------------------------------------------------------------------------------------------------------
+
+
+def test_the_gaussian_is_that_of_scipy(monkeypatch):
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(5, 5))
+    train, test = ((rng.normal(size=(n, 5)) @ mixing + 100).astype(np.float32) for n in (1000, 301))
+    monkeypatch.setattr(gaussian, "_ROWS", 300)  # several chunks, the last of one row
+    fitted = multivariate_normal(train.astype(float).mean(0), np.cov(train.astype(float).T, bias=True))
+    found = gaussian.gaussian_log_likelihood(train, test)
+    np.testing.assert_allclose(found, fitted.logpdf(test.astype(float)).mean(), rtol=1e-9)
+    assert gaussian.gaussian_log_likelihood(train[:, [0, 0]], test[:, [0, 0]]) == -np.inf
+
+
+@pytest.mark.parametrize(("measured", "warned"), [(-7.3, False), (-8.2, False), (-7.2, True), (np.nan, True)])
+def test_more_than_half_a_nat_apart_is_a_warning(measured, warned, caplog, capsys):
+    with caplog.at_level("WARNING", logger="absl"):
+        gaussian.GaussianCheck("power", measured, -7.74).report()
+    assert f"{measured:.2f} nats (published: -7.74)" in capsys.readouterr().out
+    assert ("not the published data" in caplog.text) == warned
+
+
+def test_only_the_five_tables_are_checked_and_those_prepared_earlier_too():
+    assert data.gaussian_check("digits") is None and data.gaussian_check("mixture") is None
+    write("miniboone", "old")
+    measured = data.gaussian_check("miniboone").measured
+    (path,) = Path(os.environ["TFDS_DATA_DIR"]).glob("miniboone/*/metadata.json")
+    path.unlink()
+    assert data.gaussian_check("miniboone").measured == measured
+
+
+def test_the_evaluation_repeats_the_check(tmp_path, monkeypatch, capsys):
+    write("power", "old")
+    run = Evaluation(tmp_path / "run", {}, "best", data.load("power", "test"))
+    parts = {"encoder": MLP, "posterior": DIAGONAL, "decoder": MLP, "likelihood": {"name": "IdentityGaussian"}}
+    model = PosteriorMatchingVAE(input_shape=(6,), latent_dim=2, **parts, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(Evaluation, "model", model)
+    monkeypatch.setattr(uci, "open_run", lambda *_, **__: run)
+    capsys.readouterr()
+    uci.evaluate(run.path, num_samples=2, num_trials=1)
+    measured = data.gaussian_check("power").measured
+    line = f"Gaussian fitted to the training rows of power: {measured:.2f} nats (published: -7.74)"
+    assert line in capsys.readouterr().out
+    saved = json.loads((run.path / "uci_results" / "results.json").read_text())
+    assert saved["metrics"]["gaussian_ll_nats"]["trials"] == [measured]
