@@ -107,6 +107,7 @@ EXPERIMENTS = {
     "pm_vae_hepmass": Experiment("pm_vae", [_uci()]),
     "pm_vae_miniboone": Experiment("pm_vae", [_uci()]),
     "pm_vae_bsds": Experiment("pm_vae", [_uci()]),
+    "pm_vae_adult": Experiment("pm_vae", [_uci("accuracy", *_BASELINES, "accuracy_mean", baselines=True)]),
     "pm_vae_mnist": Experiment("pm_vae", [_uci(num_samples=64, num_trials=2)], metrics=_ELBO),
     "pm_vae_mnist16": Experiment("pm_vae", metrics=_ELBO),
     "lookahead_mnist16": Experiment(
@@ -147,6 +148,9 @@ PUBLISHED: dict[tuple[str, str], tuple[str, str, str]] = {
     ("pm_vae_hepmass", "ac_ll_nats"): ("-3.859", "-0.899", ""),
     ("pm_vae_miniboone", "ac_ll_nats"): ("0.310", "1.758", ""),
     ("pm_vae_bsds", "ac_ll_nats"): ("86.701", "87.01", ""),
+    ("pm_vae_adult", "ac_ll_nats"): ("2.38", "2.66", ""),
+    ("pm_vae_adult", "nrmse"): ("0.90", "0.88", ""),
+    ("pm_vae_adult", "accuracy"): ("0.69", "0.70", ""),
     ("pm_vae_power", "nrmse"): ("0.828", "", ""),
     ("pm_vae_gas", "nrmse"): ("0.335", "", ""),
     ("pm_vae_hepmass", "nrmse"): ("0.830", "", ""),
