@@ -107,7 +107,9 @@ EXPERIMENTS = {
     "pm_vae_hepmass": Experiment("pm_vae", [_uci()]),
     "pm_vae_miniboone": Experiment("pm_vae", [_uci()]),
     "pm_vae_bsds": Experiment("pm_vae", [_uci()]),
-    "pm_vae_adult": Experiment("pm_vae", [_uci("accuracy", *_BASELINES, "accuracy_mean", baselines=True)]),
+    "pm_vae_adult": Experiment(
+        "pm_vae", [_uci("accuracy", *_BASELINES, "accuracy_mean", "accuracy_knn", "accuracy_iterative", baselines=True)]
+    ),
     "pm_vae_mnist": Experiment("pm_vae", [_uci(num_samples=64, num_trials=2)], metrics=_ELBO),
     "pm_vae_mnist16": Experiment("pm_vae", metrics=_ELBO),
     "lookahead_mnist16": Experiment(
