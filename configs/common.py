@@ -12,6 +12,7 @@ def training() -> ConfigDict:
     config.seed = 0
     config.dataset = config_dict.placeholder(str)  # a name (README, "Data") or the path of a data file
     config.table = table()
+    config.images = images()
     config.train_split = "train"
     config.validation_split = "validation"
     config.batch_size = 512  # per device
@@ -44,6 +45,19 @@ def table() -> ConfigDict:
             "real": (),
             "log": (),
             "quantile": (),
+        }
+    )
+
+
+def images() -> ConfigDict:
+    """The keys of `data.ImageOptions`: what to make of the user's own images; None: as they are, or found out."""
+    return ConfigDict(
+        {
+            "size": config_dict.placeholder(int),  # resize to size x size pixels
+            "crop": config_dict.placeholder(tuple),  # (top, left, height, width), before resizing
+            "channels": config_dict.placeholder(int),  # 1 or 3
+            "range": config_dict.placeholder(tuple),  # the values that mean black and white
+            "channels_first": config_dict.placeholder(bool),  # whether arrays are [N, C, H, W]
         }
     )
 

@@ -65,6 +65,13 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
     return split, derive(x) if derive else x, arrays.get("label")
 
 
+def is_known(name: str) -> bool:
+    """Whether `name` is a dataset of TFDS or of this module."""
+    import tensorflow_datasets as tfds
+
+    return name in (*TABULAR, *_DERIVED, *tfds.list_builders(with_community_datasets=False))
+
+
 def _check_features(name: str) -> None:
     """Refuses a prepared dataset whose `features.json` names a module that is not TFDS's own: TFDS would import it."""
     from tensorflow_datasets.core.utils.file_utils import list_data_dirs
@@ -112,7 +119,7 @@ def _builder(name: str) -> Any:
             raise UserError(f"TFDS cannot open dataset '{name}': {_first_line(error)}") from error
         close = difflib.get_close_matches(name, known, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(builtin)}, the names of TFDS"
-        raise UserError(f"unknown dataset '{name}': {hint} (or the path of a table of your own)") from error
+        raise UserError(f"unknown dataset '{name}': {hint} (or the path of your own data)") from error
 
 
 def _tabular_builder_class(name: str) -> type:
