@@ -206,6 +206,27 @@ def pm_vae_image(
     return config
 
 
+def conv_network(name: str) -> ConfigDict:
+    """A ConvEncoder or ConvDecoder whose layers are found from the size of the images."""
+    return ConfigDict({"name": name, "conv_layers": config_dict.placeholder(tuple)})
+
+
+def for_images(config: ConfigDict) -> None:
+    """Sets what the configs for images of one's own share: masks of any size, averaged weights, the best checkpoint."""
+    if "mask_generator" in config:
+        config.mask_generator = {
+            "name": "MixtureMaskGenerator",
+            "generators": (
+                {"name": "ImageBernoulliMaskGenerator", "p": 0.3},
+                {"name": "RectangleMaskGenerator", "min_prop": 0.1, "max_prop": 0.6},
+            ),
+            "weights": (1.0, 2.0),
+        }
+    config.ema_decay = 0.999
+    config.evaluate_checkpoint = "best"
+    config.validation_every = 1000
+
+
 def pm_vdvae() -> ConfigDict:
     """The keys of a PM-VDVAE config; `config.model` holds the options of `models.vdvae.PosteriorMatchingVDVAE`."""
     config = training()

@@ -98,7 +98,8 @@ class ImageFormat:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "ImageFormat":
         """Restores what `to_json` returned."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in saved.items()}
+        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,6 +117,7 @@ class Images:
         parts: Indices of `train`, `val` and `test`; None for arrays without parts.
         holes: [N, H, W, 1] bool, where a value of an array is NaN; None: nowhere.
         axes: The axes of a `.npy` array: "NHW", "NHWC" or "NCHW"; empty otherwise.
+        sizes: [N, 2], the heights and widths before cropping and resizing.
         original: The array as `[N, H, W, C]` in its own type and range, if it was neither cropped nor resized.
     """
 
@@ -129,6 +131,7 @@ class Images:
     parts: dict[str, np.ndarray] | None = None
     holes: np.ndarray | None = None
     axes: str = ""
+    sizes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
     original: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -148,7 +151,7 @@ def is_images(source: Any) -> bool:
 
 def read_images(
     source: str | Path,
-    options: ImageOptions = ImageOptions(),  # noqa: B008
+    options: ImageOptions = ImageOptions(),
     known: ImageFormat | None = None,
     *,
     for_imputation: bool = False,
@@ -231,6 +234,7 @@ class _Decoded(NamedTuple):
 
     pixels: np.ndarray | None  # [H, W, 1 or 3] uint8
     notes: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)  # before cropping and resizing
     largest: int = 0  # of the values of 16 bits
     problem: str = ""
 
@@ -328,7 +332,7 @@ def _read_files(path: Path, options: ImageOptions, known: ImageFormat | None, st
     label, labels = _labels(kept, folders, known.labels if known else (), str(path))
     x = np.repeat(x, channels // x.shape[3], axis=3)
     kind = ImageFormat(x.shape[1:], "uint8", (0.0, 255.0), labels)
-    return Images(str(path), x, 255.0, tuple(kept), kind, fingerprint(path), label, parts)
+    return Images(str(path), x, 255.0, tuple(kept), kind, fingerprint(path), label, parts, sizes=stored["sizes"])
 
 
 def _first(names: Collection[str]) -> str:
@@ -344,6 +348,7 @@ def _decode_all(
 ) -> dict[str, np.ndarray]:
     pixels: list[np.ndarray] = []
     kept: list[int] = []
+    sizes: list[tuple[int, int]] = []
     broken: dict[str, str] = {}
     notes: dict[str, list[str]] = collections.defaultdict(list)
     largest = 0
@@ -361,6 +366,7 @@ def _decode_all(
                     raise _mixed_sizes(source, names, read, known)
                 pixels.append(decoded.pixels)
                 kept.append(i)
+                sizes.append(decoded.size)
                 largest = max(largest, decoded.largest)
                 for note in decoded.notes:
                     notes[note].append(names[i])
@@ -381,7 +387,7 @@ def _decode_all(
     for row, image in zip(x, pixels, strict=True):
         row[:] = image
     found = json.dumps({"broken": broken, "notes": notes, "colour": colour})
-    return {"x": x, "kept": np.array(kept), "notes": np.array(found)}
+    return {"x": x, "kept": np.array(kept), "sizes": np.array(sizes), "notes": np.array(found)}
 
 
 def _decode(name: str, read: Callable[[str], bytes], options: ImageOptions) -> _Decoded:
@@ -395,7 +401,7 @@ def _decode(name: str, read: Callable[[str], bytes], options: ImageOptions) -> _
             if opaque is not upright:
                 notes.append("are transparent, shown on white")
             eight_bits, largest = _in_eight_bits(opaque, name, options)
-            fitted = fit(eight_bits, options, name)
+            fitted = _fit(eight_bits, options, name)
     except UserError:
         raise
     except FileNotFoundError:
@@ -410,7 +416,7 @@ def _decode(name: str, read: Callable[[str], bytes], options: ImageOptions) -> _
     pixels = np.asarray(fitted).reshape(fitted.height, fitted.width, -1)
     if (pixels == pixels[:, :, :1]).all():  # no colour
         pixels = pixels[:, :, :1]
-    return _Decoded(pixels, tuple(notes), largest)
+    return _Decoded(pixels, tuple(notes), (upright.height, upright.width), largest)
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -451,14 +457,8 @@ def _in_eight_bits(image: Image.Image, name: str, options: ImageOptions) -> tupl
     return image, largest
 
 
-def fit(
-    image: Image.Image, options: ImageOptions, name: str, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Image.Image:
-    """Crops and resizes an image as `options` say.
-
-    Raises:
-        OptionError: The part to crop does not lie inside the image.
-    """
+def _fit(image: Image.Image, options: ImageOptions, name: str) -> Image.Image:
+    """Crops and resizes an image as `options` say."""
     if options.crop is not None:
         top, left, height, width = options.crop
         if top + height > image.height or left + width > image.width:
@@ -466,20 +466,22 @@ def fit(
             raise OptionError("config.images.crop", f"is {options.crop}, which {found}")
         image = image.crop((left, top, left + width, top + height))
     if options.size is not None and image.size != (options.size, options.size):
-        image = ImageOps.fit(image, (options.size, options.size), resample)
+        image = ImageOps.fit(image, (options.size, options.size), Image.Resampling.BICUBIC)
     return image
 
 
-def _mixed_sizes(
-    source: str, names: list[str], read: Callable[[str], bytes], known: ImageFormat | None
-) -> UserError:
+def _mixed_sizes(source: str, names: list[str], read: Callable[[str], bytes], known: ImageFormat | None) -> UserError:
     sizes: collections.Counter[str] = collections.Counter()
     for name in names:
         with contextlib.suppress(Exception), Image.open(io.BytesIO(read(name)), formats=_formats()) as image:
             upright = image.size[::-1] if image.getexif().get(0x0112, 1) < 5 else image.size
             sizes[_size(upright)] += 1
-    counts = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3)) + (", ..." if len(sizes) > 3 else "")
-    remedy = f"resize them to {_size(known.shape[:2])}" if known else "set config.images.size=64 to resize them to 64x64"
+    counts = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3)) + (
+        ", ..." if len(sizes) > 3 else ""
+    )
+    remedy = (
+        f"resize them to {_size(known.shape[:2])}" if known else "set config.images.size=64 to resize them to 64x64"
+    )
     return UserError(f"the images of '{source}' differ in size ({counts} pixels): {remedy}")
 
 
@@ -538,7 +540,10 @@ def _labels(
 def _dimensions(path: Path) -> list[int]:
     """Returns the number of dimensions of each array of a file, without reading them; empty if it is no such file."""
     found = []
-    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError), path.open("rb") as file:
+    with (
+        contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError),
+        path.open("rb") as file,
+    ):
         if file.read(2) == b"PK":
             with zipfile.ZipFile(file) as archive:
                 for member in archive.namelist():
@@ -580,8 +585,8 @@ def _read_array(path: Path, options: ImageOptions, known: ImageFormat | None, wi
     black, white = _range(raw, options, known, source)
     unit = ((raw.astype(np.float32) - black) / (white - black)).astype(np.float32)
     unit = np.where(holes, np.float32(0), unit) if holes is not None else unit
-    unit = _with_channels(_fit_array(unit, options, source), options, known)
-    holes = holes if holes is None else _fit_array(holes.astype(np.float32), options, source) > 0
+    unit = _with_channels(np.clip(_fit_array(unit, options, source), 0, 1), options, known)
+    holes = holes if holes is None else _fit_array(holes.astype(np.float32), options, source) != 0
     if raw.dtype.kind in "biu" and black == 0 and white <= 255 and white % 1 == 0:
         x, max_value = np.rint(unit * np.float32(white)).astype(np.uint8), float(white)
     else:
@@ -601,13 +606,15 @@ def _read_array(path: Path, options: ImageOptions, known: ImageFormat | None, wi
         parts if len(parts) > 1 else None,
         holes,
         axes if kind == ".npy" else "",
+        np.tile(raw.shape[1:3], (len(raw), 1)),
         raw if raw.shape == x.shape else None,
     )
 
 
 def _grouped(arrays: dict[str, np.ndarray], source: str) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     """Returns the images and labels of each part; the part is "" if there are none."""
-    images, labels = {}, {}
+    images: dict[str, np.ndarray] = {}
+    labels: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         part = next((_PARTS[word] for word in re.split("[^a-z]+", name.lower()) if word in _PARTS), "")
         group = images if array.ndim >= 3 else labels
@@ -656,9 +663,7 @@ def _checked_holes(raw: np.ndarray, source: str, allowed: bool) -> np.ndarray | 
     return holes
 
 
-def _range(
-    raw: np.ndarray, options: ImageOptions, known: ImageFormat | None, source: str
-) -> tuple[float, float]:
+def _range(raw: np.ndarray, options: ImageOptions, known: ImageFormat | None, source: str) -> tuple[float, float]:
     """Returns the values of an array that mean black and white."""
     low, high = (float(bound(raw)) for bound in (np.nanmin, np.nanmax))
     found = f"'{source}' has {raw.dtype} values from {low:g} to {high:g}"
@@ -668,9 +673,9 @@ def _range(
             where = "config.images.range is" if options.range else "the run was trained on"
             raise UserError(f"{found}, but {where} ({black:g}, {white:g})")
         return black, white
-    if raw.dtype == bool or (raw.dtype.kind == "f" and 0 <= low and high <= 1):
+    if raw.dtype == bool or (raw.dtype.kind == "f" and low >= 0 and high <= 1):
         return 0, 1
-    if (raw.dtype == np.uint8 and high != 1) or (0 <= low and 128 <= high <= 255):
+    if (raw.dtype == np.uint8 and high != 1) or (low >= 0 and 128 <= high <= 255):
         if high < 64:
             logging.warning("%s: if %g is white, set config.images.range to (0, %g)", found, high, high)
         return 0, 255
@@ -684,7 +689,7 @@ def _range(
 
 
 def _fit_array(unit: np.ndarray, options: ImageOptions, source: str) -> np.ndarray:
-    """Crops and resizes float32 images `[N, H, W, C]` in [0, 1]."""
+    """Crops and resizes float32 images `[N, H, W, C]`."""
     if options.crop is not None:
         top, left, height, width = options.crop
         if top + height > unit.shape[1] or left + width > unit.shape[2]:
@@ -694,10 +699,10 @@ def _fit_array(unit: np.ndarray, options: ImageOptions, source: str) -> np.ndarr
     if options.size is not None and unit.shape[1:3] != (options.size, options.size):
         only_size = dataclasses.replace(options, crop=None)
         channels = [
-            [np.asarray(fit(Image.fromarray(image[..., c]), only_size, source)) for c in range(unit.shape[3])]
+            [np.asarray(_fit(Image.fromarray(image[..., c]), only_size, source)) for c in range(unit.shape[3])]
             for image in unit
         ]
-        unit = np.clip(np.moveaxis(np.array(channels), 1, -1), 0, 1)
+        unit = np.moveaxis(np.array(channels), 1, -1)
     if math.prod(unit.shape[1:3]) > _MAX_SIDE**2:
         raise UserError(
             f"the images of '{source}' have {_size(unit.shape[1:3])} pixels, more than {_MAX_SIDE}x{_MAX_SIDE}: set "
@@ -752,3 +757,90 @@ def as_stored(images: Images, filled: np.ndarray, observed: np.ndarray) -> np.nd
     return {"NHW": lambda a: a[..., 0] if a.shape[3] == 1 else a, "NCHW": lambda a: np.moveaxis(a, -1, 1)}.get(
         images.axes, lambda a: a
     )(result)
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+def read_masks(source: str | Path, images: Images, options: ImageOptions) -> np.ndarray:
+    """Reads the masks of images: white (or 1) is observed, black (or 0) a hole.
+
+    A mask has the size of its image, and is cropped and resized like it, or the size that the model sees. When resized,
+    a pixel is observed only if all pixels that it is made of are.
+
+    Args:
+        source: One mask for all images, or a folder or `.zip` of masks named like the images, up to the suffix; or
+            `.npy`, `[H, W]` or `[N, H, W]`.
+        images: The images.
+        options: The options with which they were read.
+
+    Returns:
+        `[N, H, W, 1]` bool, True = observed.
+
+    Raises:
+        UserError: A mask is missing, cannot be read, is not black and white, or has another size than its image.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"no file or folder '{source}'")
+    try:
+        if path.suffix.lower() == ".npy":
+            return np.stack(list(_array_masks(path, images, options)))
+        with _opened(path) as (names, read, _):
+            if path.is_file() and path.suffix.lower() != ".zip":
+                of_image = [path.name] * len(images)
+            else:
+                by_stem = {_stem(name): name for name in names if Path(name).suffix.lower() in _suffixes()}
+                lacking = [name for name in images.names if _stem(name) not in by_stem]
+                if lacking:
+                    of = f"{len(lacking)} of {len(images)} images ({_first(lacking)})"
+                    raise UserError(f"'{source}' has no masks for {of}: a mask has the name of its image")
+                of_image = [by_stem[_stem(name)] for name in images.names]
+            decode = functools.lru_cache(maxsize=1)(lambda name: _decode_mask(name, read, str(path)))
+            return np.stack([_fit_mask(decode(n), n, i, images, options) for i, n in enumerate(of_image)])
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"cannot read '{source}': {_reason(error)}") from error
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(Path(name).suffix)
+
+
+def _decode_mask(name: str, read: Callable[[str], bytes], source: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(read(name)), formats=_formats()) as image:
+            warnings.simplefilter("ignore")
+            return _opaque(ImageOps.exif_transpose(image)).convert("L")
+    except Exception as error:  # whatever Pillow and zipfile raise for damaged files
+        raise UserError(f"cannot read '{name}' of '{source}' ({_reason(error)})") from error
+
+
+def _array_masks(path: Path, images: Images, options: ImageOptions) -> Iterator[np.ndarray]:
+    masks = np.load(path, allow_pickle=False)
+    masks = masks[None] if masks.ndim == 2 else masks[..., 0] if masks.ndim == 4 and masks.shape[3] == 1 else masks
+    if masks.ndim != 3 or len(masks) not in (1, len(images)) or not set(np.unique(masks)) <= {0, 1}:
+        raise UserError(
+            f"'{path}' must hold zeros (holes) and ones (observed), [H, W] or [{len(images)}, H, W], but it has shape "
+            f"{list(masks.shape)} and values from {masks.min():g} to {masks.max():g}"
+        )
+    for i in range(len(images)):
+        mask = Image.fromarray(masks[i % len(masks)].astype(np.uint8) * 255)
+        yield _fit_mask(mask, str(path), i, images, options)
+
+
+def _fit_mask(mask: Image.Image, name: str, i: int, images: Images, options: ImageOptions) -> np.ndarray:
+    """Returns the mask of image `i` as the model sees it, `[H, W, 1]` bool, True = observed."""
+    levels = np.asarray(mask)
+    if ((levels >= 32) & (levels < 224)).mean() > 0.05:
+        raise UserError(f"the mask '{name}' is not black and white: white is observed, black a hole")
+    holes = Image.fromarray((levels < 128).astype(np.float32))
+    height, width = images.x.shape[1:3]
+    before = tuple(images.sizes[i])
+    if levels.shape == before:
+        holes = _fit(holes, options, name)
+    elif levels.shape != (height, width):
+        raise UserError(
+            f"the mask '{name}' is {_size(levels.shape)}, but the image '{images.names[i]}' is {_size(before)}: give "
+            "it the size of the image"
+        )
+    return np.asarray(holes)[..., None] == 0
