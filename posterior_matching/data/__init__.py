@@ -163,10 +163,12 @@ def load_for_training(
     name, splits = config["dataset"], (config["train_split"], config["validation_split"])
     if name is None:
         raise UserError("missing key 'config.dataset': a name (README, \"Data\") or the path of your own data")
+    options = call(ImageOptions, config.get("images") or {}, "config.images")
     if _is_images(name):
-        options = call(ImageOptions, config.get("images") or {}, "config.images")
         train, validation = split_images(read_images(name, options, image_format), splits)
         return train, validation
+    if options != ImageOptions():
+        raise UserError(f"config.images is for images of your own, but config.dataset is '{name}'")
     if not tables.is_table(name):
         train, validation = (load(name, split, columns=columns) for split in splits)
         return train, validation

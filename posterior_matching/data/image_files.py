@@ -311,16 +311,15 @@ def _parts_and_folders(names: list[str], source: str) -> tuple[dict[str, np.ndar
         folders = [inside[1:] for inside in folders]
     outermost = [inside[0].lower() if inside else "" for inside in folders]
     found = {PARTS[name] for name in outermost if name in PARTS}
-    if "train" in found and len(found) > 1:
-        for name, folder in zip(names, outermost, strict=True):
-            if folder not in PARTS:
-                raise UserError(f"'{name}' lies beside the folders {', '.join(sorted(found))} of '{source}': move it")
-        part_of = [PARTS[name] for name in outermost]
-        folders = [inside[1:] for inside in folders]
-    else:
-        part_of = [_part_by_name(name) for name in names]
-    parts = {part: np.flatnonzero(np.array(part_of) == part) for part in ("train", "val", "test")}
-    return {part: rows for part, rows in parts.items() if len(rows) or not found}, folders
+    if "train" not in found or len(found) == 1:
+        part_of = np.array([_part_by_name(name) for name in names])
+        return {part: np.flatnonzero(part_of == part) for part in ("train", "val", "test")}, folders
+    for name, folder in zip(names, outermost, strict=True):
+        if folder not in PARTS:
+            raise UserError(f"'{name}' lies beside the folders {', '.join(sorted(found))} of '{source}': move it")
+    part_of = np.array([PARTS[name] for name in outermost])
+    parts = {part: np.flatnonzero(part_of == part) for part in ("train", "val", "test") if part in found}
+    return parts, [inside[1:] for inside in folders]
 
 
 def _part_by_name(name: str) -> str:
