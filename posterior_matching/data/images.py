@@ -31,6 +31,7 @@ from posterior_matching.data.image_types import (
     reason,
     size_text,
 )
+from posterior_matching.data.tables import is_table
 from posterior_matching.errors import UserError
 
 __all__ = [
@@ -54,7 +55,7 @@ def is_images(source: Any) -> bool:
     kind = path.suffix.lower()
     if kind in (".npy", ".npz"):
         return any(ndim >= 3 for ndim in dimensions(path))
-    return path.is_dir() or kind == ".zip" or kind in suffixes()
+    return path.is_dir() or (kind == ".zip" and not is_table(path)) or kind in suffixes()
 
 
 def read_images(
