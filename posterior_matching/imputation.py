@@ -283,9 +283,7 @@ def impute_images(
     if not hasattr(MODELS[description["model"]], "impute"):
         raise UserError(f"{run_dir} is a run of {description['model']}, which cannot impute: pass the run built on it")
     if not is_images(input):
-        raise UserError(
-            f"'{input}' holds no images, but {run_dir} was trained on images: a folder, .zip, .png, .npy ..."
-        )
+        raise UserError(f"'{input}' is no folder, .zip or file of images, but {run_dir} was trained on images")
     to_files = pathlib.Path(output).suffix.lower() if pathlib.Path(input).is_file() else ""
     to_files = to_files if to_files in (".png", ".npy") else ""
     targets = output_files(input, output, num_imputations) if to_files else [_output_folder(input, output)]
