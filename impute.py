@@ -1,9 +1,10 @@
-"""Fills the missing cells of a file of rows with a PM-VAE that was trained on a table with the same columns.
+"""Fills the missing cells of a table with a PM-VAE that was trained on the same columns, or the holes of images.
 
     python impute.py --run_dir runs/mine --input mine.csv --output filled.csv --train
     python impute.py --run_dir runs/mine --input new.csv --output new_filled.csv --num_imputations 5
+    python impute.py --run_dir runs/photos --input photos --output filled --mask mask.png
 
-All other cells are unchanged.
+All other cells and pixels are unchanged.
 """
 
 from configs import pm_vae_table
@@ -13,8 +14,10 @@ if __name__ == "__main__":
     cli.evaluation_main(
         estimator.impute,
         pm_vae_table.get_config(),
-        run_dir="Use the run in this directory, made by train_pm_vae.py or with --train (required).",
-        batch_size="Fill this many rows at once.",
+        run_dir="Use the run in this directory, made by a training script or with --train (required).",
+        mask_generator="Draw the holes of images with this generator, given with its options as in "
+        "SquareMaskGenerator:size=4; 'config' uses the generator the run was trained with.",
+        batch_size="Fill this many rows or images at once; by default 128 rows or 8 images.",
         num_samples="Average this many draws of z for a point estimate.",
         seed="Seed the imputations with this number.",
     )

@@ -31,7 +31,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Number of repetitions.", lower_bo
 def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
-    rows = synthetic.dataset(config.dataset, _BATCH_SIZE.value)
+    rows = synthetic.dataset(synthetic.dataset_of(cli.config_name(), config), _BATCH_SIZE.value)
     model: Any = synthetic.experiment(cli.config_name(), config, rows).phases[-1].model
     x, available = data.decode(rows.x, rows.max_value)
     b = masking.build_mask_generator(config.mask_generator)(jax.random.key(0), available.shape)

@@ -30,7 +30,7 @@ _SAMPLES = flags.DEFINE_integer("num_samples", 10, "Imputations per image.", low
 def main() -> None:
     """Measures and prints."""
     config = _CONFIG.value
-    rows = synthetic.dataset(config.dataset, _BATCH_SIZE.value)
+    rows = synthetic.dataset(synthetic.dataset_of(cli.config_name(), config), _BATCH_SIZE.value)
     model: Any = synthetic.experiment(cli.config_name(), config, rows).phases[-1].model
     x = data.decode(rows.x, rows.max_value)[0]
     b = jnp.ones((len(x), *masking.mask_shape(x.shape[1:]))).at[:, ::2].set(0.0)

@@ -28,14 +28,19 @@ SHAPES = {
     "mnist": (28, 28, 1),
     "celeb_a": (64, 64, 3),
     "table": (8,),  # stands for a table of the user's own
+    "images": (32, 32, 3),  # stands for images of the user's own
 }
 # Configs whose base is not the config of the same name in the base's family.
 BASE_CONFIGS = {"lookahead_digits": "pm_vae_digits_sparse"}
 
 
-def dataset(name: str | None, rows: int) -> data.Dataset:
+def dataset_of(config_name: str, config: ConfigDict) -> str:
+    """The dataset of `configs/<config_name>.py`; "table" or "images" if it is the user's own."""
+    return config.dataset or config_name.rpartition("_")[2]
+
+
+def dataset(name: str, rows: int) -> data.Dataset:
     """Random data of the shape and storage type of dataset `name`, images with labels 0..9."""
-    name = name or "table"
     shape = SHAPES[pathlib.Path(name).name]
     rng = np.random.default_rng(0)
     if len(shape) == 3:
@@ -66,7 +71,7 @@ def untrained_base(config_name: str) -> Pretrained | None:
         return None
     name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
     config = importlib.import_module(f"configs.{name}").get_config()
-    rows = dataset(config.dataset, 16)
+    rows = dataset(dataset_of(name, config), 16)
     untrained = experiment(name, config, rows)
     return Pretrained(
         base, untrained.phases[-1].model, {base.part: untrained.config["model"]}, rows.name, rows.input_shape

@@ -99,7 +99,7 @@ def measure() -> None:
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")
     rows = 4 * config.batch_size * jax.device_count()
-    dataset = synthetic.dataset(config.dataset, rows)
+    dataset = synthetic.dataset(synthetic.dataset_of(cli.config_name(), config), rows)
     experiment = synthetic.experiment(cli.config_name(), config, dataset)
     options = experiment.options
     assert options.batch_size is not None

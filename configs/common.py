@@ -12,6 +12,7 @@ def training() -> ConfigDict:
     config.seed = 0
     config.dataset = config_dict.placeholder(str)  # a name (README, "Data") or the path of a data file
     config.table = table()
+    config.images = images()
     config.train_split = "train"
     config.validation_split = "validation"
     config.batch_size = 512  # per device
@@ -44,6 +45,19 @@ def table() -> ConfigDict:
             "real": (),
             "log": (),
             "quantile": (),
+        }
+    )
+
+
+def images() -> ConfigDict:
+    """The keys of `data.ImageOptions`: what to make of the user's own images; None: as they are, or found out."""
+    return ConfigDict(
+        {
+            "size": config_dict.placeholder(int),  # resize to size x size pixels
+            "crop": config_dict.placeholder(tuple),  # (top, left, height, width), before resizing
+            "channels": config_dict.placeholder(int),  # 1 or 3
+            "range": config_dict.placeholder(tuple),  # the values that mean black and white
+            "channels_first": config_dict.placeholder(bool),  # whether arrays are [N, C, H, W]
         }
     )
 
@@ -190,6 +204,27 @@ def pm_vae_image(
         }
     )
     return config
+
+
+def conv_network(name: str) -> ConfigDict:
+    """A ConvEncoder or ConvDecoder whose layers are found from the size of the images."""
+    return ConfigDict({"name": name, "conv_layers": config_dict.placeholder(tuple)})
+
+
+def for_images(config: ConfigDict) -> None:
+    """Sets what the configs for images of one's own share: masks of any size, averaged weights, the best checkpoint."""
+    if "mask_generator" in config:
+        config.mask_generator = {
+            "name": "MixtureMaskGenerator",
+            "generators": (
+                {"name": "ImageBernoulliMaskGenerator", "p": 0.3},
+                {"name": "RectangleMaskGenerator", "min_prop": 0.1, "max_prop": 0.6},
+            ),
+            "weights": (1.0, 2.0),
+        }
+    config.ema_decay = 0.999
+    config.evaluate_checkpoint = "best"
+    config.validation_every = 1000
 
 
 def pm_vdvae() -> ConfigDict:

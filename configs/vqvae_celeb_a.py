@@ -1,6 +1,11 @@
 """VQ-VAE on CelebA at 64x64, the base of `pm_vqvae_celeb_a`.
 
-python train_vqvae.py --config configs/vqvae_celeb_a.py
+    python train_vqvae.py --config configs/vqvae_celeb_a.py
+
+With aligned faces in files of 89x109 pixels, half of CelebA's size:
+
+    python train_vqvae.py --config configs/vqvae_celeb_a.py --config.dataset=faces.zip \
+        --config.images.crop="(22, 12, 64, 64)"
 """
 
 from configs import common

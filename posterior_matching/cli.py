@@ -250,10 +250,19 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
         flags.DEFINE_float,
         "Let the sampling policy evaluate as many features together as fit into this many gigabytes on each device.",
     ),
-    "input": (flags.DEFINE_string, "Fill the missing cells of this file of rows."),
+    "input": (
+        flags.DEFINE_string,
+        "Fill the missing cells of this file of rows, or the holes of these images: a folder, .zip, .png, .npy ...",
+    ),
     "output": (
         flags.DEFINE_string,
-        "Write the filled rows to this file, NAME.csv; several imputations go to NAME_1.csv, NAME_2.csv and so on.",
+        "Write the filled rows to this file, NAME.csv; several imputations go to NAME_1.csv, NAME_2.csv and so on. "
+        "Filled images go to this new folder, as PNG files under their names.",
+    ),
+    "mask": (
+        flags.DEFINE_string,
+        "The holes of the images: a mask for all of them, or a folder of masks with the names of the images. White is "
+        "observed, black a hole.",
     ),
     "num_imputations": (flags.DEFINE_integer, "Write this many completed copies, which differ in their draws."),
     "kind": (

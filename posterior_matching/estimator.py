@@ -26,8 +26,17 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 from posterior_matching import config as configs
 from posterior_matching import runs
 from posterior_matching.data import Table, TableOptions, read_table, split_table
+from posterior_matching.data.images import is_images
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.imputation import Imputer, Kind, NumImputations, Unknown, impute_file, output_files
+from posterior_matching.imputation import (
+    Imputer,
+    Kind,
+    NumImputations,
+    Unknown,
+    impute_file,
+    impute_images,
+    output_files,
+)
 from posterior_matching.numerics.memory import forget_programs_near_the_limit
 from posterior_matching.training import loop
 from posterior_matching.training.batching import default_batch_size
@@ -418,27 +427,32 @@ def impute(
     output: str,
     *,
     train: bool = False,
+    mask: str | None = None,
+    mask_generator: str | None = None,
     num_imputations: NumImputations = 1,
     kind: Kind | None = None,
     unknown_categories: Unknown = "error",
     checkpoint: str | None = None,
-    batch_size: configs.Count = 128,
+    batch_size: configs.Count | None = None,
     num_samples: configs.Count = 64,
     seed: configs.Seed = 0,
     config: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
-    """Fills the missing cells of a file of rows, see `imputation.impute_file`, after training on it if requested.
+    """Fills the holes of a file of rows or of images, see `imputation.impute_file` and `imputation.impute_images`.
 
     Args:
-        run_dir: Run directory of a PM-VAE trained on a table with these columns.
-        input: The file.
-        output: The filled file.
-        train: If `run_dir` holds no run yet, train `table_config` on the input; if that was interrupted, resume it.
+        run_dir: Run directory of a PM-VAE trained on a table with these columns, or of a model of images.
+        input: The file, or the images.
+        output: The filled file, or a folder for the filled images.
+        train: If `run_dir` holds no run yet, train `table_config` on the input, a table; if that was interrupted,
+            resume it.
+        mask: The holes of images, see `imputation.impute_images`.
+        mask_generator: Draws the holes of images.
         num_imputations: Number of completed copies to write.
         kind: "point" estimates or "draws" of p(x_u | x_o); None: draws if there are several, else point estimates.
         unknown_categories: How to treat categories that the run does not know.
         checkpoint: "best" or "latest"; None: the one named in the run's config.
-        batch_size: Rows at once.
+        batch_size: Rows or images at once; None: 128 rows or 8 images.
         num_samples: Draws of z that a point estimate averages.
         seed: Random seed of the imputations.
         config: Changes to `table_config` by key, `{"table.drop": ("id",)}`; only for a run to be trained.
@@ -451,11 +465,22 @@ def impute(
     """
     arguments = dict(locals())
     configs.check(impute, arguments)
+    for_images = {"mask": arguments.pop("mask"), "mask_generator": arguments.pop("mask_generator")}
     del arguments["train"], arguments["config"]
     exists = (pathlib.Path(run_dir) / "config.json").exists()
     if config and (exists or not train):
         why = f"{run_dir} holds a run already" if exists else "nothing is trained without --train"
         raise UserError(f"--config.{next(iter(config))} changes how to train, but {why}")
+    if batch_size is None:
+        del arguments["batch_size"]
+    if exists and len(runs.read_description(run_dir)["input_shape"]) == 3:
+        if arguments.pop("unknown_categories") != "error":
+            raise UserError(f"--unknown_categories is for tables, but {run_dir} was trained on images")
+        return impute_images(**arguments, **for_images)
+    if given := [f"--{name}" for name, value in for_images.items() if value is not None]:
+        raise UserError(f"{given[0]} is for images: the holes of a table are its missing cells")
+    if train and is_images(input):
+        raise UserError(f"--train is for tables: train a model of the images '{input}' first, see configs/*_images.py")
     if train:
         output_files(input, output, num_imputations)  # before hours of training
         if exists:

@@ -1,22 +1,26 @@
-"""Fills the missing cells of tables with a trained PM-VAE, and scores any of their columns given any others."""
+"""Fills the holes of tables and images with a trained model, and scores any columns given any others."""
 
 import contextlib
 import functools
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 from flax import nnx
 from pydantic import Field
 
-from posterior_matching import runs
+from posterior_matching import atomic, masking, runs
 from posterior_matching.config import Count, Seed, check
+from posterior_matching.data.images import Images, as_stored, is_images, read_images, read_masks
 from posterior_matching.data.tables import iter_chunks, table_writer
 from posterior_matching.errors import UserError
+from posterior_matching.models import MODELS
+from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.progress import progress_bar
 
 Kind = Literal["point", "draws"]
@@ -26,7 +30,7 @@ _CHUNK_ROWS = 65_536
 
 
 class Imputer:
-    """A trained PM-VAE that fills rows.
+    """A trained model that fills rows or images.
 
     The random numbers of a row depend only on the seed and the row's contents, and every batch has the same size. A row
     therefore gets the same imputations regardless of the rows around it, and equal rows get equal ones.
@@ -53,6 +57,19 @@ class Imputer:
         """
         for i in range(num_imputations):
             yield self._filled(x, _draw, 1, jax.random.fold_in(self._key, i))
+
+    def image(self, x: np.ndarray, b: np.ndarray, copy: int | None = None) -> np.ndarray:
+        """Returns images `[N, H, W, C]` in [0, 1] with the pixels where `b: [N, H, W, 1]` is 0 filled.
+
+        Args:
+            x: The images, in [0, 1]; unobserved pixels have no influence.
+            b: The masks, float32.
+            copy: Fill with draws, with others for each number; None: with point estimates, the mean of `num_samples`.
+        """
+        x = np.where(b == 1, x, np.float32(0))
+        if copy is None:
+            return self._over_batches(_mean_image, self._num_samples, self._key, x, b)
+        return self._over_batches(_mean_image, 1, jax.random.fold_in(self._key, copy), x, b)
 
     def log_prob(self, x: np.ndarray, given: np.ndarray, of: np.ndarray, num_samples: int) -> np.ndarray:
         """Estimates log p(x_of | x_given) of rows by importance sampling, per standardised unit.
@@ -116,6 +133,14 @@ def _draw(model, key, x, b, num_samples):
     return model.draw(x, b, num_samples, key=key)[0]
 
 
+def _mean_image(model, key, x, b, num_samples):
+    def add_one(total, key):
+        return total + jnp.clip(model.impute(x, b, 1, key=key)[0], 0.0, 1.0), None
+
+    total, _ = jax.lax.scan(add_one, jnp.zeros_like(x), jax.random.split(key, num_samples))
+    return total / num_samples
+
+
 def _log_prob(model, key, x, masks, num_samples):
     of, given = masks[:, 0], masks[:, 1]
     return jnp.where(of.any(axis=-1), model.log_prob_of(x, of, given, num_samples, key=key), 0.0)
@@ -161,13 +186,13 @@ def impute_file(
         UserError: The run, the file or the options do not match; in that case nothing is written.
     """
     check(impute_file, dict(locals()))
-    kind = kind or ("draws" if num_imputations > 1 else "point")
-    if kind == "point" and num_imputations > 1:
-        raise UserError(f"num_imputations={num_imputations} with kind=point: all copies would be equal, use kind=draws")
+    kind = _kind(kind, num_imputations)
     description = runs.read_description(run_dir, "pm_vae")
     columns = runs.saved_columns(description)
     if columns is None:
         raise UserError(f"{run_dir} was trained on {description['config']['dataset']}, not on a table of your own")
+    if is_images(input):
+        raise UserError(f"'{input}' holds images, but {run_dir} was trained on a table")
     targets = output_files(input, output, num_imputations)
     model = runs.load_model(run_dir, "pm_vae", checkpoint)
     imputer = Imputer(model, seed=seed, batch_size=batch_size, num_samples=num_samples)
@@ -205,3 +230,165 @@ def output_files(input: str, output: str, num_imputations: int) -> list[pathlib.
         if file.exists() and pathlib.Path(input).exists() and file.samefile(input):
             raise UserError(f"the output '{file}' is the input: give it another name")
     return files
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+_NO_FOLDER = (".npy", ".npz", ".zip", ".png", ".jpg", ".jpeg", ".csv")
+
+
+def impute_images(
+    run_dir: str,
+    input: str,
+    output: str,
+    *,
+    mask: str | None = None,
+    mask_generator: str | None = None,
+    num_imputations: NumImputations = 1,
+    kind: Kind | None = None,
+    checkpoint: str | None = None,
+    batch_size: Count = 8,
+    num_samples: Count = 64,
+    seed: Seed = 0,
+) -> list[pathlib.Path]:
+    """Fills the holes of images. Observed pixels are unchanged, at the size at which the run sees the images.
+
+    An image gets the same imputations regardless of the images around it.
+
+    Args:
+        run_dir: Run directory of a model of images that can impute.
+        input: The images, see `data.images`. NaN in arrays are holes.
+        output: A new folder for PNG files under the names of the images, `NAME.png` or, with several imputations,
+            `NAME_1.png`, `NAME_2.png`, ... For a single image it may also be a file, `NAME.png`, and for `.npy` an
+            array of the same kind, `NAME.npy`.
+        mask: The masks, white or 1 = observed, black or 0 = hole, see `data.images.read_masks`.
+        mask_generator: Draws the masks instead, see `masking.mask_generator_from_spec`; "config": the run's.
+        num_imputations: Number of completed copies to write.
+        kind: "point" estimates (the mean of `num_samples` draws) or "draws"; None: draws if there are several copies.
+            Draws are decoder means, without the noise of p(x | z).
+        checkpoint: "best" or "latest"; None: the one named in the run's config.
+        batch_size: Images at once.
+        num_samples: Draws of z that a point estimate averages.
+        seed: Random seed of imputations and masks.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: The run, the images, the masks or the options do not match; in that case nothing is written.
+    """
+    check(impute_images, dict(locals()))
+    kind = _kind(kind, num_imputations)
+    description = runs.read_description(run_dir)
+    if not hasattr(MODELS[description["model"]], "impute"):
+        raise UserError(f"{run_dir} is a run of {description['model']}, which cannot impute: pass the run built on it")
+    if not is_images(input):
+        raise UserError(f"'{input}' is no folder, .zip or file of images, but {run_dir} was trained on images")
+    to_files = pathlib.Path(output).suffix.lower() if pathlib.Path(input).is_file() else ""
+    to_files = to_files if to_files in (".png", ".npy") else ""
+    targets = output_files(input, output, num_imputations) if to_files else [_output_folder(input, output)]
+    options = runs.saved_image_options(description)
+    images = read_images(input, options, runs.saved_image_format(description), for_imputation=True)
+    if (to_files == ".npy" and not images.axes) or (to_files == ".png" and len(images) > 1):
+        raise UserError(f"cannot write '{input}' as '{output}': name a folder")
+    names = [str(pathlib.PurePosixPath(name).with_suffix("")) for name in images.names]
+    if not to_files and len({name.casefold() for name in names}) < len(names):
+        twice = next(name for i, name in enumerate(names) if name.casefold() in {n.casefold() for n in names[:i]})
+        raise UserError(f"two images of '{input}' are named '{twice}', up to suffix and case: rename one")
+    key = jax.random.key(seed)
+    b = _image_masks(images, mask, mask_generator, options, description, key)
+    if b.all():
+        raise UserError("the masks have no holes: they are white or 1 everywhere, which means observed")
+    model = runs.load_model(run_dir, checkpoint=checkpoint)
+    model = UnitRange(model) if isinstance(model, PosteriorMatchingVDVAE) else model
+    imputer = Imputer(model, seed=seed, batch_size=batch_size, num_samples=num_samples)
+
+    def copies() -> Iterator[tuple[slice, int, np.ndarray]]:
+        """Yields images, copy, and the copy's pixels `[n, H, W, C]` in [0, 1]."""
+        for start in progress_bar(range(0, len(images), batch_size), desc="imputing", unit="batch"):
+            rows = slice(start, start + batch_size)
+            x = images.x[rows].astype(np.float32) / np.float32(images.max_value)
+            for copy in range(num_imputations):
+                filled = x if b[rows].all() else imputer.image(x, b[rows], None if kind == "point" else copy)
+                yield rows, copy, np.where(b[rows] == 1, x, filled)
+
+    try:
+        if to_files == ".npy":
+            filled = np.zeros((num_imputations, *images.x.shape), np.float32)
+            for rows, copy, pixels in copies():
+                filled[copy, rows] = pixels
+            with contextlib.ExitStack() as stack:
+                for target, pixels in zip(targets, filled, strict=True):
+                    with stack.enter_context(atomic.replacing(target)).open("wb") as array:
+                        np.save(array, as_stored(images, pixels, b == 1), allow_pickle=False)
+        elif to_files:
+            with contextlib.ExitStack() as stack:
+                for _, copy, pixels in copies():
+                    _save_png(stack.enter_context(atomic.replacing(targets[copy])), pixels[0])
+        else:
+            with atomic.replacing_folder(targets[0]) as folder:
+                written = []
+                for rows, copy, pixels in copies():
+                    for name, image in zip(names[rows], pixels, strict=True):
+                        file = f"{name}_{copy + 1}.png" if num_imputations > 1 else f"{name}.png"
+                        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                        _save_png(folder / file, image)
+                        written.append(targets[0] / file)
+            targets = written
+    except OSError as error:
+        raise UserError(f"cannot write '{output}': {error.strerror or error}") from error
+    return targets
+
+
+def _kind(kind: Kind | None, num_imputations: int) -> Kind:
+    if kind == "point" and num_imputations > 1:
+        raise UserError(f"num_imputations={num_imputations} with kind=point: all copies would be equal, use kind=draws")
+    return kind or ("draws" if num_imputations > 1 else "point")
+
+
+def _output_folder(input: str, output: str) -> pathlib.Path:
+    folder, source = pathlib.Path(output), pathlib.Path(input)
+    if not folder.parent.is_dir():
+        raise UserError(f"cannot write '{output}': there is no directory '{folder.parent}'")
+    if folder.suffix.lower() in _NO_FOLDER:
+        raise UserError(f"cannot write '{input}' as '{output}': name a folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"the output '{output}' exists: name a new folder")
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"the output '{output}' lies in the input: name a folder outside of it")
+    return folder
+
+
+def _image_masks(
+    images: Images,
+    mask: str | None,
+    mask_generator: str | None,
+    options: Any,
+    description: Mapping[str, Any],
+    key: jax.Array,
+) -> np.ndarray:
+    """Returns the masks, `[N, H, W, 1]` float32, 1 = observed."""
+    if mask is not None and mask_generator is not None:
+        raise UserError("--mask and --mask_generator both give holes: choose one")
+    if mask is None and mask_generator is None and images.holes is None:
+        raise UserError("nothing says where the holes are: set --mask to an image (black = hole) or --mask_generator")
+    b = np.ones((*images.x.shape[:3], 1), np.float32) if images.holes is None else 1 - images.holes.astype(np.float32)
+    if mask is not None:
+        return b * read_masks(mask, images, options)
+    if mask_generator is None:
+        return b
+    if mask_generator == "config":
+        generator = masking.build_mask_generator(description["config"]["mask_generator"])
+    else:
+        generator = masking.mask_generator_from_spec(mask_generator)
+    shape = masking.mask_shape(images.x.shape[1:])
+    generator.check(shape)
+    draw = jax.jit(jax.vmap(lambda h: generator(jax.random.fold_in(jax.random.fold_in(key, 1), h), (1, *shape))[0]))
+    hashes = np.array([zlib.crc32(image.tobytes()) for image in images.x], np.uint32)
+    parts = [np.asarray(draw(np.resize(hashes[i : i + 64], 64)))[: len(hashes) - i] for i in range(0, len(hashes), 64)]
+    return b * np.concatenate(parts)
+
+
+def _save_png(path: pathlib.Path, image: np.ndarray) -> None:
+    levels = np.rint(image * 255).astype(np.uint8)
+    PIL.Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels).save(path, format="PNG")

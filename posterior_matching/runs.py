@@ -34,7 +34,7 @@ from flax import nnx
 
 from posterior_matching import atomic, models, parallel
 from posterior_matching.config import call, flatten, naming, plain
-from posterior_matching.data import Columns, TableOptions
+from posterior_matching.data import Columns, ImageFormat, ImageOptions, TableOptions
 from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
@@ -214,6 +214,7 @@ def open_run(
     input_shape: tuple[int, ...],
     columns: Columns | None = None,
     fingerprint: str | None = None,
+    image_format: ImageFormat | None = None,
 ) -> Run:
     """Opens a run directory, either new or already holding this run; nothing is written before `Run.create`.
 
@@ -223,7 +224,8 @@ def open_run(
         config: The resolved config, with `dataset`.
         input_shape: Shape of one example.
         columns: The columns of the user's own table.
-        fingerprint: The fingerprint of that table.
+        fingerprint: The fingerprint of the user's own data.
+        image_format: The format of the user's own images.
 
     Raises:
         UserError: The directory holds a run of another model or config, a run without its checkpoints, or something
@@ -239,6 +241,7 @@ def open_run(
         "config": config,
         "input_shape": list(input_shape),
         "columns": columns and columns.to_json(),
+        "images": image_format and image_format.to_json(),
         "fingerprint": fingerprint,
         "num_devices": jax.device_count(),
         "versions": versions(),
@@ -309,6 +312,19 @@ def saved_columns(description: Mapping[str, Any]) -> Columns | None:
 def saved_table_options(description: Mapping[str, Any]) -> TableOptions:
     """Returns the options with which a run read its table, `config.table`, from its `config.json`."""
     return call(TableOptions, plain(description["config"].get("table") or {}), "config.table")
+
+
+def saved_image_format(description: Mapping[str, Any]) -> ImageFormat | None:
+    """Returns the format of the images that a run was trained on, from its `config.json`; None for other data."""
+    if saved := description.get("images"):
+        return ImageFormat.from_json(saved)
+    shape = tuple(description["input_shape"])
+    return ImageFormat(shape) if len(shape) == 3 else None
+
+
+def saved_image_options(description: Mapping[str, Any]) -> ImageOptions:
+    """Returns the options with which a run read its images, `config.images`, from its `config.json`."""
+    return call(ImageOptions, plain(description["config"].get("images") or {}), "config.images")
 
 
 def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkpoint: str | None = None) -> Any:

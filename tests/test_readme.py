@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 
 from helpers.configs import DIAGONAL, QUICK, ROOT, SMALL, TABULAR
 from helpers.scripts import environment, finish, free_port, spawn, write_config
@@ -60,7 +61,7 @@ SECTIONS = sections()
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A checkout with small configs, the user's own table in it."""
+    """A checkout with small configs, the user's own table and images in it."""
     folder = tmp_path_factory.mktemp("readme")
     for path in LINKED:
         (folder / path.name).symlink_to(path)
@@ -75,6 +76,10 @@ def checkout(tmp_path_factory):
     rows = [",".join("" if np.isnan(v) else f"{v:.3f}" for v in row) for row in values]
     for name in ("mine.csv", "new.csv"):
         (folder / name).write_text("\n".join([",".join("abcdefghijkl"), *rows]) + "\n")
+    (folder / "photos").mkdir()
+    for i in range(60):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / "photos" / f"{i}.png")
+    Image.fromarray(np.where(np.arange(50) < 20, 0, 255).astype(np.uint8)[None].repeat(40, 0)).save(folder / "mask.png")
     return folder
 
 
@@ -164,7 +169,8 @@ def test_the_commands_of_a_section_run(heading, checkout):
         elif command.startswith("tensorboard"):
             assert "loss" in out
         elif command.startswith("python impute"):
-            assert list(checkout.glob(command.split("--output ")[1].split(".")[0] + "*.csv"))
+            output = command.split("--output ")[1].split()[0]
+            assert list(checkout.glob(output.split(".")[0] + ("*.csv" if "." in output else "/*.png")))
         elif "--output" in command:
             assert (checkout / command.split("--output ")[1]).stat().st_size > 10_000
         elif command.startswith("python eval"):

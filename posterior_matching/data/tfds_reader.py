@@ -84,6 +84,13 @@ def gaussian_check(name: str) -> GaussianCheck | None:
     return GaussianCheck(name, measured, builder.GAUSSIAN_NATS)
 
 
+def is_known(name: str) -> bool:
+    """Whether `name` is a dataset of TFDS or of this module."""
+    import tensorflow_datasets as tfds
+
+    return name in (*TABULAR, *_DERIVED, *tfds.list_builders(with_community_datasets=False))
+
+
 def _check_features(name: str) -> None:
     """Refuses a prepared dataset whose `features.json` names a module that is not TFDS's own: TFDS would import it."""
     from tensorflow_datasets.core.utils.file_utils import list_data_dirs
@@ -125,13 +132,13 @@ def _builder(name: str) -> Any:
     try:
         return own_class(data_dir=data_dir) if own_class else tfds.builder(name, data_dir=data_dir)
     except Exception as error:
-        builtin = ("digits", "mixture", "patches", *TABULAR, *_DERIVED)
+        builtin = ("adult", "digits", "mixture", "patches", *TABULAR, *_DERIVED)
         known = (*builtin, *tfds.list_builders(with_community_datasets=False))
         if name in known:
             raise UserError(f"TFDS cannot open dataset '{name}': {_first_line(error)}") from error
         close = difflib.get_close_matches(name, known, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(builtin)}, the names of TFDS"
-        raise UserError(f"unknown dataset '{name}': {hint} (or the path of a table of your own)") from error
+        raise UserError(f"unknown dataset '{name}': {hint} (or the path of your own data)") from error
 
 
 def _tabular_builder_class(name: str) -> type:

@@ -143,8 +143,14 @@ def load_dataset(
     name = name or description["config"]["dataset"]
     if name is None:
         raise UserError("the run was trained on a table in memory: pass --dataset, and --split=all for every row of it")
-    table = runs.saved_table_options(description)
-    dataset = data.load(name, split, columns=runs.saved_columns(description), table=table)
+    dataset = data.load(
+        name,
+        split,
+        columns=runs.saved_columns(description),
+        table=runs.saved_table_options(description),
+        image_options=runs.saved_image_options(description),
+        image_format=runs.saved_image_format(description),
+    )
     expected = tuple(description["input_shape"])
     if dataset.input_shape != expected:
         raise UserError(

@@ -19,22 +19,11 @@ from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
-from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
+from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
 from posterior_matching.progress import progress_bar, with_log
 
 MODELS = ("pm_vdvae", "pm_vqvae")
-
-
-class UnitRange(nnx.Module):
-    """A PM-VDVAE that imputes images in [0, 1] instead of integer pixel values."""
-
-    def __init__(self, vdvae: PosteriorMatchingVDVAE):
-        self.vdvae = vdvae
-
-    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Returns imputations `[S, B, H, W, C]` in [0, 1] of images `[B, H, W, C]` in [0, 1]."""
-        return self.vdvae.from_levels(self.vdvae.impute(self.vdvae.to_levels(x), b, num_samples, key=key))
 
 
 def evaluate(

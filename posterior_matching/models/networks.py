@@ -24,6 +24,7 @@ ConvLayers = Annotated[
     Sequence[tuple[Units, Annotated[int, Field(ge=1, le=256)], Annotated[int, Field(ge=1, le=64)]]], Field(min_length=1)
 ]
 
+_SMALLEST_SIDE = 8  # of the last feature map of networks that adapt to the image
 _kernel_init = nnx.initializers.lecun_normal()
 
 
@@ -136,15 +137,19 @@ class ConvEncoder(nnx.Module):
 
     Args:
         input_shape: `(H, W, C)`.
-        conv_layers: `(filters, kernel size, stride)` of each layer.
+        conv_layers: `(filters, kernel size, stride)` of each layer; None: halves the image until its sides are at most
+            8 pixels long, with 32, 64, 128, 256, 256, ... filters.
 
     Raises:
         UserError: The data are not images, or too small for the last layer.
     """
 
-    def __init__(self, input_shape: Shape, conv_layers: ConvLayers, *, rngs: nnx.Rngs):
+    def __init__(self, input_shape: Shape, conv_layers: ConvLayers | None = None, *, rngs: nnx.Rngs):
         _require_image(input_shape, "ConvEncoder")
         height, width, channels = input_shape
+        if conv_layers is None:
+            widths, halved = _pyramid(height, width)
+            conv_layers = ((widths[0], 3, 1), *((filters, 4, 2) for filters in widths[1:]), (256, min(halved), 1))
         layers = []
         for i, (filters, size, stride) in enumerate(conv_layers):
             last = i == len(conv_layers) - 1
@@ -181,7 +186,9 @@ class ConvDecoder(nnx.Module):
 
     Args:
         input_shape: `(d,)`.
-        conv_layers: `(filters, kernel size, stride)` of each layer.
+        conv_layers: `(filters, kernel size, stride)` of each layer; None: the reverse of what ConvEncoder has by
+            default, with an output of the shape of the data.
+        data_shape: `(H, W, C)` of the data.
         activate_output: Add a leaky ReLU after the last layer, as the published implementation does. It shrinks
             negative Bernoulli logits a hundredfold, so by default the output is linear.
     """
@@ -189,12 +196,20 @@ class ConvDecoder(nnx.Module):
     def __init__(
         self,
         input_shape: Shape,
-        conv_layers: ConvLayers,
+        conv_layers: ConvLayers | None = None,
         activate_output: bool = False,
         *,
+        data_shape: Shape = (),
         rngs: nnx.Rngs,
     ):
         (channels,) = input_shape
+        crop = None
+        if conv_layers is None:
+            _require_image(data_shape, "ConvDecoder")
+            *crop, data_channels = data_shape
+            widths, halved = _pyramid(*crop)
+            grown = ((filters, 4, 2) for filters in widths[-2::-1])
+            conv_layers = ((widths[-1], max(halved), 1), *grown, (data_channels, 3, 1))
         layers, position = [], 1
         for i, (filters, size, stride) in enumerate(conv_layers):
             layers.append(ConvTranspose(channels, filters, size, stride, "SAME" if i else "VALID", rngs=rngs))
@@ -202,7 +217,8 @@ class ConvDecoder(nnx.Module):
             channels = filters
         self.layers = nnx.List(layers)
         self.activate_output = activate_output
-        self.output_shape = (position, position, channels)
+        self.crop = (position, position) if crop is None else tuple(crop)
+        self.output_shape = (*self.crop, channels)
 
     def __call__(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Maps `[B, d]` to `[B, *output_shape]`."""
@@ -216,7 +232,15 @@ class ConvDecoder(nnx.Module):
         """The remaining layers."""
         for layer in self.layers[1:]:
             h = layer(jax.nn.leaky_relu(h))
+        h = h[:, : self.crop[0], : self.crop[1]]
         return jax.nn.leaky_relu(h) if self.activate_output else h
+
+
+def _pyramid(height: int, width: int) -> tuple[list[int], tuple[int, int]]:
+    """Returns the filters of every resolution from the image's to the last, and the size of the last."""
+    halvings = max(0, math.ceil(math.log2(max(height, width) / _SMALLEST_SIDE)))
+    filters = [min(32 * 2**i, 256) for i in range(halvings + 1)]
+    return filters, (math.ceil(height / 2**halvings), math.ceil(width / 2**halvings))
 
 
 def _require_image(shape: Shape, name: str) -> None:

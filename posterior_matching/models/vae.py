@@ -86,7 +86,7 @@ class VAE(nnx.Module):
             event_size=latent_dim,
             rngs=rngs,
         )
-        self.decoder = build(NETWORKS, decoder, "decoder", input_shape=(latent_dim,), rngs=rngs)
+        self.decoder = build(NETWORKS, decoder, "decoder", input_shape=(latent_dim,), data_shape=input_shape, rngs=rngs)
         self.likelihood_head = build(
             LIKELIHOOD_HEADS,
             likelihood,

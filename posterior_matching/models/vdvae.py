@@ -44,6 +44,7 @@ from posterior_matching.models.networks import Conv, Shape
 from posterior_matching.models.vdvae_layout import (
     DecoderLayer,
     EncoderLayer,
+    default_blocks,
     encoder_resolutions,
     parse_decoder,
     parse_encoder,
@@ -188,9 +189,9 @@ class PosteriorMatchingVDVAE(nnx.Module):
     Args:
         input_shape: `(H, H, C)`, with 1 or 3 channels.
         encoder: Blocks of both encoders, for example "28x6,28d2,14x4": `RxN` is N blocks at resolution R, `RdK` one
-            block followed by K-fold average pooling.
+            block followed by K-fold average pooling; None: `vdvae_layout.default_blocks`.
         decoder: Blocks of the decoder, for example "14x4,28m14,28x6": `RmK` is one block whose input adds the state of
-            resolution K, upsampled.
+            resolution K, upsampled; None: `vdvae_layout.default_blocks`.
         latent_dim: e, channels of every latent grid.
         width: Channels of the state.
         bottleneck: Channels inside the blocks, as a share of the width.
@@ -210,8 +211,8 @@ class PosteriorMatchingVDVAE(nnx.Module):
         self,
         *,
         input_shape: Shape,
-        encoder: str,
-        decoder: str,
+        encoder: str | None = None,
+        decoder: str | None = None,
         latent_dim: Units,
         width: Units,
         bottleneck: Annotated[Positive, Field(le=16)] = 0.25,
@@ -229,9 +230,10 @@ class PosteriorMatchingVDVAE(nnx.Module):
             )
         self.input_shape = tuple(input_shape)
         size, _, self.channels = input_shape
-        encoder_layers = parse_encoder(encoder, size)
+        by_default = default_blocks(size)
+        encoder_layers = parse_encoder(by_default[0] if encoder is None else encoder, size)
         resolutions = encoder_resolutions(encoder_layers)
-        decoder_layers = parse_decoder(decoder, size, resolutions)
+        decoder_layers = parse_decoder(by_default[1] if decoder is None else decoder, size, resolutions)
         widths = parse_widths(custom_widths, width, resolutions)
         self.latent_dim, self.num_levels, self.rematerialise = latent_dim, num_levels, rematerialise
         options = BlockOptions(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, InitialKeys(rngs.params()))
@@ -425,6 +427,17 @@ class PosteriorMatchingVDVAE(nnx.Module):
         name, shape = str(block.resolution), (block.resolution, block.resolution, block.width)
         bias = self.biases[name][...] if name in self.biases else jnp.zeros(shape)
         return jnp.broadcast_to(bias, (batch, *shape))
+
+
+class UnitRange(nnx.Module):
+    """A PM-VDVAE that imputes images in [0, 1] instead of integer pixel values."""
+
+    def __init__(self, vdvae: PosteriorMatchingVDVAE):
+        self.vdvae = vdvae
+
+    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+        """Returns imputations `[S, B, H, W, C]` in [0, 1] of images `[B, H, W, C]` in [0, 1]."""
+        return self.vdvae.from_levels(self.vdvae.impute(self.vdvae.to_levels(x), b, num_samples, key=key))
 
 
 def _checkpointed(fn: Callable[..., Any], rematerialise: bool) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Parses the block strings of VDVAE configs, such as "28x6,28d2,14x4", which list the blocks of each resolution."""
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -23,6 +24,17 @@ class DecoderLayer(NamedTuple):
 
     resolution: int
     lower_resolution: int | None = None  # add the state of this resolution, upsampled, before the block
+
+
+def default_blocks(size: int) -> tuple[str, str]:
+    """Returns the blocks of encoder and decoder for images of `size` x `size` pixels: the size is halved down to 1.
+
+    Every resolution has three blocks in the encoder and two in the decoder, 1 has one in each.
+    """
+    sizes = [size >> i for i in range(size.bit_length())]
+    encoder = [f"{larger}x2,{larger}d{larger // smaller}" for larger, smaller in itertools.pairwise(sizes)]
+    decoder = [f"{larger}m{smaller},{larger}x1" for larger, smaller in itertools.pairwise(sizes)]
+    return ",".join([*encoder, "1x1"]), ",".join(["1x1", *decoder[::-1]])
 
 
 def parse_blocks(blocks: str, letter: str, option: str) -> list[tuple[int, int | None]]:

@@ -35,7 +35,8 @@ class DataOptions:
     dataset: str | None  # a name (README, "Data") or a path to a file; None: the base's
     train_split: str
     validation_split: str
-    table: data.TableOption = dataclasses.field(default_factory=data.TableOptions)  # how to read a file
+    table: data.TableOption = dataclasses.field(default_factory=data.TableOptions)  # how to read a table
+    images: data.ImageOption = dataclasses.field(default_factory=data.ImageOptions)  # what to make of images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,16 @@ class Family:
         parsed = self.parse(config)
         pretrained = load_pretrained(self.base, parsed.base_dir, self.name, run_dir) if self.base else None
         if pretrained and parsed.config["dataset"] is None:
-            parsed = parsed._replace(config=parsed.config | {"dataset": pretrained.dataset})
-        columns = saved_columns(run_dir, parsed.config) or (pretrained.columns if pretrained else None)
-        train_set, validation_set = data.load_for_training(parsed.config, columns)
+            config = parsed.config | {"dataset": pretrained.dataset}
+            if not any(value is not None for value in config.get("images", {}).values()):
+                config["images"] = pretrained.image_options or {}
+            parsed = parsed._replace(config=config)
+        saved = resumed_description(run_dir, parsed.config)
+        if saved is None:
+            columns, image_format = (pretrained.columns, pretrained.image_format) if pretrained else (None, None)
+        else:
+            columns, image_format = runs.saved_columns(saved), runs.saved_image_format(saved)
+        train_set, validation_set = data.load_for_training(parsed.config, columns, image_format)
         experiment = self.experiment(parsed, train_set, validation_set, pretrained)
         parallel.check_agreement(
             configs.flatten({"config": experiment.config}) | {"the fingerprint of the data": train_set.fingerprint}
@@ -119,6 +127,7 @@ class Family:
             train_set.input_shape,
             columns=train_set.columns,
             fingerprint=train_set.fingerprint,
+            image_format=train_set.image_format,
         )
         fit(experiment, run)
         return str(run.path)
@@ -224,11 +233,11 @@ def _first_pictures(
     return draw
 
 
-def saved_columns(run_dir: str | None, config: dict[str, Any]) -> data.Columns | None:
-    """Returns the saved columns of the run to resume, which are never inferred again; None for a new run.
+def resumed_description(run_dir: str | None, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the description of the run to resume, whose columns are never inferred again; None for a new run.
 
     Raises:
-        UserError: The table has changed since the run began.
+        UserError: The user's own data have changed since the run began.
     """
     if run_dir is None or not runs.latest_step(run_dir):
         return None
@@ -239,4 +248,4 @@ def saved_columns(run_dir: str | None, config: dict[str, Any]) -> data.Columns |
             f"'{config['dataset']}' has changed since {run_dir} was begun: restore the old file, or choose another "
             "--run_dir"
         )
-    return runs.saved_columns(description)
+    return description

@@ -11,7 +11,7 @@ from flax import nnx
 
 from posterior_matching import runs
 from posterior_matching.config import plain
-from posterior_matching.data import Columns
+from posterior_matching.data import Columns, ImageFormat
 from posterior_matching.errors import UserError
 
 
@@ -58,6 +58,8 @@ class Pretrained(NamedTuple):
     dataset: str  # that it was trained on
     input_shape: tuple[int, ...]
     columns: Columns | None = None  # of the table it was trained on
+    image_format: ImageFormat | None = None  # of the images it was trained on
+    image_options: dict[str, Any] | None = None  # its config.images
 
     def check_shape(self, input_shape: tuple[int, ...]) -> None:
         """Raises UserError if the part was trained on data of another shape."""
@@ -109,4 +111,6 @@ def load_pretrained(
         dataset=description["config"]["dataset"],
         input_shape=tuple(description["input_shape"]),
         columns=runs.saved_columns(description),
+        image_format=runs.saved_image_format(description),
+        image_options=plain(description["config"].get("images") or {}),
     )

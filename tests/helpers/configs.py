@@ -39,6 +39,7 @@ SMALL = {
     "pm_vae_mixture": TABULAR,
     "pm_vae_whitewine": TABULAR | {"train_split": "train"},
     "pm_vae_table": TABULAR | {"train_split": "train"},
+    "pm_vae_images": TABULAR | {"model.likelihood": {"name": "IdentityGaussian"}, "train_split": "train"},
     "pm_vae_gas": TABULAR | {"dataset": "mixture"},  # of as many features
     "vqvae_digits": {
         "model.hidden_units": 8,
