@@ -324,7 +324,10 @@ def main(
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The results in Markdown: ours, the mean and its standard error over seeds, beside published ones."""
+    """The results in Markdown: ours, the mean and its standard error over seeds, beside published ones.
+
+    Experiments without either are left out.
+    """
     rows = ["| experiment | metric | here | seeds | ACE | DEformer | paper | training, s | commit |", "|---" * 9 + "|"]
     for config in dict.fromkeys(run.config for run in runs):
         seeds = [run for run in runs if run.config == config]
@@ -335,8 +338,6 @@ def table(runs: Sequence[Run]) -> str:
         trained = [run.record() for run in seeds if dict(run.values()) or not run.remaining()]
         seconds = " ".join(f"{record['training_seconds']:.0f}" for record in trained)
         commits = " ".join(dict.fromkeys(record["commit"] for record in trained))
-        if not measured:
-            rows.append(f"| `{config}` | | {seeds[0].status()} | | | | | | |")
         for name in measured | {key[1]: [] for key in PUBLISHED if key[0] == config}:
             found = measured.get(name, [])
             published = " | ".join(PUBLISHED.get((config, name), ("", "", "")))

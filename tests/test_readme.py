@@ -38,6 +38,7 @@ FEW = {
     "impute": {"num_samples": 2, "batch_size": 16},
     "benchmarks/train_speed": {"seconds": 0.1},
     "benchmarks/clustering_seeds": {"num_seeds": 1},
+    "benchmarks/reproduce": {"only": "pm_vae_mixture"},
     "benchmarks/imputation": {"methods": "mean,knn", "shares": 0.3},
 }
 TRAINING = {f"config.{key}": value for key, value in STEPS.items()}  # of a script that may also train
