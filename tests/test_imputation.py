@@ -290,8 +290,8 @@ def test_public_tables_are_filled_and_nothing_else_changes(name, tmp_path):
 
 
 def test_the_default_config_is_complete():
-    """`configs/pm_vae_table.py` adds how to read the table, and leaves the batch size to the number of rows."""
+    """`configs/pm_vae_table.py` adds how to read the data, and leaves the batch size to the number of rows."""
     from configs import pm_vae_table
 
     config = pm_vae_table.get_config()
-    assert set(config) - set(table_config()) == {"table"} and config.batch_size is None
+    assert set(config) - set(table_config()) == {"images", "table"} and config.batch_size is None

@@ -134,7 +134,7 @@ def load(
         return split_table(read, (split,), columns or own_columns, unknown_categories)[0]
     name = str(name)
     if Path(name).is_file():
-        raise UserError(f"'{name}' is a file of an unsupported format: save a table as .csv, .parquet or .npy")
+        raise UserError(f"'{name}' is a file of an unsupported format: save the table as .csv, .parquet or .npy")
     if columns is not None:
         raise UserError(f"dataset '{name}' has its own units, but this run was trained on a table: pass a file")
     if name not in builtin.DATASETS:

@@ -318,7 +318,9 @@ def _parts_and_folders(names: list[str], source: str) -> tuple[dict[str, np.ndar
         if folder not in PARTS:
             raise UserError(f"'{name}' lies beside the folders {', '.join(sorted(found))} of '{source}': move it")
     part_of = np.array([PARTS[name] for name in outermost])
-    parts = {part: np.flatnonzero(part_of == part) for part in ("train", "val", "test") if part in found}
+    parts: dict[str, np.ndarray] = {
+        part: np.flatnonzero(part_of == part) for part in ("train", "val", "test") if part in found
+    }
     return parts, [inside[1:] for inside in folders]
 
 
