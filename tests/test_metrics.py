@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.runs import refusal
 from posterior_matching.evaluation import baselines, metrics
 from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.metrics import finite_mean, nrmse
@@ -100,6 +101,15 @@ def test_cyclic_beta_at_steps_worked_out_by_hand(kind):
 def test_cyclic_beta_is_zero_before_the_delay_and_never_below_low_after_it():
     beta = jax.jit(optimizer.cyclic(low=0.5, high=2.0, period=4, delay=5))
     np.testing.assert_allclose(beta(jnp.arange(12)), [0] * 5 + [0.5, 1.25, 2.0, 2.0, 0.5, 1.25, 2.0], rtol=1e-6)
+
+
+def test_cyclic_beta_of_an_odd_period_rises_over_half_of_it_rounded_down():
+    beta = optimizer.cyclic(low=0.0, high=1.0, period=5, delay=1)
+    np.testing.assert_array_equal(beta(jnp.arange(12)), [0, *[0, 0.5, 1, 1, 1] * 2, 0])
+    beta = optimizer.cyclic(low=1.0, high=3.0, period=3, delay=0)
+    np.testing.assert_array_equal(beta(jnp.arange(7)), [1, 3, 3, 1, 3, 3, 1])
+    message = refusal(optimizer.build_schedule, {"name": "cyclic", "low": 0.0, "high": 1.0, "period": 1, "delay": 0})
+    assert message == "period must be at least 2, not 1"
 
 
 def test_cyclic_beta_of_the_gas_config():
