@@ -35,11 +35,11 @@ _FOLDER = flags.DEFINE_string("folder", "runs/initialisers", "Folder for the run
 # By config: the number of steps, and the published weights to try.
 EXPERIMENTS = {
     "vqvae_mnist": (3000, ["kernels"]),
-    "pm_vqvae_mnist": (2000, ["kernels", "embedding"]),
-    "pm_vae_mnist16": (1000, ["kernels"]),
+    "pm_vqvae_mnist": (1000, ["kernels", "embedding"]),
+    "pm_vae_mnist16": (600, ["kernels"]),
     "pm_vae_mixture": (2000, ["kernels"]),
 }
-SMALL_PIXEL_CNN = {"num_resnet": 2, "num_filters": 64}  # for a CPU
+SMALL_PIXEL_CNN = {"num_resnet": 2, "num_filters": 32}  # for a CPU
 
 TRUNCATED_STD = stats.truncnorm.std(-2, 2)  # of a standard normal distribution truncated at 2: 0.88
 # The share of the taps of a published kernel that its mask leaves, by the path of the convolutions.
@@ -69,6 +69,8 @@ def train(name: str, weights: str, seed: int) -> list[tuple[int, float]]:
     config.seed = seed
     config.steps = max(2, round(_SCALE.value * EXPERIMENTS[name][0]))
     config.validation_every = config.steps // 2
+    if name.endswith(("mnist", "mnist16")):
+        config.validation_split = "test[:2000]"
     family = name.rpartition("_")[0]
     if family == "pm_vqvae":
         config.vqvae_dir = f"{_FOLDER.value}/vqvae_mnist_ours_{seed}"
