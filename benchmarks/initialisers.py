@@ -39,7 +39,7 @@ EXPERIMENTS = {
     "pm_vae_mnist16": (600, ["kernels"]),
     "pm_vae_mixture": (2000, ["kernels"]),
 }
-SMALL_PIXEL_CNN = {"num_resnet": 2, "num_filters": 32}  # for a CPU
+SMALL_PIXEL_CNN = {"num_resnet": 1, "num_filters": 32}  # for a CPU
 
 TRUNCATED_STD = stats.truncnorm.std(-2, 2)  # of a standard normal distribution truncated at 2: 0.88
 # The share of the taps of a published kernel that its mask leaves, by the path of the convolutions.
