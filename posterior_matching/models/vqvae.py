@@ -318,8 +318,8 @@ class PosteriorMatchingVQVAE(nnx.Module):
 
     Args:
         input_shape: `(H, W, C)`.
-        vqvae: The options of `VQVAE`. The partial encoder, which sees `[x * b, b]`, is built like its encoder, but without
-            the 1x1 convolution: a linear layer follows at once.
+        vqvae: The options of `VQVAE`. The partial encoder, which sees `[x * b, b]`, is built like its encoder but for
+            the 1x1 convolution, in place of which it has a linear layer.
         conditional_dim: Length of the PixelCNN's conditional input.
         pixel_cnn: The options of `PixelCNN`.
         rngs: Source of initial weights.
