@@ -54,7 +54,7 @@ def test_pixel_samples_follow_their_probabilities(levels, channels):
 
 
 def test_the_mean_of_colours_is_that_of_samples_where_nothing_is_clipped():
-    """E[green] = sum_k pi_k (m_k + c_k E[red | k]); with the averages of c and of red it would be up to 8 levels off."""
+    """E[green] = sum_k pi_k (m_k + c_k E[red | k]); with the averages of c and of red it would be up to 8 off."""
     n, parameters = 20_000, normal(4, 16, 4, 10)
     parameters[..., 1:4] = np.clip(0.3 * parameters[..., 1:4], -0.5, 0.5)  # locations, below
     parameters[..., 4:7] = -4.0  # narrow
