@@ -298,6 +298,8 @@ def pm_vqvae(num_resnet: int, num_filters: int = 128, conditional_dim: int = 512
                 "num_filters": num_filters,
                 "num_hierarchies": 1,
                 "dropout": 0.5,
+                # of the initial embedding of codes; None: 1 / sqrt(num_filters); 0.88 as published
+                "embedding_std": config_dict.placeholder(float),
             },
         }
     )

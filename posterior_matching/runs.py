@@ -43,6 +43,8 @@ Tree = TypeVar("Tree")
 _FREE_ON_RESUME = ("steps", "patience", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
 
 _KEPT = {"latest": 2, "best": 1}  # the second latest, in case the latest is damaged
+# Arrays of earlier versions that no model has any more, and what they were.
+_REMOVED = {"partial_encoder.out.kernel": "a 1x1 convolution after the PM-VQVAE's partial encoder"}
 _PATIENCE_SECONDS = 10.0  # for how long to retry when a run in progress replaces the checkpoint
 
 
@@ -437,11 +439,22 @@ def _arguments(items: dict[str, dict[str, np.ndarray]], record: Mapping[str, Any
 
 
 def _restore(folder: pathlib.Path, item: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the arrays of a checkpoint's item, in the order of `target`, after comparing shapes and checksums."""
+    """Returns the arrays of a checkpoint's item, in the order of `target`, after comparing shapes and checksums.
+
+    Raises:
+        UserError: They are those of an earlier version of the model.
+        _DoesNotFitError: They have other names or shapes.
+        Exception: What Orbax raises for missing and truncated files.
+    """
     shapes = {name: tuple(array.shape) for name, array in target.items()}
     saved = {name: tuple(array.shape) for name, array in _saved_arrays(folder, item).items()}
     if not saved:
         raise ValueError(f"{item} is gone")
+    if removed := [what for name, what in _REMOVED.items() if name in saved.keys() - shapes.keys()]:
+        raise UserError(
+            f"{folder.parents[2]} was trained by an earlier version, with {removed[0]} that has been removed: train it "
+            "again with another --run_dir, or check out the version that it was trained with"
+        )
     if problem := _difference(shapes, saved):
         raise _DoesNotFitError(problem)
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in target.items()}

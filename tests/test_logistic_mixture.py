@@ -53,6 +53,18 @@ def test_pixel_samples_follow_their_probabilities(levels, channels):
     assert (np.abs(counts - n * expected) < Z_LIMIT * np.sqrt(n * expected) + 1).all()
 
 
+def test_the_mean_of_colours_is_that_of_samples_where_nothing_is_clipped():
+    """E[green] = sum_k pi_k (m_k + c_k E[red | k]); with the averages of c and of red it would be up to 8 off."""
+    n, parameters = 20_000, normal(4, 16, 4, 10)
+    parameters[..., 1:4] = np.clip(0.3 * parameters[..., 1:4], -0.5, 0.5)  # locations, below
+    parameters[..., 4:7] = -4.0  # narrow
+    parameters[..., 7:] = np.clip(0.3 * parameters[..., 7:], -0.4, 0.4)  # |blue| < 0.5 + 0.4 (0.5 + 0.7) < 1
+    p = DiscretisedLogisticMixture(jnp.asarray(parameters.reshape(16, -1)), 3, 256)
+    draws = np.asarray(jax.jit(jax.vmap(p.sample))(jax.random.split(KEY, n)))
+    error = np.abs(np.asarray(p.mean) - draws.mean(0))
+    assert (error < Z_LIMIT * draws.std(0) / np.sqrt(n) + 0.5).all()  # 0.5: the mean is rounded
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_narrow_components_have_their_locations_as_mean_and_clip_them(channels):
     """One component, scale near its minimum, locations chosen on and beyond the values; shifts included."""

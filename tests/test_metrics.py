@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.runs import refusal
 from posterior_matching.evaluation import baselines, metrics
 from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.metrics import finite_mean, nrmse
@@ -77,6 +78,9 @@ SCHEDULES = [  # schedule and its values, by hand
         optimizer.cyclic(0.5, 2.0, period=4, delay=5),
         {0: 0.0, 4: 0.0, 5: 0.5, 6: 1.25, 7: 2.0, 8: 2.0, 9: 0.5, 10: 1.25},
     ),
+    # The rise over half of an odd period is rounded down.
+    (optimizer.cyclic(0.0, 1.0, period=5, delay=1), dict(enumerate([0, *[0, 0.5, 1, 1, 1] * 2, 0]))),
+    (optimizer.cyclic(1.0, 3.0, period=3, delay=0), dict(enumerate([1, 3, 3, 1, 3, 3, 1]))),
     (optimizer.cyclic(0.0, 1.0, **GAS), {999: 0.0, 1000: 0.0, 13_500: 0.5, 26_000: 1.0, 50_999: 1.0, 51_000: 0.0}),
     (optimizer.monotonic(0.0, 1.0, 30_000, 200_000), {0: 0.0, 30_000: 0.0, 130_000: 0.5, 200_000: 0.85, 230_000: 1.0}),
     (optimizer.monotonic(2.0, 1.0, 0, 4), {0: 2.0, 1: 1.75, 2: 1.5, 3: 1.25, 4: 1.0, 5: 1.0}),
@@ -88,6 +92,11 @@ def test_schedules_at_steps_worked_out_by_hand(schedule, by_hand):
     steps, expected = list(by_hand), pytest.approx(list(by_hand.values()), abs=1e-6)
     assert jax.jit(schedule)(jnp.array(steps)).tolist() == expected
     assert [float(schedule(step)) for step in steps] == expected  # of Python's numbers, too
+
+
+def test_a_cycle_must_have_a_rise_and_a_plateau():
+    message = refusal(optimizer.build_schedule, {"name": "cyclic", "low": 0.0, "high": 1.0, "period": 1, "delay": 0})
+    assert message == "period must be at least 2, not 1"
 
 
 # Pictures

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
+from helpers.arrays import Z_LIMIT
 from posterior_matching.config import call
 from posterior_matching.errors import UserError
 from posterior_matching.models.pixel_cnn import PixelCNN, Region, UpsamplingLinear
@@ -129,6 +130,12 @@ def test_an_untrained_network_begins_near_a_uniform_guess():
     assert loss < 1.25 * 49 * np.log(256)
 
 
+@pytest.mark.parametrize(("options", "std"), [({}, 1 / 8), ({"embedding_std": 0.88}, 0.88)])
+def test_the_embedding_begins_at_its_scale(options, std):
+    found = np.asarray(build((2, 2), codebook_size=256, num_filters=64, **options).embedding.embedding[...])
+    assert abs(found.std() / std - 1) < Z_LIMIT / np.sqrt(2 * found.size)
+
+
 def test_dropout_acts_while_training_only():
     model, codes, condition = build((3, 3), dropout=0.5), jnp.zeros((1, 3, 3), int), jnp.ones((1, 2))
     first, again = (model.log_prob(codes, condition, nnx.Rngs(dropout=seed)) for seed in (0, 1))
@@ -141,6 +148,7 @@ def test_dropout_acts_while_training_only():
     [
         ({"num_resnet": 0}, r"^pixel_cnn\.num_resnet must be at least 1, not 0"),
         ({"num_filters": 0}, r"^pixel_cnn\.num_filters must be"),
+        ({"embedding_std": 0.0}, r"^pixel_cnn\.embedding_std must be greater than 0, not 0.0"),
         ({"num_hierarchies": 4}, r"a code grid of 7x7 cannot be halved 3 times: lower pixel_cnn\.num_hierarchies"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -17,7 +18,7 @@ import train_vqvae
 from benchmarks import synthetic
 from helpers.arrays import by_path
 from helpers.configs import small, untrained
-from helpers.runs import refusal
+from helpers.runs import contents, refusal, weights
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import imputation
@@ -175,6 +176,15 @@ def test_matching_ll_is_the_log_probability_of_the_codes_of_x():
     np.testing.assert_allclose(model.matching_ll(x, b), expected, rtol=1e-5)
 
 
+def test_a_linear_layer_takes_the_features_of_the_partial_encoder_as_they_are():
+    """The published one has no 1x1 convolution in between."""
+    shapes = {name: array.shape for name, array in weights(pm_vqvae()).items()}
+    of = {part: {name for name in shapes if name.startswith(part)} for part in ("vqvae.encoder.", "partial_encoder.")}
+    kept = {name.replace("vqvae.encoder.", "partial_encoder.") for name in of["vqvae.encoder."] if ".out." not in name}
+    assert of["partial_encoder."] == kept
+    assert shapes["condition.kernel"] == (2 * 2 * OPTIONS["hidden_units"], 5)
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A PM-VQVAE on a VQ-VAE, a few steps each."""
@@ -190,6 +200,21 @@ def test_a_checkpoint_with_another_codebook_is_refused(run_dir, tmp_path):
     (copy / "config.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"does not fit its config.json: .*codebook: \(33, 3\) -> \(16, 3\)"):
         runs.load_model(copy)
+
+
+def test_a_run_of_a_version_with_one_more_convolution_is_refused(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    old = weights(copy) | {"partial_encoder.out.kernel": np.zeros((8, 3)), "partial_encoder.out.bias": np.zeros(3)}
+    for path in copy.glob("checkpoints/*/*/model"):
+        shutil.rmtree(path)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, old)
+    before, config = contents(copy), small("pm_vqvae", vqvae_dir=str(run_dir.parent / "base"), steps=100)
+    for call, *arguments in ((runs.load_model, copy), (train_pm_vqvae.train, config, str(copy))):
+        message = refusal(call, *arguments)
+        assert message.startswith(f"{copy} was trained by an earlier version, with a 1x1 convolution")
+        assert "train it again with another --run_dir" in message
+    assert contents(copy) == before
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

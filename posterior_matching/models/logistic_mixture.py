@@ -60,7 +60,11 @@ class DiscretisedLogisticMixture:
 
     @property
     def mean(self) -> jax.Array:
-        """Weighted average of the components' locations, each clipped to [-1, 1], rounded: pixels `[..., C]`."""
+        """Weighted average of the components' locations, each clipped to [-1, 1], rounded: pixels `[..., C]`.
+
+        A pixel's channels come from one component, so E[green] = sum_k pi_k (m_k + c_k E[red | k]): each component is
+        shifted by its own red. This is exact but for the rounding where no logistic reaches beyond [-1, 1].
+        """
         value = jnp.zeros_like(self._loc)
         for _ in range(self._channels):  # as in `sample`
             value = jnp.clip(_locations(self._loc, self._shift, value), -1.0, 1.0)

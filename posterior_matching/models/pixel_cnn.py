@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from pydantic import Field
 
-from posterior_matching.config import Blocks, Dropout, Units
+from posterior_matching.config import Blocks, Dropout, Positive, Units
 from posterior_matching.errors import OptionError
 
 # The input of every convolution at the positions computed so far, by the convolution's name, and under "embedding" the
@@ -285,6 +285,8 @@ class PixelCNN(nnx.Module):
         num_filters: Channels.
         num_hierarchies: Resolutions; each after the first halves the grid.
         dropout: Share of units dropped in every layer while training.
+        embedding_std: Standard deviation of the initial embedding of codes; None: 1 / sqrt(num_filters). 0.88 is that
+            of the published implementation, with which the first steps learn more slowly.
         rngs: Source of initial weights.
 
     Raises:
@@ -301,6 +303,7 @@ class PixelCNN(nnx.Module):
         num_filters: Units,
         num_hierarchies: Annotated[int, Field(ge=1, le=16)] = 1,
         dropout: Dropout = 0.5,
+        embedding_std: Positive | None = None,
         rngs: nnx.Rngs,
     ):
         sizes = {"num_resnet": num_resnet, "num_filters": num_filters, "num_hierarchies": num_hierarchies}
@@ -310,7 +313,8 @@ class PixelCNN(nnx.Module):
                 f"a code grid of {grid[0]}x{grid[1]} cannot be halved {num_hierarchies - 1} times: lower {{}}",
             )
         self.grid, f = (grid[0], grid[1]), num_filters
-        self.embedding = nnx.Embed(codebook_size, f, rngs=rngs)
+        embedding_init = nnx.initializers.normal(f**-0.5 if embedding_std is None else embedding_std)
+        self.embedding = nnx.Embed(codebook_size, f, embedding_init=embedding_init, rngs=rngs)
         # The first layers exclude the current position, so all later ones may include it.
         self.vertical_in = CausalConv(f, f, rows=(-2, -1), columns=(-1, 1), rngs=rngs)
         self.horizontal_in_above = CausalConv(f, f, rows=(-1, -1), columns=(-1, 1), rngs=rngs)

@@ -42,13 +42,12 @@ class ResidualStack(nnx.Module):
         return jax.nn.relu(x)
 
 
-class GridEncoder(nnx.Module):
-    """Images to a grid of vectors: two 4x4 convolutions, possibly strided, a 3x3 one, residual blocks, a 1x1 one.
+class GridFeatures(nnx.Module):
+    """Images to a grid of features: two 4x4 convolutions, possibly strided, a 3x3 one, residual blocks.
 
     Args:
         input_shape: `(H, W, C)`.
-        features: Channels of the output.
-        hidden_units: Channels inside; half as many after the first convolution.
+        hidden_units: Channels of the output; half as many after the first convolution.
         residual_units: Channels inside the residual blocks.
         residual_blocks: Number of residual blocks.
         strides: Strides of the two 4x4 convolutions.
@@ -60,7 +59,6 @@ class GridEncoder(nnx.Module):
     def __init__(
         self,
         input_shape: Shape,
-        features: int,
         hidden_units: int,
         residual_units: int,
         residual_blocks: int,
@@ -85,14 +83,26 @@ class GridEncoder(nnx.Module):
             )
         )
         self.residual = ResidualStack(hidden_units, residual_units, residual_blocks, rngs=rngs)
-        self.out = nnx.Linear(hidden_units, features, rngs=rngs)  # a 1x1 convolution
-        self.output_shape = (height // shrink, width // shrink, features)
+        self.output_shape = (height // shrink, width // shrink, hidden_units)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, *output_shape]`."""
         for conv in self.convs:
             x = jax.nn.relu(conv(x))
-        return self.out(self.residual(x))
+        return self.residual(x)
+
+
+class GridEncoder(GridFeatures):
+    """Images to a grid of vectors: `GridFeatures` and a 1x1 convolution to `features` channels."""
+
+    def __init__(self, input_shape: Shape, features: int, *, rngs: nnx.Rngs, **body: Any):
+        super().__init__(input_shape, rngs=rngs, **body)
+        self.out = nnx.Linear(self.output_shape[-1], features, rngs=rngs)
+        self.output_shape = (*self.output_shape[:2], features)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, C]` to `[B, *output_shape]`."""
+        return self.out(super().__call__(x))
 
 
 class GridDecoder(nnx.Module):
@@ -308,7 +318,8 @@ class PosteriorMatchingVQVAE(nnx.Module):
 
     Args:
         input_shape: `(H, W, C)`.
-        vqvae: The options of `VQVAE`. The partial encoder, which sees `[x * b, b]`, is built like its encoder.
+        vqvae: The options of `VQVAE`. The partial encoder, which sees `[x * b, b]`, is built like its encoder but for
+            the 1x1 convolution, in place of which it has a linear layer.
         conditional_dim: Length of the PixelCNN's conditional input.
         pixel_cnn: The options of `PixelCNN`.
         rngs: Source of initial weights.
@@ -318,13 +329,8 @@ class PosteriorMatchingVQVAE(nnx.Module):
         self.input_shape = input_shape
         self.vqvae: VQVAE = call(VQVAE, vqvae, "vqvae", input_shape=input_shape, rngs=rngs)
         body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
-        self.partial_encoder = GridEncoder(
-            partial_input_shape(input_shape),
-            vqvae["embedding_dim"],
-            **body,
-            strides=vqvae.get("strides", (2, 2)),
-            rngs=rngs,
-        )
+        strides = vqvae.get("strides", (2, 2))
+        self.partial_encoder = GridFeatures(partial_input_shape(input_shape), **body, strides=strides, rngs=rngs)
         self.condition = nnx.Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
         context = {
             "grid": self.vqvae.grid,

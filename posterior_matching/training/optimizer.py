@@ -8,7 +8,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 from posterior_matching.config import Config, Count, NonNegative, Positive, Steps, build, call
 
@@ -57,12 +57,13 @@ def monotonic(low: NonNegative, high: NonNegative, transition_begin: Steps, tran
     return lambda step: low + (high - low) * jnp.clip((step - transition_begin) / transition_steps, 0.0, 1.0)
 
 
-def cyclic(low: NonNegative, high: NonNegative, period: Count, delay: Steps) -> Schedule:
-    """0 before `delay`; then cycles of `period` steps: a line from `low` to `high` over the first half, then `high`."""
+def cyclic(low: NonNegative, high: NonNegative, period: Annotated[Count, Field(ge=2)], delay: Steps) -> Schedule:
+    """0 before `delay`; then cycles of `period` steps: linear from `low` to `high` over `period // 2` steps, then
+    `high`."""
 
     def beta(step: jax.Array) -> jax.Array:
-        share = ((step - delay) % period) / period
-        return jnp.where(step < delay, 0.0, low + (high - low) * jnp.minimum(2.0 * share, 1.0))
+        risen = ((step - delay) % period) / (period // 2)
+        return jnp.where(step < delay, 0.0, low + (high - low) * jnp.minimum(risen, 1.0))
 
     return beta
 
