@@ -276,6 +276,7 @@ def vqvae(hidden_units: int, residual_units: int, codebook_size: int, embedding_
             "use_ema": True,  # False: train the codebook with its own loss
             "decay": 0.99,  # of the moving averages that the codebook follows
             "strides": (2, 2),  # their product is the ratio of image size to code-grid size
+            "kernel_scale": 0.88,  # initial standard deviation of kernels, times sqrt(fan_in); as published
         }
     )
     return config

@@ -10,6 +10,7 @@ def get_config():
     config = common.vqvae(hidden_units=64, residual_units=32, codebook_size=16, embedding_dim=16)
     config.dataset = "digits"
     config.model.strides = (2, 1)  # a 4x4 code grid; a 2x2 grid has too few codes
+    config.model.kernel_scale = 1.0
     config.noise_std = 0.05  # like EMA, against overfitting the 1,257 images
     config.ema_decay = 0.995
     config.batch_size = 64

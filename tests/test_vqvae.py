@@ -117,6 +117,13 @@ def test_shapes_and_likelihood(strides, grid):
     assert model.reconstruct(x).min() >= 0 and model.reconstruct(x).max() <= 1
 
 
+def test_the_scale_of_initial_kernels_is_that_of_no_other_weights():
+    before, after = weights(vqvae()), weights(vqvae(kernel_scale=0.5))
+    assert sum(name.endswith(".kernel") for name in before) == 11
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], (0.5 if name.endswith(".kernel") else 1.0) * array)
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "named"),
     [
@@ -125,6 +132,7 @@ def test_shapes_and_likelihood(strides, grid):
         ((8, 8, 1), {"strides": (2,)}, "strides has a wrong number of entries"),
         ((8, 8, 1), {"codebook_size": 0}, "codebook_size must be at least 1"),
         ((8, 8, 1), {"decay": 1.0}, "decay must be less than 1"),
+        ((8, 8, 1), {"kernel_scale": 0.0}, "kernel_scale must be greater than 0"),
         ((8, 8, 1), {"codebok_size": 4}, "unknown key 'model.codebok_size': did you mean 'codebook_size'"),
     ],
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from posterior_matching.config import Blocks, Config, Decay, NonNegative, Units, call
+from posterior_matching.config import Blocks, Config, Decay, NonNegative, Positive, Units, call
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import checked, partial_input, partial_input_shape
 from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
@@ -253,6 +253,8 @@ class VQVAE(nnx.Module):
         use_ema: See `VectorQuantizer`.
         decay: See `VectorQuantizer`.
         strides: Strides of the two convolutions that shrink the image to the code grid.
+        kernel_scale: Factor on all initial kernels. 0.88 is that of the published implementation, which does not
+            rescale its truncated normal distribution to the standard deviation 1 / sqrt(fan_in).
         rngs: Source of initial weights.
     """
 
@@ -269,6 +271,7 @@ class VQVAE(nnx.Module):
         use_ema: bool = True,
         decay: Decay = 0.99,
         strides: tuple[Stride, Stride] = (2, 2),
+        kernel_scale: Positive = 1.0,
         rngs: nnx.Rngs,
     ):
         body: dict[str, Any] = {"hidden_units": hidden_units, "residual_units": residual_units}
@@ -278,6 +281,9 @@ class VQVAE(nnx.Module):
         self.decoder = GridDecoder(embedding_dim, input_shape[-1], **body)
         self.likelihood_head = SharedScaleGaussian(input_shape, input_shape)
         self.codebook_size = codebook_size
+        for _, module in nnx.iter_modules(self):
+            if hasattr(module, "kernel"):
+                module.kernel[...] *= kernel_scale
 
     @property
     def grid(self) -> tuple[int, int]:
