@@ -222,6 +222,8 @@ def test_refusals_of_files(tmp_path, monkeypatch):
     real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
     assert "set config.images.range to (black, white)" in of("float", {"a.tif": encoded(real, "tiff")})
     assert "has values from 4000 to 4000" in of("dim", {}, range=(0, 3000))
+    one_of_later = read_images(tmp_path / "dim", known=ImageFormat((8, 8, 1)))  # of a run whose images reach white
+    np.testing.assert_array_equal(one_of_later.x, round(4000 / 257))
     np.testing.assert_array_equal(read(tmp_path / "dim", range=(0, 4000)).x, 255)
     np.testing.assert_array_equal(read(tmp_path / "float", range=(0.0, 1.0)).x, 128)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)

@@ -245,6 +245,6 @@ def as_stored(images: Images, filled: np.ndarray, observed: np.ndarray) -> np.nd
 
     original = stored(images.x / images.max_value) if images.original is None else images.original
     result = np.where(observed, original, stored(filled))
-    return {"NHW": lambda a: a[..., 0] if a.shape[3] == 1 else a, "NCHW": lambda a: np.moveaxis(a, -1, 1)}.get(
-        images.axes, lambda a: a
-    )(result)
+    if images.axes == "NCHW":
+        return np.moveaxis(result, -1, 1)
+    return result[..., 0] if images.axes == "NHW" and result.shape[3] == 1 else result

@@ -142,6 +142,12 @@ def read_files(path: Path, options: ImageOptions, known: ImageFormat | None, str
         logging.warning("%d of the files of '%s' are no images (%s): left out", len(others), path, first_names(others))
     for note, found in notes["notes"].items():
         logging.warning("%d of the images of '%s' %s (%s)", len(found), path, note, first_names(found))
+    if not known and 0 < notes["largest"] < WHITE_16 // 4:
+        bound = 2 ** notes["largest"].bit_length() - 1
+        raise UserError(
+            f"the images of '{path}' have 16 bits but only values up to {notes['largest']}: set config.images.range to "
+            f"(0, {bound}), if {bound} is white, or to (0, {WHITE_16})"
+        )
     x, kept = stored["x"], [candidates[i] for i in stored["kept"]]
     channels = options.channels or (known.shape[2] if known else x.shape[3])
     if x.shape[3] > channels:
@@ -190,18 +196,12 @@ def _decode_all(
     if not pixels:
         name, why = next(iter(broken.items()))
         raise UserError(f"'{source}' holds no images: of {len(broken)} files none can be read ({name}: {why})")
-    if 0 < largest < WHITE_16 // 4:
-        bound = 2 ** largest.bit_length() - 1
-        raise UserError(
-            f"the images of '{source}' have 16 bits but only values up to {largest}: set config.images.range to "
-            f"(0, {bound}), if {bound} is white, or to (0, {WHITE_16})"
-        )
     colour = [names[i] for i, image in zip(kept, pixels, strict=True) if image.shape[2] == 3]
     channels = 3 if colour else 1
     x = np.empty((len(pixels), *pixels[0].shape[:2], channels), np.uint8)
     for row, image in zip(x, pixels, strict=True):
         row[:] = image
-    found = json.dumps({"broken": broken, "notes": notes, "colour": colour})
+    found = json.dumps({"broken": broken, "notes": notes, "colour": colour, "largest": largest})
     return {"x": x, "kept": np.array(kept), "sizes": np.array(sizes), "notes": np.array(found)}
 
 
