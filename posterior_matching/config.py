@@ -33,6 +33,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+Scale = Annotated[float, Field(gt=0, le=100)]  # of initial weights
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of an exponential moving average
 
 _SHORTER = {"Input should": "must", "greater than or equal to": "at least", "less than or equal to": "at most"}

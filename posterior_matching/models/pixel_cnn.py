@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from pydantic import Field
 
-from posterior_matching.config import Blocks, Dropout, Positive, Units
+from posterior_matching.config import Blocks, Dropout, Scale, Units
 from posterior_matching.errors import OptionError
 
 # The input of every convolution at the positions computed so far, by the convolution's name, and under "embedding" the
@@ -303,7 +303,7 @@ class PixelCNN(nnx.Module):
         num_filters: Units,
         num_hierarchies: Annotated[int, Field(ge=1, le=16)] = 1,
         dropout: Dropout = 0.5,
-        embedding_std: Positive | None = None,
+        embedding_std: Scale | None = None,
         rngs: nnx.Rngs,
     ):
         sizes = {"num_resnet": num_resnet, "num_filters": num_filters, "num_hierarchies": num_hierarchies}

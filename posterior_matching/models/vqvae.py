@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from posterior_matching.config import Blocks, Config, Decay, NonNegative, Positive, Units, call
+from posterior_matching.config import Blocks, Config, Decay, NonNegative, Scale, Units, call
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import checked, partial_input, partial_input_shape
 from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
@@ -271,7 +271,7 @@ class VQVAE(nnx.Module):
         use_ema: bool = True,
         decay: Decay = 0.99,
         strides: tuple[Stride, Stride] = (2, 2),
-        kernel_scale: Positive = 1.0,
+        kernel_scale: Scale = 1.0,
         rngs: nnx.Rngs,
     ):
         body: dict[str, Any] = {"hidden_units": hidden_units, "residual_units": residual_units}
