@@ -14,4 +14,5 @@ def get_config():
     config.dataset = "adult"
     config.noise_std = 0.001
     config.model.likelihood.num_components = 10
+    config.model.availability = False  # no values are missing
     return config

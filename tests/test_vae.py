@@ -282,7 +282,10 @@ def abstract_model(name):
 GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian", "pm_vae_digits_sparse")
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("pm_vae_") and load(n).dataset])
+PAPERS = [n for n in CONFIGS if n.startswith("pm_vae_") and n != "pm_vae_adult" and load(n).dataset]
+
+
+@pytest.mark.parametrize("name", PAPERS)
 def test_every_config_builds_a_model_with_the_paper_s_heads_that_runs(name):
     model, shape = abstract_model(name)
     heads = {
