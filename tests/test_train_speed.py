@@ -7,10 +7,10 @@ import pytest
 from helpers.scripts import finish, start
 
 pytestmark = pytest.mark.process
-ARGUMENTS = ["--config", "configs/pm_vae_mixture.py", "--seconds=0.1", "--config.batch_size=2", "--rounds", "1"]
+ARGUMENTS = ["--config", "configs/pm_vae_gas_gaussian.py", "--seconds=0.1", "--config.batch_size=2", "--rounds", "1"]
 SCRIPT = """
 import sys
-assert sys.argv[1:] == ["--config=configs/pm_vae_mixture.py", "--seconds=0.1", "--config.batch_size=2"], sys.argv
+assert sys.argv[1:] == ["--config=configs/pm_vae_gas_gaussian.py", "--seconds=0.1", "--config.batch_size=2"], sys.argv
 print("steps per second       0.5  (3 samples, 0.5 to 0.5)")
 """
 
@@ -24,10 +24,6 @@ def test_two_checkouts_are_measured_with_the_same_arguments(tmp_path):
     assert out.splitlines()[1].startswith(f"ratio, ours / theirs: median {ratio:.3f}")
 
 
-def test_a_checkout_that_is_none_or_cannot_be_measured(tmp_path):
+def test_a_checkout_that_cannot_be_measured(tmp_path):
     _, err = finish(start("benchmarks/train_speed", *ARGUMENTS, f"--against={tmp_path}"), status=1)
     assert err.startswith("error: ") and "is not a checkout" in err and err.count("\n") == 1
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "train_speed.py").write_text("raise SystemExit('error: broken')")
-    _, err = finish(start("benchmarks/train_speed", *ARGUMENTS, f"--against={tmp_path}"), status=1)
-    assert err == f"error: measuring {tmp_path} failed: error: broken\n"
