@@ -33,6 +33,11 @@ class OptionError(UserError):
         return OptionError(".".join(filter(None, (group, self.option))), self.problem)
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a hint such as ``did you mean 'steps'?``, or the list of known names when none is close."""
     known = sorted(known)

@@ -72,7 +72,7 @@ def test_the_files_are_downloaded_once(folder, monkeypatch):
 
     monkeypatch.setattr(adult, "fetch", fetch)
     assert len(data.load("adult", "test")) == 2
-    monkeypatch.setattr(adult, "fetch", None)
+    monkeypatch.setattr(adult, "fetch", lambda _, archive: archive.stat())  # as of a file that is there
     assert len(data.load("adult", "test")) == 2
 
 
@@ -85,8 +85,13 @@ def test_what_to_do_without_a_network_or_with_another_file(folder, monkeypatch):
     assert "no connection" in message and adult.URL in message and str(folder) in message
     write(folder)
     shutil.copy(folder / "adult.data", folder / "adult.test")
-    (folder / "adult.data").write_text("a,b\n1,2\n")
-    assert "adult.data' is not the file of UCI Adult" in refusal(data.load, "adult", "test")
+    for text in ("a,b\n1,2\n", "1," * 20 + "\n", ""):
+        (folder / "adult.data").write_text(text)
+        assert "adult.data' is not the file of UCI Adult" in refusal(data.load, "adult", "test")
+    (folder / "adult.data").unlink()
+    (folder / "adult.zip").write_bytes(b"half of it")
+    monkeypatch.setattr(adult, "fetch", lambda *_: None)
+    assert "File is not a zip file" in refusal(data.load, "adult", "test")
 
 
 @needs_adult

@@ -16,6 +16,7 @@ import train_pm_vade
 import train_pm_vae
 import train_vade
 from configs import common
+from helpers.runs import refusal
 from posterior_matching import acquisition, data, runs
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.evaluation import baselines, metrics, uci
@@ -380,6 +381,19 @@ def small(config, path, **model):
     config.update(steps=4, validation_every=2, log_every=1, batch_size=8, dataset=str(path), noise_std=0.1)
     config.model = {"latent_dim": 2, "encoder": MLP, "decoder": MLP, "likelihood": {"name": "Columns"}} | model
     return config
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_run_whose_table_has_changed_is_refused_and_keeps_its_units(steps, table, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(table.read_text())
+    config = small(common.pm_vae(), path, posterior={"name": "DiagonalGaussian"})
+    train_pm_vae.train(config, str(tmp_path / "run"))
+    description = (tmp_path / "run" / "config.json").read_bytes()
+    path.write_text(table.read_text().replace("red", "blue"))
+    config.steps = steps  # finished, or to go on
+    assert f"'{path}' has changed since" in refusal(train_pm_vae.train, config, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "config.json").read_bytes() == description
 
 
 def test_every_family_of_tables_trains_on_mixed_columns_and_loads(table, tmp_path):

@@ -14,8 +14,9 @@ from flax import nnx
 
 import train_pm_vae
 from helpers.arrays import assert_same
-from helpers.configs import small
+from helpers.configs import ROOT, small
 from helpers.runs import contents, refusal, rows, weights
+from helpers.scripts import finish, spawn
 from posterior_matching import runs
 from posterior_matching.config import plain
 from posterior_matching.errors import UserError
@@ -363,6 +364,13 @@ def test_a_run_whose_latest_checkpoint_is_gone_is_refused_not_begun_again(run_di
     message = refusal(train_pm_vae.train, make_config(), str(run_dir))
     assert "its latest checkpoint is gone: put checkpoints/latest back, or choose another --run_dir" in message
     assert contents(run_dir) == before
+
+
+@pytest.mark.process
+def test_runs_can_be_used_where_python_has_no_fcntl():
+    finish(
+        spawn([sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import posterior_matching.runs"], ROOT)
+    )
 
 
 @pytest.mark.process

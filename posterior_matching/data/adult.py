@@ -4,6 +4,7 @@ import dataclasses
 import os
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import requests
 from posterior_matching.data.columns import Columns
 from posterior_matching.data.download import fetch
 from posterior_matching.data.tables import Table, TableOptions, read_table
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, first_line
 
 URL = "https://archive.ics.uci.edu/static/public/2/adult.zip"
 FILES = ("adult.data", "adult.test")
@@ -38,7 +39,7 @@ def read(options: TableOptions = TableOptions()) -> tuple[Table, Columns]:  # no
     Raises:
         UserError: The files are neither in the manual folder nor can be downloaded, or are not those of the archive.
     """
-    frames = [_read(file) for file in _files()]
+    frames = _frames()
     frame = pd.concat(frames, ignore_index=True)
     american = (frame.pop("native-country") == "United-States").to_numpy()
     published = np.arange(len(frame)) < len(frames[0])  # in adult.data
@@ -51,28 +52,28 @@ def read(options: TableOptions = TableOptions()) -> tuple[Table, Columns]:  # no
     return Table(table.frame, "adult", table.options, parts=parts), columns
 
 
-def _read(path: Path) -> pd.DataFrame:
-    """The rows without missing values. The test file has a comment line, and a dot after each label."""
-    frame = pd.read_csv(path, header=None, names=NAMES, na_values="?", skipinitialspace=True, comment="|")
-    if frame["age"].dtype.kind not in "iu" or frame["income"].isna().any():
-        raise UserError(f"'{path}' is not the file of UCI Adult: download it from {URL}")
-    return frame.dropna().assign(income=lambda rows: rows["income"].str.removesuffix("."))
-
-
-def _files() -> list[Path]:
+def _frames() -> list[pd.DataFrame]:
+    """Reads both files, from the manual folder or from the archive, which is downloaded there."""
     home = Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets").expanduser()
     folder = home / "downloads" / "manual" / "adult"
-    paths = [folder / name for name in FILES]
-    if not all(path.exists() for path in paths):
+    try:
+        if all((folder / name).exists() for name in FILES):
+            return [_read(folder / name, str(folder / name)) for name in FILES]
         archive = folder / "adult.zip"
-        try:
-            fetch(URL, archive)
-            with zipfile.ZipFile(archive) as opened:
-                for name in FILES:
-                    opened.extract(name, folder)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            problem = "no connection" if isinstance(error, requests.ConnectionError) else error
-            raise UserError(
-                f"cannot download 'adult' ({problem}): put {' and '.join(FILES)} of {URL} into {folder}"
-            ) from error
-    return paths
+        fetch(URL, archive)
+        with zipfile.ZipFile(archive) as opened:
+            return [_read(opened.open(name), f"{archive}/{name}") for name in FILES]
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        problem = "no connection" if isinstance(error, requests.ConnectionError) else first_line(error)
+        raise UserError(f"cannot read 'adult' ({problem}): put {' and '.join(FILES)} of {URL} into {folder}") from error
+
+
+def _read(file: Path | IO[bytes], source: str) -> pd.DataFrame:
+    """The rows without missing values. The test file has a comment line, and a dot after each label."""
+    try:
+        frame = pd.read_csv(file, header=None, names=NAMES, na_values="?", skipinitialspace=True, comment="|")
+    except ValueError as error:  # of pandas, for text in another encoding or with more columns
+        raise UserError(f"'{source}' is not the file of UCI Adult: download it from {URL}") from error
+    if frame["age"].dtype.kind not in "iu" or frame["income"].isna().any():
+        raise UserError(f"'{source}' is not the file of UCI Adult: download it from {URL}")
+    return frame.dropna().assign(income=lambda rows: rows["income"].str.removesuffix("."))

@@ -19,11 +19,11 @@ from posterior_matching.data.image_types import (
     ImageFormat,
     ImageOptions,
     Images,
-    file_digest,
     first_names,
     fit,
     size_text,
 )
+from posterior_matching.data.tables import file_fingerprint
 from posterior_matching.errors import OptionError, UserError
 
 
@@ -92,7 +92,7 @@ def read_array(path: Path, options: ImageOptions, known: ImageFormat | None, wit
         max_value,
         tuple(names),
         ImageFormat(x.shape[1:], str(raw.dtype), (float(black), float(white)), labels),
-        file_digest(path),
+        file_fingerprint(path),
         label,
         parts if len(parts) > 1 else None,
         holes,

@@ -29,13 +29,13 @@ from posterior_matching.data.image_types import (
     ImageFormat,
     ImageOptions,
     Images,
-    file_digest,
     first_names,
     fit,
     hash_text,
     reason,
     size_text,
 )
+from posterior_matching.data.tables import file_fingerprint
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.progress import progress_bar
 
@@ -61,11 +61,11 @@ def fingerprint(source: str | Path) -> str:
     """Returns the SHA-256 of a file, or of all files of a folder with their names."""
     path = Path(source)
     if path.is_file():
-        return file_digest(path)
+        return file_fingerprint(path)
     files = {name: file for name, file in _visible_files(path).items() if file.exists()}
 
     def compute() -> dict[str, np.ndarray]:
-        return {"digest": np.array(hash_text([(name, file_digest(file)) for name, file in files.items()]))}
+        return {"digest": np.array(hash_text([(name, file_fingerprint(file)) for name, file in files.items()]))}
 
     key = f"fingerprint-{hash_text((str(path.resolve()), list(files)))[:12]}"
     return str(cached(key, files.values(), compute)["digest"])

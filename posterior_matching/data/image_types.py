@@ -5,7 +5,6 @@ import functools
 import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 from pydantic import Field, PlainValidator
 
 from posterior_matching.config import call
-from posterior_matching.errors import OptionError
+from posterior_matching.errors import OptionError, first_line
 
 MAX_SIDE = 1024
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -136,17 +135,10 @@ def hash_text(value: Any) -> str:
     return hashlib.sha256(ascii(value).encode()).hexdigest()
 
 
-def file_digest(file: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def reason(error: Exception) -> str:
     """Returns an error's first line, without the addresses of objects."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = re.sub(r" ?<_io\.BytesIO object at \w+>", "", text)
-    return (text.splitlines() or [type(error).__name__])[0]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return re.sub(r" ?<_io\.BytesIO object at \w+>", "", text)
 
 
 def size_text(shape: Sequence[int]) -> str:

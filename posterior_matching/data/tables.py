@@ -42,7 +42,7 @@ from posterior_matching.data.cells import (
     with_decimal,
 )
 from posterior_matching.data.dialect import BLANKS, Dialect, open_bytes, records, sniff, zip_members
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, first_line
 
 __all__ = [
     "Cells",
@@ -164,8 +164,7 @@ def _chunks(path: Path, options: TableOptions, known_names: Sequence[str], rows:
         else:
             yield from _read_text(path, options, known_names, rows)
     except (EOFError, ValueError, csv.Error, zlib.error, zipfile.BadZipFile, pa.ArrowException) as error:
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read '{path}': {problem}") from error
+        raise UserError(f"cannot read '{path}': {first_line(error)}") from error
 
 
 # Arrays and frames ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from absl import logging
 from posterior_matching.data.cache import cached
 from posterior_matching.data.gaussian import GaussianCheck, gaussian_log_likelihood
 from posterior_matching.data.splits import resolve_split, unknown_split
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, first_line
 from posterior_matching.progress import progress_bar
 
 TABULAR = ("gas", "power", "hepmass", "miniboone", "bsds")
@@ -102,7 +102,7 @@ def _check_features(name: str) -> None:
                 foreign = [c for c in _class_names(json.loads(path.read_text())) if not _OF_TFDS.fullmatch(c)]
             except (OSError, ValueError, RecursionError) as error:
                 remedy = "delete that folder to prepare the dataset again"
-                raise UserError(f"cannot read '{path}' ({_first_line(error)}): {remedy}") from error
+                raise UserError(f"cannot read '{path}' ({first_line(error)}): {remedy}") from error
             if foreign:
                 raise UserError(f"'{path}' names the feature type '{foreign[0]}', which is not one of TFDS's own")
 
@@ -135,7 +135,7 @@ def _builder(name: str) -> Any:
         builtin = ("adult", "digits", "mixture", "patches", *TABULAR, *_DERIVED)
         known = (*builtin, *tfds.list_builders(with_community_datasets=False))
         if name in known:
-            raise UserError(f"TFDS cannot open dataset '{name}': {_first_line(error)}") from error
+            raise UserError(f"TFDS cannot open dataset '{name}': {first_line(error)}") from error
         close = difflib.get_close_matches(name, known, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(builtin)}, the names of TFDS"
         raise UserError(f"unknown dataset '{name}': {hint} (or the path of your own data)") from error
@@ -216,7 +216,7 @@ def _prepare(builder: Any) -> None:
     except Exception as error:
         if builder.data_path.exists():  # another process was faster
             return
-        raise UserError(f"cannot prepare dataset '{builder.name}' ({_first_line(error)}): {remedy}") from error
+        raise UserError(f"cannot prepare dataset '{builder.name}' ({first_line(error)}): {remedy}") from error
     finally:
         for folder in sorted(_folders(root) - before, reverse=True):  # subfolders first
             with contextlib.suppress(OSError):  # it is not empty
@@ -226,10 +226,6 @@ def _prepare(builder: Any) -> None:
 def _folders(root: Path) -> set[Path]:
     """The folders in `root`, with itself and those that it lies in."""
     return {path for path in (root, *root.parents, *root.rglob("*")) if path.is_dir()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # Records -------------------------------------------------------------------------------------------------------------
@@ -340,7 +336,7 @@ def _reading(builder: Any) -> Iterator[None]:
         raise
     except Exception as error:
         remedy = "delete that folder to prepare it again"
-        raise UserError(f"cannot read '{builder.data_path}' ({_first_line(error)}): {remedy}") from error
+        raise UserError(f"cannot read '{builder.data_path}' ({first_line(error)}): {remedy}") from error
 
 
 def _value(feature: Any) -> Any:

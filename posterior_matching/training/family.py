@@ -106,10 +106,7 @@ class Family:
         parsed = self.parse(config)
         pretrained = load_pretrained(self.base, parsed.base_dir, self.name, run_dir) if self.base else None
         if pretrained and parsed.config["dataset"] is None:
-            config = parsed.config | {"dataset": pretrained.dataset}
-            if not any(value is not None for value in config.get("images", {}).values()):
-                config["images"] = pretrained.image_options or {}
-            parsed = parsed._replace(config=config)
+            parsed = parsed._replace(config=_with_data_of(pretrained, parsed.config))
         saved = resumed_description(run_dir, parsed.config)
         if saved is None:
             columns, image_format = (pretrained.columns, pretrained.image_format) if pretrained else (None, None)
@@ -231,6 +228,16 @@ def _first_pictures(
         return pictures(model, x, masks)
 
     return draw
+
+
+def _with_data_of(pretrained: Pretrained, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config with the base's dataset, read as the base read it unless `config` says how to."""
+    config = config | {"dataset": pretrained.dataset}
+    for key, options in (("table", data.TableOptions), ("images", data.ImageOptions)):
+        reading = (pretrained.reading or {}).get(key)
+        if reading and configs.call(options, config.get(key) or {}) == options():
+            config[key] = reading
+    return config
 
 
 def resumed_description(run_dir: str | None, config: dict[str, Any]) -> dict[str, Any] | None:

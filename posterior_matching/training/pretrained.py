@@ -59,7 +59,7 @@ class Pretrained(NamedTuple):
     input_shape: tuple[int, ...]
     columns: Columns | None = None  # of the table it was trained on
     image_format: ImageFormat | None = None  # of the images it was trained on
-    image_options: dict[str, Any] | None = None  # its config.images
+    reading: dict[str, Any] | None = None  # its config.table and config.images
 
     def check_shape(self, input_shape: tuple[int, ...]) -> None:
         """Raises UserError if the part was trained on data of another shape."""
@@ -112,5 +112,5 @@ def load_pretrained(
         input_shape=tuple(description["input_shape"]),
         columns=runs.saved_columns(description),
         image_format=runs.saved_image_format(description),
-        image_options=plain(description["config"].get("images") or {}),
+        reading={key: plain(description["config"].get(key) or {}) for key in ("table", "images")},
     )

@@ -15,7 +15,7 @@ from posterior_matching.data.download import compare_checksum, fetch, record_che
 from posterior_matching.data.gaussian import gaussian_log_likelihood
 from posterior_matching.data.sources import Parts
 from posterior_matching.data.tables import file_fingerprint
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, first_line
 
 _SPLITS = ("train", "val", "test")
 
@@ -199,6 +199,6 @@ def _stamp(path: Path) -> dict[str, int]:
 def _reason(error: Exception) -> str:
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"{error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.RequestException) or not str(error):  # whose messages are long
+    if isinstance(error, requests.RequestException):  # whose messages are long
         return type(error).__name__
-    return str(error).strip().splitlines()[0]
+    return first_line(error)
