@@ -401,6 +401,7 @@ def test_every_family_of_tables_trains_on_mixed_columns_and_loads(table, tmp_pat
     diagonal = {"name": "DiagonalGaussian"}
     expected = {"cardinalities": [0, 3, 2], "availability": True}
     own = small(common.pm_vae(), table, posterior=diagonal, availability=None)
+    own.table.separator = ","
     base = train_pm_vae.train(own, str(tmp_path / "pm_vae"))
     model = runs.read_description(base)["config"]["model"]
     assert {key: model[key] for key in expected} == expected
@@ -418,6 +419,7 @@ def test_every_family_of_tables_trains_on_mixed_columns_and_loads(table, tmp_pat
     lookahead.update(model_samples=2, lookahead_subsample=3)
     lookahead.mask_generator = {"name": "BernoulliMaskGenerator", "p": 0.3}
     run = train_lookahead_posterior.train(lookahead, str(tmp_path / "lookahead"))
+    assert runs.read_description(run)["config"]["table"]["separator"] == ","  # the base's data are read as it read them
     x, b = np.float32([[0.1, 2, 0]]), np.float32([[1, 1, 0]])
     assert np.isfinite(runs.load_model(run).info_gains(x, b, 3, key=KEY)[0, 2])
 
