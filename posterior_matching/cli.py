@@ -279,6 +279,10 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
         "If the run directory holds no run yet, train the default config on the input first; --config.table.KEY=VALUE "
         "sets how to read it, and --config.KEY=VALUE changes any other key.",
     ),
+    "weighted": (
+        flags.DEFINE_bool,
+        "Weigh the draws that a point estimate averages by p(x_o, z) / q(z | x_o); as published, they are not weighted.",
+    ),
     "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
 }
 

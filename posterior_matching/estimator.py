@@ -560,7 +560,7 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
                 "encoder": encoder,
                 "posterior": {"name": "TriLGaussian"},
                 "decoder": encoder,
-                "likelihood": {"name": "Columns", "num_components": 3},
+                "likelihood": {"name": "Columns", "num_components": 3, "spread": False},
                 "availability": config_dict.placeholder(bool),  # found from the data
                 "partial_encoder": encoder,
                 "partial_posterior": {

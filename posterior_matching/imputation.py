@@ -126,7 +126,7 @@ def _compiled(fn, graphdef, num_samples, state, key, hashes, x, b):
 
 
 def _point(model, key, x, b, num_samples):
-    return model.point(x, b, num_samples, key=key)
+    return model.point(x, b, num_samples, key=key, weighted=True)
 
 
 def _draw(model, key, x, b, num_samples):

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from helpers.arrays import normal
 from posterior_matching.masking import mask_shape
-from posterior_matching.models.likelihood import importance_log_prob, log_prob_of_observed
+from posterior_matching.models.likelihood import importance_log_prob, log_prob_of_observed, truncated_weights
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -60,3 +60,11 @@ def test_log_mean_weight_and_effective_sample_size_of_known_weights(table, num_s
     weights = np.exp(log_weights - np.maximum(log_weights.max(0), -1e9))
     effective = weights.sum(0) ** 2 / np.maximum(np.square(weights).sum(0), 1e-9)  # 0 where all weights vanish
     np.testing.assert_allclose(found.effective_sample_size, effective, rtol=rtol)
+
+
+def test_truncated_weights_are_at_most_root_s_times_the_mean_and_sum_to_one():
+    w = np.array([[1.0, 1e-3], [2.0, 0.0], [3.0, 1e5], [4.0, 2e-3]])  # no weight of the first column is that large
+    cut = np.minimum(w, 2 * w.mean(0))
+    found = truncated_weights(jnp.log(w) - 300)
+    np.testing.assert_allclose(found, cut / cut.sum(0), rtol=1e-4)
+    np.testing.assert_allclose(found[:, 0], w[:, 0] / 10, rtol=1e-4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpyro import distributions as dist
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 import train_lookahead_posterior
 import train_pm_vade
@@ -158,6 +158,18 @@ def test_point_estimates_are_means_of_reals_and_the_category_of_greatest_mean_pr
     point = np.asarray(jax.jit(lambda key: model.point(X, B, 20_000, key=key))(KEY))
     np.testing.assert_array_equal(point[B == 1], X[B == 1])
     np.testing.assert_allclose(point[B == 0], expected[B == 0], atol=0.05)
+
+
+def test_weighted_point_estimates_are_those_of_the_model_whatever_the_proposal():
+    model = with_wide_proposals(make())
+    log_joint = (by_z(model)[0](X) * B).sum(-1) - 0.5 * GRID[:, None] ** 2
+    mean = np.einsum("gn,gf->nf", softmax(log_joint, axis=0), by_z(model)[1])
+    expected = np.stack([mean[:, 0], mean[:, 1:4].argmax(1), mean[:, 4:6].argmax(1), mean[:, 6]], axis=1)
+    estimate = jax.jit(lambda key, weighted: model.point(X, B, 20_000, key=key, weighted=weighted), static_argnums=1)
+    weighted, unweighted = (np.asarray(estimate(KEY, w)) for w in (True, False))
+    np.testing.assert_array_equal(weighted[B == 1], X[B == 1])
+    np.testing.assert_allclose(weighted[B == 0], expected[B == 0], atol=0.05)
+    assert np.abs(unweighted - expected)[B == 0].max() > 0.2
 
 
 @pytest.mark.parametrize("name", ["pm_vae", "pm_vade"])

@@ -29,6 +29,7 @@ def evaluate(
     num_samples: Count = 512,
     num_trials: Count = 5,
     seed: Seed = 0,
+    weighted: bool = False,
     baselines: bool = False,
 ) -> Results:
     """Evaluates a PM-VAE and writes `uci_results/` in its run directory.
@@ -50,6 +51,7 @@ def evaluate(
         num_samples: Samples of z per example and estimate.
         num_trials: Trials, each with its own masks.
         seed: Random seed of masks and samples.
+        weighted: Weigh the draws of the imputations, see `Imputing.point`; as published, they are not.
         baselines: Also score mean, kNN and iterative imputation on the same masks.
 
     Raises:
@@ -67,7 +69,7 @@ def evaluate(
         likelihood = model.is_log_prob(x, b, num_samples, key=key_likelihood, available=available)
         return {
             "b": b[0],
-            "imputation": model.point(x, b, num_samples, key=key_impute)[0],
+            "imputation": model.point(x, b, num_samples, key=key_impute, weighted=weighted)[0],
             "ac_ll": likelihood.log_p_xu_given_xo[0],
             "log_p_x": likelihood.log_p_x[0],
             "ess_x": likelihood.ess_x[0],

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from numpyro import distributions as dist
 from pydantic import Field
+from scipy.special import ndtri
 
 from posterior_matching.config import Count
 from posterior_matching.errors import OptionError
@@ -119,6 +120,7 @@ class Columns(nnx.Module):
         data_shape: Shape,
         num_components: Count = 1,
         *,
+        spread: bool = False,
         cardinalities: Cardinalities = (),
         rngs: nnx.Rngs,
     ):
@@ -130,6 +132,10 @@ class Columns(nnx.Module):
         per_real = 1 if num_components == 1 else 3 * num_components
         self.sizes = tuple(len(columns) * (k or per_real) for k, (columns, _) in _groups(self.cardinalities).items())
         self.linear = nnx.Linear(math.prod(features_shape), sum(self.sizes), rngs=rngs)
+        if num_real and num_components > 1 and spread:
+            self.linear.bias = nnx.Param(
+                jnp.zeros(sum(self.sizes)).at[: self.sizes[0]].set(_spread(num_components, num_real))
+            )
         if num_real and num_components == 1:
             self.log_scale = nnx.Param(jnp.zeros(num_real))
 
@@ -152,6 +158,16 @@ class Columns(nnx.Module):
         logits, loc, scale = jnp.split(parameters, 3, axis=-1)
         components = dist.Normal(loc, jax.nn.softplus(scale) + MIN_SCALE, **_UNCHECKED)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits, **_UNCHECKED), components, **_UNCHECKED)
+
+
+def _spread(num_components: int, num_columns: int) -> np.ndarray:
+    """Biases `[n * 3 * num_components]` with which the mixtures of n real columns start as wide as N(0, 1).
+
+    Components that start alike part slowly; here they start at quantiles of N(0, 1), with widths that fill the gaps.
+    """
+    means = ndtri((np.arange(num_components) + 0.5) / num_components)
+    width = np.log(np.expm1(2.5 / num_components))  # the inverse of softplus
+    return np.tile(np.concatenate([np.zeros(num_components), means, np.full(num_components, width)]), num_columns)
 
 
 class IndependentColumns:

@@ -1,5 +1,6 @@
 """Per-example log-likelihoods in nats: of observed features given z, and marginal over z by importance sampling."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,23 @@ def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Ar
     # `where` in place of a product, and on both sides: -inf * 0 is NaN, in the value or in its gradient.
     log_prob = jnp.where(b == 1, p.log_prob(jnp.where(b == 1, x, 0.0)), 0.0)
     return log_prob.sum(tuple(range(log_prob.ndim - (x.ndim - 1), log_prob.ndim)))  # over features
+
+
+def truncated_weights(log_weights: jax.Array) -> jax.Array:
+    """Self-normalised importance weights, after cutting those above sqrt(S) times the mean down to it.
+
+    The few draws that a proposal with too thin tails misses would otherwise decide the estimate: the variance becomes
+    finite for a bias that vanishes as S grows (Ionides 2008, "Truncated importance sampling").
+
+    Args:
+        log_weights: log p(x_o, z) - log q(z), `[S, B]`, nats.
+
+    Returns:
+        `[S, B]`, with sum 1 over S.
+    """
+    log_s = math.log(len(log_weights))
+    log_mean = jax.nn.logsumexp(log_weights, axis=0) - log_s
+    return jax.nn.softmax(jnp.minimum(log_weights, log_mean + log_s / 2), axis=0)
 
 
 class ConditionalLogProb(NamedTuple):

@@ -27,12 +27,14 @@ from posterior_matching.models.distributions import (
     LIKELIHOOD_HEADS,
     Distribution,
     ExplicitDistribution,
+    sample_and_log_prob,
 )
 from posterior_matching.models.likelihood import (
     ConditionalLogProb,
     ImportanceEstimate,
     importance_log_prob,
     log_prob_of_observed,
+    truncated_weights,
 )
 from posterior_matching.models.networks import NETWORKS, Shape
 
@@ -135,12 +137,18 @@ class VAE(nnx.Module):
 
         The features of categories are their probabilities. Decodes `chunk_size` samples at once.
         """
+        return jax.lax.map(lambda z: _mean_features(self.decode(z)), z, batch_size=chunk_size)
 
-        def mean(z: jax.Array) -> jax.Array:
+    def decode_mean_and_log_prob(
+        self, z: jax.Array, x: jax.Array, b: jax.Array, chunk_size: int = 128
+    ) -> tuple[jax.Array, jax.Array]:
+        """`decode_mean`, and log p(x_o | z) in nats, `[S, B]`, from one pass of the decoder."""
+
+        def decoded(z: jax.Array) -> tuple[jax.Array, jax.Array]:
             p = self.decode(z)
-            return p.mean_features if isinstance(p, IndependentColumns) else p.mean
+            return _mean_features(p), log_prob_of_observed(p, x, b)
 
-        return jax.lax.map(mean, z, batch_size=chunk_size)
+        return jax.lax.map(decoded, z, batch_size=chunk_size)
 
     def decode_draw(self, z: jax.Array, key: jax.Array, means: bool = False, chunk_size: int = 128) -> jax.Array:
         """Draws x ~ p(x | z), `[S, B, *input_shape]`, for `z: [S, B, e]`; with `means`, only categories are drawn."""
@@ -152,6 +160,10 @@ class VAE(nnx.Module):
             return jnp.where(is_real(self.cardinalities), p.mean, x) if means else x
 
         return jax.lax.map(draw, (z, jax.random.split(key, len(z))), batch_size=chunk_size)
+
+
+def _mean_features(p: ExplicitDistribution) -> jax.Array:
+    return p.mean_features if isinstance(p, IndependentColumns) else p.mean
 
 
 class PartialPosterior(nnx.Module):
@@ -294,13 +306,29 @@ class Imputing(nnx.Module):
         draws = self.decoding.decode_draw(self._latents(x, b, num_samples, key_z), key_x)
         return jnp.where(b == 1, x, draws)
 
-    def point(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
+    def point(
+        self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, weighted: bool = False
+    ) -> jax.Array:
         """Estimates x_u, `[B, *input_shape]`: E[x_u | x_o] over `num_samples` draws of z, observed values copied.
 
         For categories it is the most probable one, with probabilities averaged over z. Otherwise like `impute`.
+
+        Args:
+            x: As in `impute`.
+            b: As in `impute`.
+            num_samples: Draws of z ~ q(z | x_o).
+            key: Random key.
+            weighted: Weigh each draw by p(x_o, z) / q(z | x_o), see `likelihood.truncated_weights`. The expectation is
+                then that of the model, p(z | x_o), to which q(z | x_o) is an approximation. As published, it is not.
         """
         x, b = checked(x, b, self.decoding.input_shape)
-        mean = self.decoding.decode_mean(self._latents(x, b, num_samples, key)).mean(0)
+        if weighted:
+            z, log_q = sample_and_log_prob(self.partial_posterior(x, b), key, (num_samples,))
+            means, log_p_xo = self.decoding.decode_mean_and_log_prob(z, x, b)
+            weights = truncated_weights(log_p_xo + self.decoding.prior().log_prob(z) - log_q)  # [S, B]
+            mean = (weights.reshape(*weights.shape, *[1] * (means.ndim - 2)) * means).sum(0)
+        else:
+            mean = self.decoding.decode_mean(self._latents(x, b, num_samples, key)).mean(0)
         return jnp.where(b == 1, x, column_values(mean, self.decoding.cardinalities))
 
     def _latents(self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array) -> jax.Array:
