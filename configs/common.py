@@ -85,6 +85,7 @@ def pm_vae() -> ConfigDict:
     config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
     config.matching_coef = 1.0
     config.matching_ll_stop_gradients = False  # True: the matching term does not train the VAE
+    config.elbo_samples = 1  # z per example; more tighten the bound on log p(x) (importance-weighted autoencoder)
     config.pretrained_dir = config_dict.placeholder(str)  # a PM-VAE run whose VAE is copied and frozen
     config.beta = ConfigDict({"name": "constant", "value": 1.0})
     return config

@@ -281,7 +281,7 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
     ),
     "weighted": (
         flags.DEFINE_bool,
-        "Weigh the draws that a point estimate averages by p(x_o, z) / q(z | x_o); as published, they are not weighted.",
+        "Weigh the draws that a point estimate averages by p(x_o, z) / q(z | x_o); they are not weighted in the paper.",
     ),
     "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
 }

@@ -553,6 +553,7 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
             "mask_generator": {"name": "BernoulliMaskGenerator", "p": 0.5},
             "matching_coef": 1.0,
             "matching_ll_stop_gradients": True,
+            "elbo_samples": 1,
             "pretrained_dir": None,
             "beta": {"name": "monotonic", "low": 0.0, "high": 1.0, "transition_begin": 0, "transition_steps": 500},
             "model": {

@@ -121,6 +121,22 @@ def test_terms_average_to_an_elbo_that_is_tight_and_to_the_matching_closed_form(
     assert_mean(terms.matching_ll, -scipy.stats.multivariate_normal(np.zeros(2), covariance).entropy())
 
 
+@pytest.mark.parametrize("num_samples", [2, 16])
+def test_the_importance_weighted_elbo_lies_between_the_elbo_and_log_p(num_samples):
+    """Its exponential is unbiased for p(x), whatever the posterior; with the exact one it is log p(x)."""
+    n = 20_000
+    x, b = jnp.repeat(jnp.float32(X[:1]), n, axis=0), jnp.ones((n, 4))
+    terms = {w: jax.jit(EXACT.model(widen=w).terms, static_argnames="num_samples") for w in (1.0, 1.7)}
+    found = {w: run(x, b, KEY, num_samples=num_samples) for w, run in terms.items()}
+    np.testing.assert_allclose(found[1.0].iw_elbo, EXACT_X[0], atol=1e-3)
+    wide = found[1.7]
+    assert_mean(np.exp(np.asarray(wide.iw_elbo, np.float64) - EXACT_X[0]), 1.0)
+    assert np.mean(wide.elbo()) + 0.1 < np.mean(wide.iw_elbo) < EXACT_X[0] - 1e-3
+    # The partial posterior learns from a z in proportion to its weight, so from z nearer to p(z | x) than q(z | x).
+    one = EXACT.model(widen=1.7).terms(x, b, KEY)
+    assert np.mean(wide.matching_ll) > np.mean(one.matching_ll) + 0.1
+
+
 # Small models of every kind
 
 
@@ -211,6 +227,11 @@ def test_loss_is_the_negative_elbo_plus_the_matching_loss():
     np.testing.assert_allclose(terms.elbo(), [-12.0, -7.0])
     np.testing.assert_allclose(terms.loss(1.0, 1.0), [12.0 + 5.0, 7.0 - 1.0])
     np.testing.assert_allclose(terms.loss(0.5, 3.0), [10.0 + 1.0 + 15.0, 4.0 + 1.5 - 3.0])
+    by_samples = terms._replace(iw_elbo=terms.elbo())  # as if one z were drawn: the same loss at every beta
+    for beta in (0.0, 0.3, 1.0):
+        np.testing.assert_allclose(by_samples.loss(beta, 3.0), terms.loss(beta, 3.0))
+    tighter = terms._replace(iw_elbo=terms.elbo() + 1.0)
+    np.testing.assert_allclose(tighter.loss(1.0, 1.0), terms.loss(1.0, 1.0) - 1.0)
 
 
 @each_kind

@@ -125,10 +125,10 @@ class VAE(nnx.Module):
         """p(x | z) for `z: [B, e]`: independent features, batch shape `[B, *input_shape]`."""
         return self.likelihood_head(self.decoder(z, rngs))
 
-    def log_prob_given(self, z: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
+    def log_prob_given(self, z: jax.Array, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """log p(x_o | z) in nats, `[S, B]`, for `z: [S, B, e]`."""
         s, n, _ = z.shape
-        p = self.decode(z.reshape(s * n, -1))
+        p = self.decode(z.reshape(s * n, -1), rngs)
         x, b = (jnp.broadcast_to(a, (s, *a.shape)).reshape(s * n, *a.shape[1:]) for a in (x, b))
         return log_prob_of_observed(p, x, b).reshape(s, n)
 
@@ -254,6 +254,7 @@ class VAETerms(NamedTuple):
     reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
     kl: jax.Array  # KL(q(z | x) || p(z)), closed form
     matching_ll: jax.Array  # log q(z | x_o), the same z
+    iw_elbo: jax.Array | None = None  # with several z, the importance-weighted ELBO: between the ELBO and log p(x)
 
     def elbo(self) -> jax.Array:
         """Evidence lower bound on log p(x)."""
@@ -261,7 +262,10 @@ class VAETerms(NamedTuple):
 
     def loss(self, beta: jax.Array | float, matching_coef: float) -> jax.Array:
         """Negative ELBO plus the Posterior Matching loss (paper, equations 1 and 4)."""
-        return -(self.reconstruction_ll - beta * self.kl) - matching_coef * self.matching_ll
+        bound = self.reconstruction_ll - beta * self.kl
+        if self.iw_elbo is not None:  # the same, if one z is drawn: ELBO = reconstruction - KL
+            bound = (1 - beta) * self.reconstruction_ll + beta * self.iw_elbo
+        return -bound - matching_coef * self.matching_ll
 
 
 class Imputing(nnx.Module):
@@ -400,6 +404,7 @@ class PosteriorMatchingVAE(Imputing):
         *,
         available: jax.Array | None = None,
         stop_gradients: bool = False,
+        num_samples: int = 1,
         rngs: nnx.Rngs | None = None,
     ) -> VAETerms:
         """The terms of the training objective.
@@ -410,17 +415,32 @@ class PosteriorMatchingVAE(Imputing):
             key: Random key of z.
             available: Mask of the values that exist in the data; None: all.
             stop_gradients: Stop the matching term's gradient at z, so that it does not train the VAE.
+            num_samples: K draws of z per example. With several, training maximises the importance-weighted ELBO, and
+                the partial posterior learns from one draw, chosen in proportion to its weight.
             rngs: Dropout streams, while training.
         """
         q = self.vae.posterior(x, rngs, available=available)
-        z = q.sample(key)  # reparameterised
-        p = self.vae.decode(z, rngs)
+        available = jnp.ones_like(b) if available is None else available
+        if num_samples == 1:
+            z, iw_elbo = q.sample(key), None  # reparameterised
+            reconstruction_ll = log_prob_of_observed(self.vae.decode(z, rngs), x, available)
+        else:
+            key_z, key_choice = jax.random.split(key)
+            zs, log_q = sample_and_log_prob(q, key_z, (num_samples,))  # [K, B, e]; reparameterised
+            log_p = self.vae.log_prob_given(zs, x, available, rngs)
+            log_weights = log_p + self.vae.prior().log_prob(zs) - log_q
+            # log (1/K) sum_k p(x, z_k) / q(z_k | x)   (Burda et al. 2016; with missing values Mattei and Frellsen 2019)
+            iw_elbo = jax.nn.logsumexp(log_weights, axis=0) - math.log(num_samples)
+            reconstruction_ll = log_p.mean(0)
+            # One of them in proportion to its weight: closer to p(z | x) than a draw of q(z | x).
+            z = zs[jax.random.categorical(key_choice, log_weights, axis=0), jnp.arange(len(x))]
         target = jax.lax.stop_gradient(z) if stop_gradients else z
         return VAETerms(
-            reconstruction_ll=log_prob_of_observed(p, x, jnp.ones_like(b) if available is None else available),
+            reconstruction_ll=reconstruction_ll,
             kl=distributions.kl_to_standard_normal(q),
             # Posterior Matching: q(z | x_o) by maximum likelihood on samples of q(z | x).
             matching_ll=self.partial_posterior(x, b, rngs).log_prob(target),
+            iw_elbo=iw_elbo,
         )
 
     def is_log_prob(

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching.config import NonNegative
+from posterior_matching.config import Count, NonNegative
 from posterior_matching.masking import MaskOption
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.training.corruption import add_noise
@@ -22,6 +22,7 @@ class Options:
     mask_generator: MaskOption
     matching_coef: NonNegative
     matching_ll_stop_gradients: bool
+    elbo_samples: Count
     beta: ScheduleOption
 
 
@@ -37,6 +38,7 @@ def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Opt
         rngs.sample(),
         available=batch.available,
         stop_gradients=options.matching_ll_stop_gradients,
+        num_samples=options.elbo_samples,
         rngs=rngs if batch.training else None,
     )
     beta = jnp.ones(()) if batch.step is None else options.beta(batch.step)
@@ -47,6 +49,8 @@ def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Opt
         "kl_nats": terms.kl,
         "matching_ll_nats": terms.matching_ll,
     }
+    if terms.iw_elbo is not None:
+        values["iw_elbo_nats"] = terms.iw_elbo
     return values | ({"beta": beta} if batch.training else {})
 
 
