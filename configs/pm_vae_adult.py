@@ -14,6 +14,8 @@ def get_config():
     config.dataset = "adult"
     # Most real columns repeat a few values, such as no capital gain: sharp components, each at one of them.
     config.noise_std = 0.0
+    config.elbo_samples = 1
+    config.batch_size = 256
     config.model.likelihood.update({"num_components": 10, "spread": True})
     config.steps = 20_000
     config.optimizer.transition_steps = 2000

@@ -67,7 +67,8 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         missing_values: Values that mean missing, besides NaN and the usual spellings: `(-200, "?")`.
         unknown_categories: How to treat categories that `fit` has not seen: as an "error" or as "missing".
         kind: What `transform` fills in: "point" estimates, or "draws" of p(x_u | x_o).
-        num_samples: Draws of z that a point estimate averages.
+        num_samples: Draws of z per row that a point estimate averages, weighted by how well they explain the row's
+            observed cells, and among which `sample` chooses by the same weights.
         batch_size: Rows filled at once.
         config: Changes to `table_config`: `{"steps": 1000, "model": {"latent_dim": 4}}`.
         run_dir: A run directory to train in, resumed if it holds this run; None: a temporary one.
@@ -94,7 +95,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         missing_values: Sequence[str | float] = (),
         unknown_categories: Unknown = "error",
         kind: Kind = "point",
-        num_samples: int = 64,
+        num_samples: int = 256,
         batch_size: int = 128,
         config: Mapping[str, Any] | None = None,
         run_dir: str | os.PathLike[str] | None = None,
@@ -434,7 +435,7 @@ def impute(
     unknown_categories: Unknown = "error",
     checkpoint: str | None = None,
     batch_size: configs.Count | None = None,
-    num_samples: configs.Count = 64,
+    num_samples: configs.Count | None = None,
     seed: configs.Seed = 0,
     config: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
@@ -453,7 +454,8 @@ def impute(
         unknown_categories: How to treat categories that the run does not know.
         checkpoint: "best" or "latest"; None: the one named in the run's config.
         batch_size: Rows or images at once; None: 128 rows or 8 images.
-        num_samples: Draws of z that a point estimate averages.
+        num_samples: Draws of z that a point estimate averages, and among which the draws of rows choose; None: 256 for
+            rows, 64 for images.
         seed: Random seed of the imputations.
         config: Changes to `table_config` by key, `{"table.drop": ("id",)}`; only for a run to be trained.
 
@@ -471,8 +473,9 @@ def impute(
     if config and (exists or not train):
         why = f"{run_dir} holds a run already" if exists else "nothing is trained without --train"
         raise UserError(f"--config.{next(iter(config))} changes how to train, but {why}")
-    if batch_size is None:
-        del arguments["batch_size"]
+    for name in ("batch_size", "num_samples"):
+        if arguments[name] is None:
+            del arguments[name]
     if exists and len(runs.read_description(run_dir)["input_shape"]) == 3:
         if arguments.pop("unknown_categories") != "error":
             raise UserError(f"--unknown_categories is for tables, but {run_dir} was trained on images")
@@ -529,7 +532,7 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
             "dataset": None,
             "train_split": "train",
             "validation_split": "validation",
-            "batch_size": default_batch_size(num_rows),
+            "batch_size": min(default_batch_size(num_rows), 128),
             "steps": steps,
             "validation_every": 200,
             "log_every": 100,
@@ -553,7 +556,7 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
             "mask_generator": {"name": "BernoulliMaskGenerator", "p": 0.5},
             "matching_coef": 1.0,
             "matching_ll_stop_gradients": True,
-            "elbo_samples": 1,
+            "elbo_samples": 8,
             "pretrained_dir": None,
             "beta": {"name": "monotonic", "low": 0.0, "high": 1.0, "transition_begin": 0, "transition_steps": 500},
             "model": {

@@ -39,24 +39,23 @@ class Imputer:
         model: The model.
         seed: Random seed of the imputations.
         batch_size: Rows at once.
-        num_samples: Draws of z that a point estimate averages.
+        num_samples: Draws of z that a point estimate averages, and among which `draws` choose, see `vae.Imputing`.
     """
 
-    def __init__(self, model: Any, *, seed: int = 0, batch_size: int = 128, num_samples: int = 64):
+    def __init__(self, model: Any, *, seed: int = 0, batch_size: int = 128, num_samples: int = 256):
         self._graphdef, self._state = nnx.split(model)
         self._key, self._batch_size, self._num_samples = jax.random.key(seed), batch_size, num_samples
 
     def point(self, x: np.ndarray) -> np.ndarray:
         """Returns rows `[N, d]` with NaN filled by point estimates: means, and the most likely categories."""
-        return self._filled(x, _point, self._num_samples, self._key)
+        return next(self._filled(x, _point, (self._num_samples, 1)))
 
     def draws(self, x: np.ndarray, num_imputations: int) -> Iterator[np.ndarray]:
-        """Yields copies of rows `[N, d]`, one at a time, with NaN filled by draws of p(x_u | x_o).
+        """Yields copies of rows `[N, d]` with NaN filled by draws of p(x_u | x_o).
 
         Copy i does not depend on the number of copies.
         """
-        for i in range(num_imputations):
-            yield self._filled(x, _draw, 1, jax.random.fold_in(self._key, i))
+        return self._filled(x, _draws, (self._num_samples, num_imputations))
 
     def image(self, x: np.ndarray, b: np.ndarray, copy: int | None = None) -> np.ndarray:
         """Returns images `[N, H, W, C]` in [0, 1] with the pixels where `b: [N, H, W, 1]` is 0 filled.
@@ -93,15 +92,20 @@ class Imputer:
         gains = self._over_batches(_info_gains, num_samples, self._key, x, 1 - holes.astype(np.float32))
         return np.where(holes, gains, np.nan)
 
-    def _filled(self, x: np.ndarray, fn: "_RowFunction", num_samples: int, key: jax.Array) -> np.ndarray:
+    def _filled(self, x: np.ndarray, fn: "_RowFunction", sizes: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Yields copies of the rows; `fn` returns all copies of a row, `[1, copies, d]`, given `(samples, copies)`."""
         holes = np.isnan(x)
-        filled, rows = np.array(x, np.float32), holes.any(axis=1)
-        if rows.any():
-            values = self._over_batches(fn, num_samples, key, filled[rows], 1 - holes[rows].astype(np.float32))
-            filled[rows] = np.where(holes[rows], values, filled[rows])
-        return filled
+        rows = holes.any(axis=1)
+        incomplete = np.array(x[rows], np.float32)
+        values = self._over_batches(fn, sizes, self._key, incomplete, 1 - holes[rows]) if rows.any() else None
+        for copy in range(sizes[1]):
+            filled = np.array(x, np.float32)
+            if values is not None:
+                filled[rows] = np.where(holes[rows], values[:, copy], incomplete)
+            yield filled
 
-    def _over_batches(self, fn: "_RowFunction", num_samples: int, key: jax.Array, x: np.ndarray, b: np.ndarray) -> Any:
+    def _over_batches(self, fn: "_RowFunction", num_samples: Any, key: jax.Array, x: np.ndarray, b: np.ndarray) -> Any:
+        b = np.asarray(b, np.float32)
         x = np.nan_to_num(np.asarray(x, np.float32)) + 0.0  # no -0.0, whose bytes differ
         hashes = np.array([zlib.crc32(m.tobytes(), zlib.crc32(r.tobytes())) for r, m in zip(x, b, strict=True)])
         parts = []
@@ -113,8 +117,8 @@ class Imputer:
         return np.concatenate(parts)
 
 
-# model, key, row [1, d] without NaN, masks [1, ...], number of samples -> the row's result
-_RowFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, int], jax.Array]
+# model, key, row [1, d] without NaN, masks [1, ...], number (or numbers) of samples -> the row's result [1, ...]
+_RowFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -125,12 +129,13 @@ def _compiled(fn, graphdef, num_samples, state, key, hashes, x, b):
     return jax.vmap(lambda key, x, b: fn(model, key, x[None], b[None], num_samples)[0])(keys, x, b)
 
 
-def _point(model, key, x, b, num_samples):
-    return model.point(x, b, num_samples, key=key, weighted=True)
+def _point(model, key, x, b, sizes):
+    return model.point(x, b, sizes[0], key=key, weighted=True)[:, None]
 
 
-def _draw(model, key, x, b, num_samples):
-    return model.draw(x, b, num_samples, key=key)[0]
+def _draws(model, key, x, b, sizes):
+    samples, copies = sizes
+    return jnp.moveaxis(model.draw(x, b, copies, key=key, candidates=samples), 0, 1)
 
 
 def _mean_image(model, key, x, b, num_samples):
@@ -160,7 +165,7 @@ def impute_file(
     unknown_categories: Unknown = "error",
     checkpoint: str | None = None,
     batch_size: Count = 128,
-    num_samples: Count = 64,
+    num_samples: Count = 256,
     seed: Seed = 0,
 ) -> list[pathlib.Path]:
     """Fills the missing cells of a file of rows, in memory that does not grow with their number.
@@ -176,7 +181,7 @@ def impute_file(
         unknown_categories: How to treat categories that the run does not know.
         checkpoint: "best" or "latest"; None: the one named in the run's config.
         batch_size: Rows at once.
-        num_samples: Draws of z that a point estimate averages.
+        num_samples: Draws of z that a point estimate averages, and among which `draws` choose.
         seed: Random seed.
 
     Returns:

@@ -85,9 +85,9 @@ def test_rows_without_holes_are_not_computed(rows):
 def test_draws_are_those_of_the_model(model):
     """Given the same cells, as `model.draw` has them: the quartiles agree up to sampling error."""
     row = np.array([[0.3, np.nan, -1.0, np.nan]], np.float32)
-    copies = np.concatenate(list(Imputer(model, batch_size=1).draws(row, 1000)))
+    copies = np.concatenate(list(Imputer(model, batch_size=1, num_samples=4000).draws(row, 1000)))
     b = 1.0 - np.isnan(row)
-    expected = np.asarray(model.draw(np.nan_to_num(row), b, 4000, key=jax.random.key(1)))[:, 0]
+    expected = np.asarray(model.draw(np.nan_to_num(row), b, 4000, key=jax.random.key(1), candidates=4000))[:, 0]
     for share in (0.25, 0.5, 0.75):
         below = (copies[:, 1] < np.quantile(expected[:, 1], share)).mean()
         assert abs(below - share) < 5 * np.sqrt(share * (1 - share) * (1 / 1000 + 1 / 4000))

@@ -170,6 +170,9 @@ def test_weighted_point_estimates_are_those_of_the_model_whatever_the_proposal()
     np.testing.assert_array_equal(weighted[B == 1], X[B == 1])
     np.testing.assert_allclose(weighted[B == 0], expected[B == 0], atol=0.05)
     assert np.abs(unweighted - expected)[B == 0].max() > 0.2
+    draws = jax.jit(lambda key: model.draw(X, B, 20_000, key=key, candidates=20_000))(KEY)
+    real = (B == 0) & REAL
+    np.testing.assert_allclose(np.asarray(draws).mean(0)[real], expected[real], atol=0.07)
 
 
 @pytest.mark.parametrize("name", ["pm_vae", "pm_vade"])

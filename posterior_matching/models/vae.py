@@ -303,12 +303,32 @@ class Imputing(nnx.Module):
             imputations = self.decoding.decode_mean(self._latents(x, b, num_samples, key))
         return jnp.where(b == 1, x, imputations)
 
-    def draw(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Draws x_u ~ p(x_u | x_o), including the noise of p(x | z); otherwise like `impute`."""
+    def draw(
+        self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, candidates: int | None = None
+    ) -> jax.Array:
+        """Draws x_u ~ p(x_u | x_o), including the noise of p(x | z); otherwise like `impute`.
+
+        Args:
+            x: As in `impute`.
+            b: As in `impute`.
+            num_samples: Draws per example.
+            key: Random key.
+            candidates: Choose each z among as many draws of q(z | x_o), in proportion to their weights as in `point`
+                (sampling-importance-resampling, Rubin 1987); None: take draws of q(z | x_o), as published.
+        """
         x, b = checked(x, b, self.decoding.input_shape)
         key_z, key_x = jax.random.split(key)
-        draws = self.decoding.decode_draw(self._latents(x, b, num_samples, key_z), key_x)
-        return jnp.where(b == 1, x, draws)
+        if candidates is None:
+            z = self._latents(x, b, num_samples, key_z)
+        else:
+            key_z, key_choice = jax.random.split(key_z)
+            z, weights, _ = self._weighted_latents(x, b, candidates, key_z)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key_choice, jnp.arange(num_samples))
+            u = jax.vmap(lambda key: jax.random.uniform(key, (len(x),)))(keys)  # [S, B]
+            below = jnp.cumsum(weights, axis=0)
+            chosen = jax.vmap(jnp.searchsorted, in_axes=1, out_axes=1)(below[:-1], u * below[-1])
+            z = jnp.take_along_axis(z, chosen[..., None], axis=0)
+        return jnp.where(b == 1, x, self.decoding.decode_draw(z, key_x))
 
     def point(
         self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, weighted: bool = False
@@ -327,9 +347,7 @@ class Imputing(nnx.Module):
         """
         x, b = checked(x, b, self.decoding.input_shape)
         if weighted:
-            z, log_q = sample_and_log_prob(self.partial_posterior(x, b), key, (num_samples,))
-            means, log_p_xo = self.decoding.decode_mean_and_log_prob(z, x, b)
-            weights = truncated_weights(log_p_xo + self.decoding.prior().log_prob(z) - log_q)  # [S, B]
+            _, weights, means = self._weighted_latents(x, b, num_samples, key)
             mean = (weights.reshape(*weights.shape, *[1] * (means.ndim - 2)) * means).sum(0)
         else:
             mean = self.decoding.decode_mean(self._latents(x, b, num_samples, key)).mean(0)
@@ -337,6 +355,14 @@ class Imputing(nnx.Module):
 
     def _latents(self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array) -> jax.Array:
         return self.partial_posterior(x, b).sample(key, (num_samples,))
+
+    def _weighted_latents(
+        self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """z ~ q(z | x_o) `[S, B, e]`, their weights for p(z | x_o) `[S, B]`, and the features' means given them."""
+        z, log_q = sample_and_log_prob(self.partial_posterior(x, b), key, (num_samples,))
+        means, log_p_xo = self.decoding.decode_mean_and_log_prob(z, x, b)
+        return z, truncated_weights(log_p_xo + self.decoding.prior().log_prob(z) - log_q), means
 
 
 class PosteriorMatchingVAE(Imputing):
