@@ -7,10 +7,11 @@ import pytest
 from helpers.scripts import finish, start
 
 pytestmark = pytest.mark.process
-ARGUMENTS = ["--config", "configs/pm_vae_gas_gaussian.py", "--seconds=0.1", "--config.batch_size=2", "--rounds", "1"]
-SCRIPT = """
+SHORT = ["--config=configs/pm_vae_gas_gaussian.py", "--seconds=0.1", "--matrix_size=64", "--config.batch_size=2"]
+ARGUMENTS = ["--config", SHORT[0].removeprefix("--config="), *SHORT[1:], "--rounds", "1"]
+SCRIPT = f"""
 import sys
-assert sys.argv[1:] == ["--config=configs/pm_vae_gas_gaussian.py", "--seconds=0.1", "--config.batch_size=2"], sys.argv
+assert sys.argv[1:] == {SHORT}, sys.argv
 print("steps per second       0.5  (3 samples, 0.5 to 0.5)")
 """
 
