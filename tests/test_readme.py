@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from helpers.configs import DIAGONAL, QUICK, ROOT, SMALL, TABULAR
-from helpers.scripts import environment, finish, free_port, spawn, write_config
+from helpers.scripts import environment, finish, free_port, run_script, spawn, write_config
 
 pytestmark = pytest.mark.process
 
@@ -160,11 +160,14 @@ def test_pinned_versions_lie_in_the_declared_ranges():
 def test_the_commands_of_a_section_run(heading, checkout):
     side_by_side, port = [], free_port()
     for command in SECTIONS[heading]:
-        process = spawn(small(command, port), checkout)
+        program, script, *arguments = small(command, port)
         if "--num_processes" in command:
-            side_by_side.append(process)
+            side_by_side.append(spawn([program, script, *arguments], checkout))
             continue
-        out = "".join(finish(process))
+        if command.startswith("python"):
+            out = "".join(run_script(checkout / script, *arguments, cwd=checkout))
+        else:
+            out = "".join(finish(spawn([program, script, *arguments], checkout)))
         if command.startswith("make"):
             assert "train_pm_vae.py" in out or "pytest" in out
         elif command.startswith("tensorboard"):
@@ -187,7 +190,8 @@ def test_the_commands_of_a_section_run(heading, checkout):
     if heading == "Your own data":
         for example in EXAMPLES:
             code = example.replace("random_state=0", f"random_state=0, config={STEPS}, num_samples=2")
-            assert re.search(r"\d", finish(spawn([sys.executable, "-c", code], checkout))[0])
+            (checkout / "example.py").write_text(code)
+            assert re.search(r"\d", run_script(checkout / "example.py", cwd=checkout)[0])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_the_commands_of_a_section_run(heading, checkout):
 )
 def test_figures_say_what_is_wrong_in_one_line(script, run_dir, output, message, checkout):
     runs = [] if run_dir is None else ["--run_dir", run_dir]
-    _, err = finish(spawn([sys.executable, f"figures/{script}.py", *runs, "--output", output], checkout), status=1)
+    _, err = run_script(checkout / f"figures/{script}.py", *runs, "--output", output, cwd=checkout, status=1)
     assert re.fullmatch(message, err.strip()), err
     assert not (checkout / output).exists()
 
