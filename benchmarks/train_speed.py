@@ -41,6 +41,7 @@ from posterior_matching.training.step import CompiledPhase
 
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
+_MATRIX_SIZE = flags.DEFINE_integer("matrix_size", 4096, "Rows and columns of the large matrices.", lower_bound=1)
 _AGAINST = flags.DEFINE_string("against", None, "Another checkout of this repository, to compare with this one.")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "With --against: measurements of each checkout.", lower_bound=1)
 
@@ -161,8 +162,9 @@ def spread(values: list[float], unit: float = 1.0) -> str:
     return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
 
 
-def matrix_product_flops_per_second(size: int = 4096, repeats: int = 3) -> float:
-    """Best rate of `repeats` products of two `size` x `size` float32 matrices."""
+def matrix_product_flops_per_second(repeats: int = 3) -> float:
+    """Best rate of `repeats` products of two large float32 matrices."""
+    size = _MATRIX_SIZE.value
     product = jax.jit(lambda a: a @ a)
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
     product(a).block_until_ready()

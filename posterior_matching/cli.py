@@ -184,8 +184,9 @@ def _join_to_say_why() -> None:
             parallel.initialize(found.coordinator_address, found.num_processes, found.process_id, seconds=20)
 
 
-def config_path(arguments: Sequence[str] = tuple(sys.argv)) -> str | None:
-    """Returns the file named by `--config`; None without that flag."""
+def config_path(arguments: Sequence[str] | None = None) -> str | None:
+    """Returns the file named by `--config` in the command line, or in these arguments; None without that flag."""
+    arguments = sys.argv if arguments is None else arguments
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument in ("--config", "-config"):
             return following

@@ -1,5 +1,6 @@
 """Four fake CPU devices and a cache of their own for all tests. The scripts that tests start have one device."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ os.environ["XLA_FLAGS_OF_SCRIPTS"] = (
 )
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS_OF_SCRIPTS"]
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"  # scikit-learn's threads would wait for each other while the other worker computes
+gc.set_threshold(100_000)  # tracing makes many objects that live long; looking for garbage less often saves a fifteenth
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit these
     os.environ["POSTERIOR_MATCHING_CACHE"] = tempfile.mkdtemp(prefix="posterior_matching_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["POSTERIOR_MATCHING_CACHE"] + "/xla"

@@ -4,76 +4,29 @@ import json
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from helpers.configs import QUICK, ROOT, SMALL
 from helpers.runs import contents
-from helpers.scripts import environment, write_config
+from helpers.scripts import environment, run_script, write_config
 
 pytestmark = pytest.mark.process
 
-# Importing takes longer than most of these cases, so one process imports everything and every case is a fork of it.
-SERVER = """
-import json, os, runpy, signal, sys
-import posterior_matching.evaluation.examples, train_pm_vae, tensorflow_datasets
-for line in sys.stdin:
-    case = json.loads(line)
-    child = os.fork()
-    if not child:
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(case[name], os.O_WRONLY | os.O_CREAT), number)
-        os.chdir(case["folder"])
-        os.environ.update(case["environment"])
-        sys.argv = case["arguments"]
-        sys.path[0] = os.path.dirname(sys.argv[0])
-        signal.alarm(120)
-        status = 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            status = 70
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def server():
-    variables = environment()
-    variables.pop("PYTHONDONTWRITEBYTECODE", None)  # Python would leave more behind for a user
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SERVER], env=variables, **pipes) as process:
-        yield process
-        process.stdin.close()
-
 
 @pytest.fixture
-def script(server, tmp_path):
-    """`script(name, *arguments)` runs a script in an empty folder and returns status, out, err and files."""
+def script(tmp_path):
+    """`script(name, *arguments)` runs a script in an empty folder; what it prints goes to `out` and `err`."""
     folder = tmp_path / "folder"
     folder.mkdir()
 
-    def run(name, *arguments, **environment):
-        out, err = tmp_path / "out", tmp_path / "err"
-        out.unlink(missing_ok=True), err.unlink(missing_ok=True)
-        case = {"arguments": [str(ROOT / f"{name}.py"), *map(str, arguments)], "environment": environment}
-        case |= {"folder": str(folder), "out": str(out), "err": str(err)}
-        server.stdin.write(json.dumps(case) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        return SimpleNamespace(status=status, out=out.read_text(), err=err.read_text())
+    def script(name, *arguments, **options):
+        return run_script(f"{name}.py", *arguments, cwd=folder, **options)
 
-    run.folder = folder
-    run.config = folder / "tiny.py"
-    write_config(run.config, "pm_vae_mixture", QUICK | SMALL["pm_vae_mixture"] | {"steps": 2})
-    return run
+    script.folder = folder
+    script.config = folder / "tiny.py"
+    write_config(script.config, "pm_vae_mixture", QUICK | SMALL["pm_vae_mixture"] | {"steps": 2})
+    return script
 
 
 PROGRESS = re.compile(r".*(/s|s/\w+)\]\s*(\x1b\[A)*")  # a state of a progress bar
@@ -82,12 +35,11 @@ PROGRESS = re.compile(r".*(/s|s/\w+)\]\s*(\x1b\[A)*")  # a state of a progress b
 def refused(script, name, *arguments, **environment):
     """Checks what every refusal has in common and returns the message."""
     before = contents(script.folder)
-    result = script(name, *arguments, **environment)
-    lines = [line for line in re.split("[\r\n]", result.err) if line.strip() and not PROGRESS.fullmatch(line)]
-    assert result.status == 1, result.err
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    out, err = script(name, *arguments, status=1, **environment)
+    lines = [line for line in re.split("[\r\n]", err) if line.strip() and not PROGRESS.fullmatch(line)]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
     assert contents(script.folder) == before
-    assert "run directory" not in result.out
+    assert "run directory" not in out
     return lines[0]
 
 
@@ -97,9 +49,8 @@ def train(script, *arguments, config=None, **environment):
 
 
 def test_the_harness_can_succeed(script):
-    result = script("train_pm_vae", f"--config={script.config}", "--run_dir=run", "--config.seed=3")
-    assert result.status == 0, result.err
-    assert f"run directory: {script.folder}/run" in result.out
+    out, _ = script("train_pm_vae", f"--config={script.config}", "--run_dir=run", "--config.seed=3")
+    assert f"run directory: {script.folder}/run" in out
     assert json.loads((script.folder / "run" / "config.json").read_text())["config"]["seed"] == 3
 
 
@@ -231,7 +182,7 @@ SHARED = {"run_dir", "dataset", "split", "checkpoint", "num_instances", "batch_s
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(ROOT.glob("eval_*.py"))])
 def test_help_is_a_page_of_sentences_with_defaults_and_an_example(script, name):
-    out = script(name, "--help").out
+    out, _ = script(name, "--help", status=1)  # absl's
     assert re.search(rf"^    python {name}\.py --run_dir ", out, re.MULTILINE)
     found = {}
     for flag, text in re.findall(r"^  --(?:\[no\])?(\w+): (.*(?:\n    .*)*)", out, re.MULTILINE):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from helpers.configs import FAMILIES, SHARED, changed, load, needs_shared, small
 from helpers.runs import contents, refusal
-from helpers.scripts import finish, start
+from helpers.scripts import run_script
 from posterior_matching import data, models, runs
 from posterior_matching.config import plain
 from posterior_matching.data import ImageFormat, ImageOptions, image_files
@@ -719,10 +719,10 @@ def test_the_imputers_of_other_families(name):
 @pytest.mark.process
 def test_the_scripts(run, tmp_path):
     arguments = ["--run_dir", run / "run", "--input", run / "new", "--output", tmp_path / "out"]
-    finish(start("impute", *arguments, "--mask", run / "mask.png", "--num_samples=2", "--batch_size=4"))
+    run_script("impute.py", *arguments, "--mask", run / "mask.png", "--num_samples=2", "--batch_size=4")
     assert sorted(contents(tmp_path / "out")) == ["in", "in/two.png", "one.png"]
     config = ["--config", "configs/pm_vae_images.py", "--config.images.crop=(0, 0, 50, 50)"]
-    _, err = finish(start("train_pm_vae", *config, f"--config.dataset={run / 'photos'}"), status=1)
+    _, err = run_script("train_pm_vae.py", *config, f"--config.dataset={run / 'photos'}", status=1)
     assert err.startswith("error: config.images.crop is (0, 0, 50, 50), which does not lie inside")
 
 

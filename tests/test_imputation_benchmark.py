@@ -70,7 +70,7 @@ def test_methods_are_scored_on_hidden_cells_and_kept_results_are_not_computed_ag
 @pytest.mark.slow
 def test_posterior_matching_is_compared_as_users_have_it(table, monkeypatch):
     small = imputation.PosteriorMatchingImputer
-    config = {"steps": 300, "validation_every": 100, "log_every": 100}
+    config = {"steps": 150, "validation_every": 50, "log_every": 50}
     monkeypatch.setattr(imputation, "PosteriorMatchingImputer", lambda **given: small(**given, config=config))
     rows = imputation.read(str(table), 2000)
     found = imputation.compare(rows, "MCAR", 0.3, 0, "posterior_matching")

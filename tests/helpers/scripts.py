@@ -1,9 +1,13 @@
 """Scripts in processes of their own."""
 
+import atexit
+import functools
+import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 import nbclient
 import nbformat
@@ -34,6 +38,56 @@ def finish(process, status=0):
     out, err = process.communicate(timeout=600)
     assert process.returncode == status, f"{process.args}\n{out}\n{err}"
     return out, err
+
+
+# Importing takes longer than many scripts, and so does leaving Python. So one process imports what all scripts do, and
+# each is a fork of it.
+SERVER = """
+import json, os, runpy, signal, sys, traceback
+import posterior_matching.cli, sklearn.datasets, tensorflow_datasets
+for line in sys.stdin:
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    folder, variables, out, err, *sys.argv = json.loads(line)
+    os.dup2(os.open(out, os.O_WRONLY), 1)
+    os.dup2(os.open(err, os.O_WRONLY), 2)
+    os.chdir(folder)
+    os.environ.update(variables)
+    sys.path[0] = os.path.dirname(os.path.realpath(sys.argv[0]))
+    signal.alarm(600)
+    status = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 70
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+"""
+
+
+@functools.cache
+def _server():
+    variables = environment()
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)  # Python would leave more behind for a user
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    server = subprocess.Popen([sys.executable, "-c", SERVER], env=variables, **pipes)
+    atexit.register(server.communicate)
+    return server
+
+
+def run_script(script, *arguments, cwd=ROOT, status=0, **variables):
+    """Runs a script of the repository, or at an absolute path; returns what it printed, as `out` and `err`."""
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        case = [str(cwd), variables, out.name, err.name, str(ROOT / script), *map(str, arguments)]
+        print(json.dumps(case), file=_server().stdin, flush=True)
+        found, printed = int(_server().stdout.readline()), (out.read(), err.read())
+    assert found == status, f"{script} {arguments}\n{printed[0]}\n{printed[1]}"
+    return printed
 
 
 def execute(notebook, **variables):
