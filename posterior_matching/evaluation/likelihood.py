@@ -88,6 +88,7 @@ def evaluate(
         chunk_size=chunk_size,
         num_samples=num_samples,
         seed=seed,
+        gaps=True,  # earlier versions kept parts without them
     )
     folder = run.path / "likelihood_results"
     parts = Parts.open(folder / "parts", settings)

@@ -41,6 +41,8 @@ def evaluate(
     The folder holds `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, for images,
     `imputations.png`.
 
+    `simulated_gap_x_nats` and `simulated_gap_xo_nats` bound what the likelihoods lack on data drawn from the model.
+
     The NRMSE is over real columns, the accuracy over categorical ones. Log-likelihoods are per standardised unit of the
     real columns; for a table of the user's own, `ac_ll_table_nats` and `log_p_x_table_nats` are per unit of the table.
 
@@ -85,11 +87,11 @@ def evaluate(
             "gap_xo": likelihood.gap_xo[0],
         }
 
-    def simulate_example(model: PosteriorMatchingVAE, key: jax.Array, x: jax.Array, available: jax.Array):
+    def simulate_example(model: PosteriorMatchingVAE, key: jax.Array, _: jax.Array, available: jax.Array):
         key_mask, key_simulation = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape))
-        gaps = model.simulated_gaps(b, num_samples, key=key_simulation, available=available[None], **sampling)
-        return {"x": gaps[0][0], "xo": gaps[1][0]}
+        gap_x, gap_xo = model.simulated_gaps(b, num_samples, key=key_simulation, available=available[None], **sampling)
+        return {"x": gap_x[0], "xo": gap_xo[0]}
 
     evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, batch_size)
     x, available = (np.asarray(a) for a in data.decode(run.dataset.x, run.dataset.max_value))

@@ -28,14 +28,14 @@ def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Ar
 
 
 class ConditionalLogProb(NamedTuple):
-    """Importance-sampled log-likelihoods in nats, and their effective sample sizes; all `[B]`."""
+    """Importance-sampled log-likelihoods in nats, their effective sample sizes and gaps; all `[B]`."""
 
     log_p_x: jax.Array  # log p(x)
     log_p_xo: jax.Array  # log p(x_o)
     log_p_xu_given_xo: jax.Array  # log p(x_u | x_o) = log p(x) - log p(x_o)
     ess_x: jax.Array  # effective sample size of each estimate, in [1, num_samples]
     ess_xo: jax.Array
-    gap_x: jax.Array  # estimated distance of an upper from this lower bound, see `ImportanceEstimate`
+    gap_x: jax.Array  # estimated distance from an upper bound, see `ImportanceEstimate`
     gap_xo: jax.Array
 
     @classmethod
@@ -55,11 +55,10 @@ class ConditionalLogProb(NamedTuple):
 class ImportanceEstimate(NamedTuple):
     """An importance-sampled log-likelihood, `log (1/K) sum_k p(x, z_k) / q(z_k)`: on average a lower bound.
 
-    Replacing one sample by a draw of p(z | x) makes the average an upper bound (Sobolev and Vetrov 2019). `gap` estimates
-    how far apart the two are, about (1 / effective sample size - 1 / K), twice what the lower bound lacks if the weights
-    are well behaved. It takes the weighted samples themselves for draws of p(z | x), so it is too small if they miss a
-    part of p(z | x). `upper_bound` is free of that, but needs a draw of p(z | x), which only data drawn from the model
-    have.
+    With a draw of p(z | x) among the samples, it is on average an upper bound (Sobolev and Vetrov 2019). `gap` estimates
+    how far apart the two are: about 1 / effective sample size - 1 / K if no weight dominates, twice what the lower bound
+    lacks. As it takes the weighted samples for draws of p(z | x), it is too small if they miss parts of it.
+    `upper_bound` uses a true draw, which is known for data drawn from the model.
     """
 
     log_prob: jax.Array  # [B], nats

@@ -16,7 +16,7 @@ from posterior_matching.numerics import triangular
 
 LogDensity = Callable[[jax.Array], jax.Array]  # z [S, B, e] -> [S, B], nats; not normalised
 
-# Chosen on the validation images of digits, see docs/notes.md.
+# Chosen by the effective sample size on eight validation images of digits.
 _FIRST_DRAWS = 64  # of the encoder's proposal; they give a first location and scale
 _COMPONENTS = 4
 _DRAWS = 4  # per component and gradient step
@@ -77,9 +77,9 @@ class DefensiveMixture(NamedTuple):
 def fit_mixture(log_joint: LogDensity, proposal: Distribution, key: jax.Array, steps: int) -> GaussianMixture:
     """Fits a mixture of Gaussians to exp(log_joint), separately for every example.
 
-    Adam maximises the mixture's ELBO, E_q[log_joint(z) - log q(z)], with equally many draws of each component (Morningstar
-    et al. 2021) and without the part of the gradient that is zero on average (Roeder et al. 2017). The components start
-    at those draws of `proposal` that have the largest weights, with the scale of its draws.
+    Adam maximises the mixture's ELBO, E_q[log_joint(z) - log q(z)], with equally many draws of each component
+    (Morningstar et al. 2021) and without the part of the gradient that is zero on average (Roeder et al. 2017). The
+    components start at those draws of `proposal` that have the largest weights, with the scale of its draws.
 
     Args:
         log_joint: log p(x_o | z) + log p(z), differentiable.
