@@ -55,9 +55,9 @@ class ConditionalLogProb(NamedTuple):
 class ImportanceEstimate(NamedTuple):
     """An importance-sampled log-likelihood, `log (1/K) sum_k p(x, z_k) / q(z_k)`: on average a lower bound.
 
-    With a draw of p(z | x) among the samples, it is on average an upper bound (Sobolev and Vetrov 2019). `gap` estimates
-    how far apart the two are: about 1 / effective sample size - 1 / K if no weight dominates, twice what the lower bound
-    lacks. As it takes the weighted samples for draws of p(z | x), it is too small if they miss parts of it.
+    With a draw of p(z | x) among the samples, it is on average an upper bound (Sobolev and Vetrov 2019). `gap`
+    estimates how far apart the two are: about 1 / effective sample size - 1 / K if no weight dominates, twice what the
+    lower bound lacks. As it takes the weighted samples for draws of p(z | x), it is too small if they miss parts of it.
     `upper_bound` uses a true draw, which is known for data drawn from the model.
     """
 
