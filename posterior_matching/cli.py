@@ -236,6 +236,14 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
     ),
     "chunk_size": (flags.DEFINE_integer, "Draw at most this many samples of an example at once, to save memory."),
     "num_samples": (flags.DEFINE_integer, "Draw this many samples of z for each example and estimate."),
+    "refine_steps": (
+        flags.DEFINE_integer,
+        "Fit the proposals of the likelihoods to each example by so many gradient steps; 400 is a good number.",
+    ),
+    "annealing_steps": (
+        flags.DEFINE_integer,
+        "Make each sample of the likelihoods a chain of so many steps of annealed importance sampling.",
+    ),
     "num_trials": (flags.DEFINE_integer, "Repeat the evaluation this many times, with new masks and samples."),
     "num_steps": (
         flags.DEFINE_integer,

@@ -192,6 +192,7 @@ def test_evaluation_writes_its_results_and_the_exact_likelihood(undisturbed):
     metrics = json.loads((undisturbed / "uci_results" / "results.json").read_text())["metrics"]
     names = {"nrmse", "ac_ll_nats", "ac_ll_exact_nats", "log_p_x_nats"}
     names |= {"effective_sample_size_x", "effective_sample_size_xo"}
+    names |= {"gap_x_nats", "gap_xo_nats", "simulated_gap_x_nats", "simulated_gap_xo_nats"}
     assert set(metrics) == names | {"nrmse_mean", "nrmse_knn", "nrmse_iterative"}
     for name, metric in (("nrmse", "nrmse"), ("ac_lls", "ac_ll_nats")):
         array = np.load(undisturbed / "uci_results" / f"{name}.npy", allow_pickle=False)

@@ -288,6 +288,9 @@ def test_the_numbers_stay_when_the_picture_fails(run_dir, monkeypatch):
     ("change", "message"),
     [
         ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
+        ({"refine_steps": -1}, "refine_steps must be at least 0, not -1"),
+        ({"annealing_steps": 1.5}, "annealing_steps must be a valid integer, not 1.5"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, not 0"),
         ({"num_trials": 0}, "num_trials must be at least 1, not 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"seed": -1}, "seed must be at least 0, not -1"),

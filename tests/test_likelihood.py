@@ -60,6 +60,16 @@ def test_log_mean_weight_and_effective_sample_size_of_known_weights(table, num_s
     weights = np.exp(log_weights - np.maximum(log_weights.max(0), -1e9))
     effective = weights.sum(0) ** 2 / np.maximum(np.square(weights).sum(0), 1e-9)  # 0 where all weights vanish
     np.testing.assert_allclose(found.effective_sample_size, effective, rtol=rtol)
+    # The gap in full: leave each sample out, chosen with probability its share.
+    log_others = np.stack([logsumexp(np.delete(log_weights, k, 0), axis=0) for k in range(num_samples)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        log_share, log_rest = (a - logsumexp(log_weights, axis=0) for a in (log_weights, log_others))
+        terms = np.where(np.isneginf(log_share), 0.0, np.exp(log_share) * -log_rest)
+        expected = terms.sum(0) + np.log1p(-1 / num_samples)
+    expected = np.where(np.isnan(expected), np.inf, expected)  # no weights, or only one sample
+    np.testing.assert_array_equal(np.isinf(found.gap), np.isinf(expected))
+    # A bound, exact where all weights that count are equal.
+    assert (np.asarray(found.gap) >= expected - 1e-3).all() and (np.asarray(found.gap) <= 2.5 * expected + 1e-3).all()
 
 
 def test_truncated_weights_are_at_most_root_s_times_the_mean_and_sum_to_one():

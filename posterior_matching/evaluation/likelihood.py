@@ -88,6 +88,7 @@ def evaluate(
         chunk_size=chunk_size,
         num_samples=num_samples,
         seed=seed,
+        gaps=True,  # earlier versions kept parts without them
     )
     folder = run.path / "likelihood_results"
     parts = Parts.open(folder / "parts", settings)
@@ -104,6 +105,7 @@ def evaluate(
         results.add(log_p_x_nats=log_p_x_nats, log_p_xo_nats=log_p_xo_nats)
         results.add(non_finite_x=non_finite_x, non_finite_xo=non_finite_xo)  # examples left out of the means
         results.add_mean(effective_sample_size_x=found["ess_x"], effective_sample_size_xo=found["ess_xo"])
+        results.add_mean(gap_x_nats=found["gap_x"], gap_xo_nats=found["gap_xo"])
         trials.append(found)
 
     x_lls, xo_lls = (np.stack([found[name] for found in trials]) for name in ("log_p_x", "log_p_xo"))

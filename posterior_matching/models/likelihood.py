@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from posterior_matching.models.distributions import Distribution, sample_and_log_prob
 from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture
+from posterior_matching.models.proposals import Annealing, DefensiveMixture, LogDensity, fit_mixture
 
 
 def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Array, b: jax.Array) -> jax.Array:
@@ -45,13 +46,15 @@ def truncated_weights(log_weights: jax.Array) -> jax.Array:
 
 
 class ConditionalLogProb(NamedTuple):
-    """Importance-sampled log-likelihoods in nats, and their effective sample sizes; all `[B]`."""
+    """Importance-sampled log-likelihoods in nats, their effective sample sizes and gaps; all `[B]`."""
 
     log_p_x: jax.Array  # log p(x)
     log_p_xo: jax.Array  # log p(x_o)
     log_p_xu_given_xo: jax.Array  # log p(x_u | x_o) = log p(x) - log p(x_o)
     ess_x: jax.Array  # effective sample size of each estimate, in [1, num_samples]
     ess_xo: jax.Array
+    gap_x: jax.Array  # estimated distance from an upper bound, see `ImportanceEstimate`
+    gap_xo: jax.Array
 
     @classmethod
     def of(cls, full: "ImportanceEstimate", observed: "ImportanceEstimate") -> "ConditionalLogProb":
@@ -62,22 +65,36 @@ class ConditionalLogProb(NamedTuple):
             log_p_xu_given_xo=full.log_prob - observed.log_prob,
             ess_x=full.effective_sample_size,
             ess_xo=observed.effective_sample_size,
+            gap_x=full.gap,
+            gap_xo=observed.gap,
         )
 
 
 class ImportanceEstimate(NamedTuple):
-    """An importance-sampled log-likelihood, `log (1/K) sum_k p(x, z_k) / q(z_k)`."""
+    """An importance-sampled log-likelihood, `log (1/K) sum_k p(x, z_k) / q(z_k)`: on average a lower bound.
+
+    With a draw of p(z | x) among the samples, it is on average an upper bound (Sobolev and Vetrov 2019). `gap`
+    estimates how far apart the two are: about 1 / effective sample size - 1 / K if no weight dominates, twice what the
+    lower bound lacks. As it takes the weighted samples for draws of p(z | x), it is too small if they miss parts of it.
+    `upper_bound` uses a true draw, which is known for data drawn from the model.
+    """
 
     log_prob: jax.Array  # [B], nats
     effective_sample_size: jax.Array  # [B], (sum w)^2 / sum w^2, in [1, K]; 0 if all weights vanish
+    gap: jax.Array  # [B], nats; infinite for K = 1 or if all weights vanish
+    upper_bound: jax.Array | None = None  # [B], nats, on average
 
 
 def importance_log_prob(
-    log_joint: Callable[[jax.Array], jax.Array],
+    log_joint: LogDensity,
     proposal: Distribution,
     key: jax.Array,
     num_samples: int,
     chunk_size: int = 128,
+    *,
+    refine_steps: int = 0,
+    annealing_steps: int = 0,
+    posterior_draw: jax.Array | None = None,
 ) -> ImportanceEstimate:
     """Estimates the log of the integral of exp(log_joint(z)) over z with `num_samples` draws from `proposal`.
 
@@ -87,13 +104,32 @@ def importance_log_prob(
         key: Random key.
         num_samples: K.
         chunk_size: Maximum samples held at once.
+        refine_steps: If positive, draw from a mixture of q with Gaussians that so many gradient steps fit.
+        annealing_steps: If positive, a sample is a chain of so many transitions from the proposal, which is q or, if
+            refined, the fitted Gaussians alone: gradients of an autoregressive q cost much, and chains spread anyway.
+        posterior_draw: A draw from exp(log_joint), normalised, `[B, e]`, for the upper bound.
     """
+    if refine_steps:
+        fitted = fit_mixture(log_joint, proposal, jax.random.fold_in(key, 1), refine_steps)
+        proposal = fitted if annealing_steps else DefensiveMixture(proposal, fitted)
+    if annealing_steps:
+        annealing = Annealing(log_joint, proposal, jax.random.fold_in(key, 2), annealing_steps)
 
     def log_weights(key, chunk_size):
+        if annealing_steps:
+            return annealing.log_weights(key, chunk_size)
         z, log_q = sample_and_log_prob(proposal, key, (chunk_size,))
         return log_joint(z) - log_q
 
-    return log_mean_weight(log_weights, key, num_samples, chunk_size)
+    estimate = log_mean_weight(log_weights, key, num_samples, chunk_size)
+    if posterior_draw is None:
+        return estimate
+    if annealing_steps:
+        log_weight = annealing.reverse_log_weight(posterior_draw, jax.random.fold_in(key, 3))
+    else:
+        log_weight = (log_joint(posterior_draw[None]) - proposal.log_prob(posterior_draw[None]))[0]
+    log_sum = jnp.logaddexp(estimate.log_prob + jnp.log(num_samples), log_weight)
+    return estimate._replace(upper_bound=log_sum - jnp.log(num_samples + 1))
 
 
 def log_mean_weight(
@@ -117,14 +153,26 @@ def log_mean_weight(
         log_weight = log_weights(key, chunk_size)
         counted = index * chunk_size + jnp.arange(chunk_size) < num_samples  # the last chunk may be partial
         log_weight = jnp.where(counted[:, None], log_weight, -jnp.inf)
-        log_sum, log_sum_squares = sums
+        log_sum, log_sum_squares, log_largest, log_others = sums
         log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(log_weight, axis=0))
         log_sum_squares = jnp.logaddexp(log_sum_squares, jax.nn.logsumexp(2 * log_weight, axis=0))
-        return (log_sum, log_sum_squares), None
+        is_largest = jnp.arange(chunk_size)[:, None] == jnp.argmax(log_weight, axis=0)
+        others = jax.nn.logsumexp(jnp.where(is_largest, -jnp.inf, log_weight), axis=0)
+        smaller, log_largest = jnp.sort(jnp.stack([log_largest, log_weight.max(0)]), axis=0)
+        log_others = jnp.logaddexp(jnp.logaddexp(log_others, others), smaller)
+        return (log_sum, log_sum_squares, log_largest, log_others), None
 
     batch_shape = jax.eval_shape(lambda k: log_weights(k, chunk_size), key).shape[1:]
     empty = jnp.full(batch_shape, -jnp.inf)
     chunks = (jnp.arange(num_chunks), jax.random.split(key, num_chunks))
-    (log_sum, log_sum_squares), _ = jax.lax.scan(add_chunk, (empty, empty), chunks)
-    effective = jnp.where(jnp.isneginf(log_sum), 0.0, jnp.exp(2 * log_sum - log_sum_squares))
-    return ImportanceEstimate(log_sum - jnp.log(num_samples), effective)
+    (log_sum, log_sum_squares, log_largest, log_others), _ = jax.lax.scan(add_chunk, (empty,) * 4, chunks)
+    vanish = jnp.isneginf(log_sum)
+    effective = jnp.where(vanish, 0.0, jnp.exp(2 * log_sum - log_sum_squares))
+    # With the weights' shares s_k of their sum, leaving a sample out in turn and choosing it with probability s_k gives
+    # upper - lower = -sum_k s_k log(1 - s_k) - log(K / (K - 1)). As -log(1 - s) / s grows with s, its value at the
+    # largest share bounds the sum by this multiple of sum_k s_k^2 = 1 / effective.
+    log_all_over_others = log_sum - log_others  # -log(1 - s) without rounding s to 1
+    spread = log_all_over_others * jnp.exp(log_sum - log_largest) / effective
+    excess = jnp.maximum(spread + jnp.log1p(-1.0 / num_samples), 0.0)  # rounding may take it below zero
+    gap = jnp.where(vanish | (num_samples == 1), jnp.inf, excess)
+    return ImportanceEstimate(log_sum - jnp.log(num_samples), effective, gap)
