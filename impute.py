@@ -18,7 +18,7 @@ if __name__ == "__main__":
         mask_generator="Draw the holes of images with this generator, given with its options as in "
         "SquareMaskGenerator:size=4; 'config' uses the generator the run was trained with.",
         batch_size="Fill this many rows or images at once; by default 128 rows or 8 images.",
-        num_samples="Draw this many z for a point estimate, and for draws of rows to be chosen among; by default 256 for "
+        num_samples="Draw this many z for a point estimate, and for draws of rows to choose from; by default 256 for "
         "rows, 64 for images.",
         seed="Seed the imputations with this number.",
     )
