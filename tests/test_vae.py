@@ -188,7 +188,7 @@ def term_gradients(kind, stop_gradients):
     def run(b, weights):
         def weighted(params):
             terms = nnx.merge(graphdef, params, rest).terms(x, b, KEY, stop_gradients=stop_gradients)
-            return sum(w * term.mean() for w, term in zip(weights, terms, strict=True))
+            return sum(w * term.mean() for w, term in zip(weights, jax.tree.leaves(terms), strict=True))
 
         return jax.grad(weighted)(params)
 
