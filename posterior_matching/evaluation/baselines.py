@@ -77,7 +77,8 @@ class ChainedImputer:
         from sklearn.linear_model import BayesianRidge, LogisticRegression
 
         self.cardinalities, self.num_rounds = tuple(cardinalities), num_rounds
-        self._regressor, self._classifier = regressor or BayesianRidge(), classifier or LogisticRegression(max_iter=200)
+        self._regressor = BayesianRidge() if regressor is None else regressor  # a forest without trees is false
+        self._classifier = LogisticRegression(max_iter=200) if classifier is None else classifier
 
     def fit(self, x: np.ndarray, rng: np.random.Generator | None = None) -> Self:
         """Fits to rows `[N, d]`, NaN = missing; with `rng`, on draws in place of predictions, as `sample` needs it."""
@@ -86,14 +87,16 @@ class ChainedImputer:
         missing = np.isnan(x)
         self._start = np.array([_center(*column) for column in zip(x.T, self.cardinalities, strict=True)])
         filled = np.where(missing, self._start, x)
-        self._models: list[Any] = [None] * x.shape[1]
+        # In the order of use. To repeat those of the last round alone may diverge: the regressions feed each other.
+        self._models: list[tuple[int, Any]] = []
         for _ in range(self.num_rounds):
             for j in np.argsort(missing.sum(0), kind="stable"):  # the most complete column first
                 known = ~missing[:, j]
                 if len(np.unique(x[known, j])) > 1:  # otherwise its start is all that is known
                     estimator = clone(self._classifier if self.cardinalities[j] else self._regressor)
-                    self._models[j] = estimator.fit(self._others(filled[known], j), x[known, j])
-                    self._predict(filled, missing, j, rng)
+                    model = estimator.fit(self._others(filled[known], j), x[known, j])
+                    self._predict(filled, missing, j, model, rng)
+                    self._models.append((int(j), model))
         return self
 
     def transform(self, x: np.ndarray) -> np.ndarray:
@@ -107,15 +110,16 @@ class ChainedImputer:
     def _complete(self, x: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         missing = np.isnan(x)
         filled = np.where(missing, self._start, x)
-        for _ in range(self.num_rounds):
-            for j in np.argsort(missing.sum(0), kind="stable"):
-                self._predict(filled, missing, j, rng)
+        for j, model in self._models:
+            self._predict(filled, missing, j, model, rng)
         return filled
 
-    def _predict(self, filled: np.ndarray, missing: np.ndarray, j: int, rng: np.random.Generator | None = None) -> None:
+    def _predict(
+        self, filled: np.ndarray, missing: np.ndarray, j: int, model: Any, rng: np.random.Generator | None
+    ) -> None:
         """Replaces the missing cells of column j."""
-        rows, model = missing[:, j], self._models[j]
-        if model is None or not rows.any():
+        rows = missing[:, j]
+        if not rows.any():
             return
         features = self._others(filled[rows], j)
         if rng is None:
