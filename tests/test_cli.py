@@ -1,5 +1,6 @@
 """Bad input on the command line: one line that names the thing and the remedy, exit status 1, nothing written."""
 
+import functools
 import json
 import re
 import subprocess
@@ -16,15 +17,10 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture
 def script(tmp_path):
-    """`script(name, *arguments)` runs a script in an empty folder; what it prints goes to `out` and `err`."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
-
-    def script(name, *arguments, **options):
-        return run_script(f"{name}.py", *arguments, cwd=folder, **options)
-
-    script.folder = folder
-    script.config = folder / "tiny.py"
+    """`script(name, *arguments)` runs a script in an empty folder."""
+    script = functools.partial(run_script, cwd=tmp_path / "folder")
+    script.folder, script.config = tmp_path / "folder", tmp_path / "folder" / "tiny.py"
+    script.folder.mkdir()
     write_config(script.config, "pm_vae_mixture", QUICK | SMALL["pm_vae_mixture"] | {"steps": 2})
     return script
 

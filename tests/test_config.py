@@ -211,18 +211,16 @@ BUILD, BUILT = models.build, {}
 
 def build_once(name, config, input_shape, rngs):  # noqa: ARG001
     """Builds a model without allocating or computing any weights, and once for each config of it."""
-    key = repr((name, config, input_shape))
-    if key not in BUILT:
-        # Flax asks traced counters of random keys for a sharding; JAX traces their origin to say that they have none.
-        with mock.patch.object(jax.core.Tracer, "sharding", None):
-            BUILT[key] = nnx.eval_shape(lambda: BUILD(name, config, input_shape, nnx.Rngs(0)))
+    if (key := repr((name, config, input_shape))) not in BUILT:
+        BUILT[key] = nnx.eval_shape(lambda: BUILD(name, config, input_shape, nnx.Rngs(0)))
     return BUILT[key]
 
 
 def read(name, config):
     """What a training run does with its config. (The bases that `synthetic` keeps get no weights either.)"""
     rows = synthetic.dataset(synthetic.dataset_of(name, load(name)), 16)
-    with mock.patch.object(models, "build", build_once):
+    # Flax asks traced counters of random keys for a sharding, and JAX traces their origin to say that they have none.
+    with mock.patch.object(models, "build", build_once), mock.patch.object(jax.core.Tracer, "sharding", None):
         return synthetic.experiment(name, config, rows).phases[-1].model
 
 

@@ -39,10 +39,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, run_dir, *arguments, as_for_users=True, **options):
-    """Starts training, by default compiled as for users."""
-    arguments = ["--config=tiny.py", f"--run_dir={run_dir}", *arguments]
-    return start("train_pm_vae", *arguments, cwd=folder, as_for_users=as_for_users, **options)
+def train(folder, run_dir, *arguments, **options):
+    """Starts training; what is compared bit for bit is compiled as for users."""
+    options["as_for_users"] = run_dir in ("undisturbed", "again", "killed", "terminated")
+    return start("train_pm_vae", "--config=tiny.py", f"--run_dir={run_dir}", *arguments, cwd=folder, **options)
 
 
 def wait_until(condition, process, seconds=120):
@@ -76,9 +76,7 @@ DIGITS = ["--config.dataset=digits", "--config.steps=6", "--config.validation_ev
 def trained(folder):
     """What the training runs that do not depend on each other print."""
     changes = {"undisturbed": [], "again": ["--config.data_memory_budget_gb=0"], "digits": DIGITS}
-    processes = {
-        name: train(folder, name, *arguments, as_for_users=name != "digits") for name, arguments in changes.items()
-    }
+    processes = {name: train(folder, name, *arguments) for name, arguments in changes.items()}
     return {name: finish(process)[0] for name, process in processes.items()}
 
 
@@ -136,9 +134,8 @@ def test_sigterm_saves_says_how_to_go_on_and_resuming_loses_nothing(folder, undi
 def test_two_processes_equal_two_devices(folder):
     common = ["--config.steps=20", "--config.validation_every=10"]
     several = ["--num_processes=2", f"--coordinator_address=localhost:{free_port()}"]
-    quickly = functools.partial(train, folder, as_for_users=False)
-    processes = [quickly("processes", *common, *several, f"--process_id={i}") for i in range(2)]
-    one = quickly("devices", *common, num_devices=2)
+    processes = [train(folder, "processes", *common, *several, f"--process_id={i}") for i in range(2)]
+    one = train(folder, "devices", *common, num_devices=2)
     (first, _), (second, err), (whole, _) = (finish(process) for process in (*processes, one))
     assert "2 cpu devices, global batch 32" in first and "global batch 32" in whole
     # Only the first process speaks and writes.
@@ -155,8 +152,7 @@ def test_two_processes_equal_two_devices(folder):
 def together(folder, name, *differing):
     """Two processes of one run, each with its own arguments."""
     several = ["--config.steps=100000", "--num_processes=2", f"--coordinator_address=localhost:{free_port()}"]
-    start = functools.partial(train, folder, name, *several, as_for_users=False)
-    return [start(f"--process_id={i}", *own) for i, own in enumerate(differing)]
+    return [train(folder, name, *several, f"--process_id={i}", *own) for i, own in enumerate(differing)]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from helpers.configs import FAMILIES, SHARED, changed, load, needs_shared, small
-from helpers.runs import contents, refusal
-from helpers.scripts import run_script
+from helpers.runs import contents, refusal, rows
 from posterior_matching import data, models, runs
 from posterior_matching.config import plain
 from posterior_matching.data import ImageFormat, ImageOptions, image_files
@@ -716,16 +715,6 @@ def test_the_imputers_of_other_families(name):
         np.testing.assert_allclose(filled[b == 1], x[b == 1], atol=1e-6)
 
 
-@pytest.mark.process
-def test_the_scripts(run, tmp_path):
-    arguments = ["--run_dir", run / "run", "--input", run / "new", "--output", tmp_path / "out"]
-    run_script("impute.py", *arguments, "--mask", run / "mask.png", "--num_samples=2", "--batch_size=4")
-    assert sorted(contents(tmp_path / "out")) == ["in", "in/two.png", "one.png"]
-    config = ["--config", "configs/pm_vae_images.py", "--config.images.crop=(0, 0, 50, 50)"]
-    _, err = run_script("train_pm_vae.py", *config, f"--config.dataset={run / 'photos'}", status=1)
-    assert err.startswith("error: config.images.crop is (0, 0, 50, 50), which does not lie inside")
-
-
 # Faces ---------------------------------------------------------------------------------------------------------------
 
 FACES = SHARED / "celeba_10k_89x109.zip"
@@ -769,7 +758,6 @@ def test_faces_train_every_config_for_them(tmp_path):
             config.mask_generator = {"name": "GCFMaskGenerator"}  # a part of the config's, which compiles slowly
         family = dataclasses.replace(FAMILIES[name.removesuffix("_celeb_a")], pictures=None)  # slow to compile
         family.train(config, str(tmp_path / name))
-        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        assert np.isfinite(json.loads(rows[-1])["val_loss"])
+        assert np.isfinite(rows(tmp_path / name)[-1]["val_loss"])
         saved = runs.read_description(tmp_path / name)
         assert saved["config"]["dataset"] == str(faces) and runs.saved_image_options(saved).crop == (22, 12, 64, 64)

@@ -227,7 +227,7 @@ def test_training_first(run):
 @pytest.mark.process
 def test_the_script(run):
     paths = ["--run_dir", run / "run", "--input", run / "rows.csv", "--output", run / "script.csv"]
-    run_script("impute.py", *paths, "--batch_size=32", "--num_samples=2")
+    run_script("impute", *paths, "--batch_size=32", "--num_samples=2")
     assert (run / "script.csv").read_bytes() == (run / "filled.csv").read_bytes()
     for flag, message in (
         ("--config.stepz=3", "unknown key 'config.stepz': did you mean 'steps'?"),
@@ -235,7 +235,7 @@ def test_the_script(run):
         ("--config.table.drop=('id',)", "--config.table.drop changes how to train, but"),
         ("--num_imputation=3", "unknown flag --num_imputation: did you mean 'num_imputations'?"),
     ):
-        _, err = run_script("impute.py", *paths, flag, status=1)
+        _, err = run_script("impute", *paths, flag, status=1)
         assert message in err and err.count("\n") == 1
 
 

@@ -159,14 +159,14 @@ def test_pinned_versions_lie_in_the_declared_ranges():
 def test_the_commands_of_a_section_run(heading, checkout):
     side_by_side, port = [], free_port()
     for command in SECTIONS[heading]:
-        program, script, *arguments = small(command, port)
+        words = small(command, port)
         if "--num_processes" in command:
-            side_by_side.append(spawn([program, script, *arguments], checkout))
+            side_by_side.append(spawn(words, checkout))
             continue
         if command.startswith("python"):
-            out = "".join(run_script(checkout / script, *arguments, cwd=checkout))
+            out = "".join(run_script(checkout / words[1].removesuffix(".py"), *words[2:], cwd=checkout))
         else:
-            out = "".join(finish(spawn([program, script, *arguments], checkout)))
+            out = "".join(finish(spawn(words, checkout)))
         if command.startswith("make"):
             assert "train_pm_vae.py" in out or "pytest" in out
         elif command.startswith("tensorboard"):
@@ -190,7 +190,7 @@ def test_the_commands_of_a_section_run(heading, checkout):
         for example in EXAMPLES:
             code = example.replace("random_state=0", f"random_state=0, config={STEPS}, num_samples=2")
             (checkout / "example.py").write_text(code)
-            assert re.search(r"\d", run_script(checkout / "example.py", cwd=checkout)[0])
+            assert re.search(r"\d", run_script(checkout / "example", cwd=checkout)[0])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_commands_of_a_section_run(heading, checkout):
 )
 def test_figures_say_what_is_wrong_in_one_line(script, run_dir, output, message, checkout):
     runs = [] if run_dir is None else ["--run_dir", run_dir]
-    _, err = run_script(checkout / f"figures/{script}.py", *runs, "--output", output, cwd=checkout, status=1)
+    _, err = run_script(checkout / "figures" / script, *runs, "--output", output, cwd=checkout, status=1)
     assert re.fullmatch(message, err.strip()), err
     assert not (checkout / output).exists()
 

@@ -128,12 +128,12 @@ def test_the_table_shows_ours_beside_published_numbers_and_what_is_missing(tmp_p
 @pytest.mark.process
 def test_a_rehearsal_runs_from_one_command_and_writes_its_table(tmp_path):
     arguments = ["--scale=0.01", "--only=pm_vade_digits", f"--folder={tmp_path}/runs"]
-    out, _ = run_script("benchmarks/reproduce.py", *arguments, cwd=tmp_path)
+    out, _ = run_script("benchmarks/reproduce", *arguments, cwd=tmp_path)
     status = dict(line.split() for line in out.splitlines()[-2:])
     assert status == {"vade_digits_0": "done", "pm_vade_digits_0": "done"}
     document = tmp_path / "RESULTS.md"
     document.write_text("before\n<!-- reproduce.py: begin -->\nold\n<!-- reproduce.py: end -->\nafter\n")
-    run_script("benchmarks/reproduce.py", *arguments, f"--table={document}", cwd=tmp_path)
+    run_script("benchmarks/reproduce", *arguments, f"--table={document}", cwd=tmp_path)
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| `pm_vae_gas` |" not in text and "val_clustering_accuracy" not in text  # the stand-in has no labels

@@ -7,11 +7,11 @@ import pytest
 from helpers.scripts import run_script
 
 pytestmark = pytest.mark.process
-SHORT = ["--config=configs/pm_vae_gas_gaussian.py", "--seconds=0.1", "--matrix_size=64", "--config.batch_size=2"]
-ARGUMENTS = ["--config", SHORT[0].removeprefix("--config="), *SHORT[1:], "--rounds", "1"]
+CONFIG, SHORT = "configs/pm_vae_gas_gaussian.py", ["--seconds=0.1", "--config.batch_size=2", "--matrix_size=64"]
+ARGUMENTS = ["--config", CONFIG, *SHORT, "--rounds", "1"]
 SCRIPT = f"""
 import sys
-assert sys.argv[1:] == {SHORT}, sys.argv
+assert sys.argv[1:] == {[f"--config={CONFIG}", *SHORT]}, sys.argv
 print("steps per second       0.5  (3 samples, 0.5 to 0.5)")
 """
 
@@ -19,12 +19,12 @@ print("steps per second       0.5  (3 samples, 0.5 to 0.5)")
 def test_two_checkouts_are_measured_with_the_same_arguments(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "train_speed.py").write_text(SCRIPT)
-    out, _ = run_script("benchmarks/train_speed.py", *ARGUMENTS, f"--against={tmp_path}")
+    out, _ = run_script("benchmarks/train_speed", *ARGUMENTS, f"--against={tmp_path}")
     theirs, ours, ratio = map(float, re.findall(r"[\d.]+", out.splitlines()[0])[1:])
     assert theirs == 0.5 and ours > 0.5 and ratio == pytest.approx(ours / theirs, rel=1e-3)
     assert out.splitlines()[1].startswith(f"ratio, ours / theirs: median {ratio:.3f}")
 
 
 def test_a_checkout_that_cannot_be_measured(tmp_path):
-    _, err = run_script("benchmarks/train_speed.py", *ARGUMENTS, f"--against={tmp_path}", status=1)
+    _, err = run_script("benchmarks/train_speed", *ARGUMENTS, f"--against={tmp_path}", status=1)
     assert err.startswith("error: ") and "is not a checkout" in err and err.count("\n") == 1

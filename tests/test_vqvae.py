@@ -18,7 +18,7 @@ import train_vqvae
 from benchmarks import synthetic
 from helpers.arrays import by_path
 from helpers.configs import FAMILIES, load, small, untrained
-from helpers.runs import contents, refusal, weights
+from helpers.runs import contents, refusal, rows, weights
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import imputation
@@ -268,8 +268,7 @@ def test_a_short_run_on_mnist_improves_the_validation_loss(tmp_path, monkeypatch
         if "pixel_cnn" in config.model:
             config.model.pixel_cnn.update({"num_resnet": 1, "num_filters": 32})
         family = dataclasses.replace(family, pictures=None)  # slow to compile
-        run_dir = family.train(config, str(tmp_path / name))
-        return [json.loads(line)["val_loss"] for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+        return [row["val_loss"] for row in rows(family.train(config, str(tmp_path / name)))]
 
     first, last = losses("vqvae_mnist", FAMILIES["vqvae"])
     assert last < first

@@ -81,9 +81,9 @@ def _server():
 
 
 def run_script(script, *arguments, cwd=ROOT, status=0, **variables):
-    """Runs a script of the repository, or at an absolute path; returns what it printed, as `out` and `err`."""
+    """Runs `<script>.py`, of the repository or at an absolute path; returns what it printed, as `out` and `err`."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        case = [str(cwd), variables, out.name, err.name, str(ROOT / script), *map(str, arguments)]
+        case = [str(cwd), variables, out.name, err.name, str(ROOT / f"{script}.py"), *map(str, arguments)]
         print(json.dumps(case), file=_server().stdin, flush=True)
         found, printed = int(_server().stdout.readline()), (out.read(), err.read())
     assert found == status, f"{script} {arguments}\n{printed[0]}\n{printed[1]}"
