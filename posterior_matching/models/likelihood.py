@@ -105,13 +105,13 @@ def importance_log_prob(
         num_samples: K.
         chunk_size: Maximum samples held at once.
         refine_steps: If positive, draw from a mixture of q with Gaussians that so many gradient steps fit.
-        annealing_steps: If positive, a sample is a chain of so many transitions from the proposal, which is q or, if
-            refined, the fitted Gaussians alone: gradients of an autoregressive q cost much, and chains spread anyway.
+        annealing_steps: If positive, a sample is a chain of so many transitions from the (refined) proposal; gradients
+            of an autoregressive q are expensive.
         posterior_draw: A draw from exp(log_joint), normalised, `[B, e]`, for the upper bound.
     """
     if refine_steps:
         fitted = fit_mixture(log_joint, proposal, jax.random.fold_in(key, 1), refine_steps)
-        proposal = fitted if annealing_steps else DefensiveMixture(proposal, fitted)
+        proposal = DefensiveMixture(proposal, fitted)
     if annealing_steps:
         annealing = Annealing(log_joint, proposal, jax.random.fold_in(key, 2), annealing_steps)
 
