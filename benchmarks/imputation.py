@@ -59,10 +59,11 @@ class Imputations(NamedTuple):
     draws: np.ndarray | None  # [S, N, d]; None if the method has none
 
 
-Method = Callable[[Rows, np.ndarray, int], Callable[[np.ndarray], Imputations]]
+Impute = Callable[[np.ndarray, int], Imputations]  # incomplete rows [N, d] and a number of draws, 0 for none
+Method = Callable[[Rows, np.ndarray, int], Impute]  # the table, its incomplete training rows and a seed
 
 
-def posterior_matching(rows: Rows, train: np.ndarray, seed: int) -> Callable[[np.ndarray], Imputations]:
+def posterior_matching(rows: Rows, train: np.ndarray, seed: int) -> Impute:
     """`PosteriorMatchingImputer` with its defaults, given frames as users have them."""
 
     def frame(x: np.ndarray) -> pd.DataFrame:
@@ -78,29 +79,34 @@ def posterior_matching(rows: Rows, train: np.ndarray, seed: int) -> Callable[[np
         categorical=categorical, real=real, unknown_categories="missing", random_state=seed
     ).fit(frame(train))
 
-    def impute(x: np.ndarray) -> Imputations:
+    def impute(x: np.ndarray, num_draws: int) -> Imputations:
         given = frame(x)
-        draws = np.stack([encoded(copy) for copy in imputer.sample(given, NUM_DRAWS)])
-        return Imputations(encoded(imputer.transform(given)), draws)
+        copies = [encoded(copy) for copy in imputer.sample(given, num_draws)] if num_draws else []
+        return Imputations(encoded(imputer.transform(given)), np.stack(copies) if copies else None)
 
     return impute
 
 
-def iterative(rows: Rows, train: np.ndarray, seed: int) -> Callable[[np.ndarray], Imputations]:
+def iterative(rows: Rows, train: np.ndarray, seed: int) -> Impute:
     """Chained regressions, Bayesian ridge and logistic: their predictions, and draws of them (multiple imputation)."""
     rng, cardinalities = np.random.default_rng(seed), rows.columns.cardinalities
     point, draws = baselines.ChainedImputer(cardinalities).fit(train), baselines.ChainedImputer(cardinalities)
     draws.fit(train, rng)
-    return lambda x: Imputations(point.transform(x), np.stack([draws.sample(x, rng) for _ in range(NUM_DRAWS)]))
+
+    def impute(x: np.ndarray, num_draws: int) -> Imputations:
+        copies = [draws.sample(x, rng) for _ in range(num_draws)]
+        return Imputations(point.transform(x), np.stack(copies) if copies else None)
+
+    return impute
 
 
 def of_baseline(name: str) -> Method:
     """An imputer of `evaluation/baselines.py`, without draws."""
 
-    def method(rows: Rows, train: np.ndarray, seed: int) -> Callable[[np.ndarray], Imputations]:
+    def method(rows: Rows, train: np.ndarray, seed: int) -> Impute:
         del seed
         imputer = baselines.fit(train, (name,), cardinalities=rows.columns.cardinalities)[name]
-        return lambda x: Imputations(imputer(x), None)
+        return lambda x, _: Imputations(imputer(x), None)
 
     return method
 
@@ -147,7 +153,7 @@ def compare(rows: Rows, mechanism: str, share: float, seed: int, method: str) ->
         fitted = time.perf_counter() - start
         results = {}
         for name, part in {"in": train, "out": test}.items():
-            found = impute(incomplete[part])
+            found = impute(incomplete[part], NUM_DRAWS)
             results[name] = score(rows, rows.x[part], found, 1 - b[part]) | {"seconds": fitted}
     return results
 
