@@ -8,11 +8,12 @@ import tempfile
 
 import pytest
 
-# Most of the tests' time is XLA's compilation. It takes half as long without LLVM's optimisations and with the older
-# emitters of fusions. The runs of test_end_to_end.py, killed, resumed and compared bit for bit, are compiled as for
-# users.
+# Most of the tests' time is XLA's compilation. It takes half as long without LLVM's optimisations, with the older
+# emitters of fusions and in one part. The runs of test_end_to_end.py, killed, resumed and compared bit for bit, are
+# compiled as for users.
 os.environ["XLA_FLAGS_OF_SCRIPTS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS_OF_SCRIPTS"]
 os.environ["JAX_PLATFORMS"] = "cpu"

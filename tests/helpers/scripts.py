@@ -51,20 +51,19 @@ for line in sys.stdin:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
     folder, variables, out, err, *sys.argv = json.loads(line)
-    os.dup2(os.open(out, os.O_WRONLY), 1)
-    os.dup2(os.open(err, os.O_WRONLY), 2)
+    os.dup2(os.open(out, os.O_WRONLY), 1), os.dup2(os.open(err, os.O_WRONLY), 2)
     os.chdir(folder)
     os.environ.update(variables)
     sys.path[0] = os.path.dirname(os.path.realpath(sys.argv[0]))
     signal.alarm(600)
-    status = 0
+    status = 70
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
         traceback.print_exc()
-        status = 70
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
 """
