@@ -205,3 +205,14 @@ def test_tables_of_one_kind_only(cardinalities):
 def test_the_head_is_for_tables():
     with pytest.raises(OptionError, match=r"Columns is for tables, but the data have shape \(8, 8, 1\)"):
         Columns((3,), (8, 8, 1), rngs=nnx.Rngs(0))
+
+
+def test_components_that_start_spread_out_are_together_nearer_to_a_standard_normal():
+    x = np.linspace(-6, 6, 601)
+    density, kl = scipy.stats.norm.pdf(x)[:, None], {}
+    for spread in (True, False):
+        model = Columns((5,), (2,), num_components=10, spread=spread, rngs=nnx.Rngs(0))
+        model.linear.kernel[...] = jnp.zeros_like(model.linear.kernel[...])
+        log_prob = np.asarray(model(jnp.ones((1, 5))).log_prob(np.float32([x, x]).T[:, None]))[:, 0]
+        kl[spread] = (density * (np.log(density) - log_prob)).sum(0) * (x[1] - x[0])  # KL(N(0, 1) || mixture)
+    assert (kl[True] > 0).all() and (kl[True] < 0.15).all() and (kl[True] < 0.8 * kl[False]).all()

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from benchmarks import imputation
+from benchmarks import imputation, vaeac_protocol
 from helpers.runs import refusal
 from posterior_matching.evaluation.metrics import crps, interval_coverage
 
@@ -84,3 +84,15 @@ def test_wrong_input_is_refused_in_one_line(table, tmp_path):
     assert "table.drop must be" in refusal(imputation.read, f"{table}:drop", 10)
     assert "dorp" in refusal(imputation.read, f"{table}:dorp=('kind',)", 10)
     assert "no_such" in refusal(imputation.read, "no_such.csv", 10)
+
+
+def test_vaeac_s_protocol_hides_the_zeros_of_its_mask_and_scores_them(tmp_path):
+    x = np.random.default_rng(1).normal(3.0, 2.0, (400, 3))
+    pd.DataFrame(x, columns=["a", "b", "c"]).to_csv(tmp_path / "rows.csv", index=False)
+    results = vaeac_protocol.main(str(tmp_path / "rows.csv"), ["mean"])
+    np.random.seed(239)  # noqa: NPY002, as in the published code
+    hidden = np.random.choice(2, size=x.shape, p=[0.5, 0.5]) == 0  # noqa: NPY002
+    means = np.nanmean(np.where(hidden, np.nan, x), axis=0)
+    errors = np.nanmean(np.where(hidden, np.square(x - means), np.nan), axis=0)
+    np.testing.assert_allclose(results["mean"]["nrmse"], (np.sqrt(errors) / x.std(0)).mean(), rtol=1e-6)
+    assert "unknown 'meen'" in refusal(lambda: vaeac_protocol.main("rows.csv", ["meen"]))
