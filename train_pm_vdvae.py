@@ -16,20 +16,19 @@ from posterior_matching.errors import OptionError
 from posterior_matching.evaluation.pictures import image_columns, image_square, imputation_grid
 from posterior_matching.masking import MaskOption
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
-from posterior_matching.training.corruption import CorruptionOptions
 from posterior_matching.training.family import Batch, Family, Terms
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(CorruptionOptions):
-    """The keys specific to PM-VDVAE configs, documented in `configs/common.py`."""
+class Options:
+    """The key specific to PM-VDVAE configs."""
 
     mask_generator: MaskOption
 
 
 def loss(model: PosteriorMatchingVDVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
     """Negative ELBO plus the Posterior Matching loss."""
-    x = model.to_levels(options.corrupt(batch, rngs))
+    x = model.to_levels(batch.x)
     b = options.mask_generator(rngs.mask(), batch.available.shape)
     terms = model.terms(x, b, rngs.sample())
     return {

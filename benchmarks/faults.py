@@ -149,6 +149,7 @@ def refused(process: subprocess.Popen[str], *, status: int | None = 1) -> str | 
         _, err = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.communicate()
         return "hangs"
     lines = [line for line in err.splitlines() if line.strip() and "[Gloo]" not in line and line[:5] != "step "]
     if process.returncode == 0 or (status is not None and process.returncode != status):

@@ -231,8 +231,6 @@ def for_images(config: ConfigDict) -> None:
 def pm_vdvae() -> ConfigDict:
     """The keys of a PM-VDVAE config; `config.model` holds the options of `models.vdvae.PosteriorMatchingVDVAE`."""
     config = training()
-    config.noise_std = 0.0  # Gaussian noise on the training images
-    config.distortion_std = 0.0  # random affine distortion of the training images, see `corruption.distort`
     config.mask_generator = ConfigDict({"name": "BernoulliMaskGenerator", "p": 0.5})
     config.batch_size = 16
     config.steps = 500_000

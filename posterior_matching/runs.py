@@ -302,6 +302,8 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
         raise UserError(f"{run_dir} is a run of {found}, not of {model}: pass the directory of a {model} run")
     if found not in models.MODELS:
         raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(found, models.MODELS)}")
+    if found == "pm_vae":
+        config.setdefault("elbo_samples", 1)  # absent in runs from before there was a choice
     return description
 
 

@@ -372,6 +372,8 @@ def test_options_that_do_not_fit_the_columns():
         make(cardinalities=(0, 2, 0))
     with pytest.raises(OptionError, match=r"model.likelihood.name must be Columns: the data have categorical columns"):
         make(likelihood={"name": "IdentityGaussian"})
+    with pytest.raises(OptionError, match=r"model.likelihood.spread is for several Gaussians per column"):
+        make(likelihood={"name": "Columns", "spread": True})
 
 
 # Runs.

@@ -150,6 +150,13 @@ def test_resuming_accepts_what_changes_no_step(run_dir, changes):
     assert json.loads((run_dir / "config.json").read_text())["config"].items() >= changes.items()
 
 
+def test_a_run_from_before_the_importance_weighted_elbo_is_resumed(run_dir):
+    description = json.loads((run_dir / "config.json").read_text())
+    assert description["config"].pop("elbo_samples") == 1
+    (run_dir / "config.json").write_text(json.dumps(description))
+    assert runs.open_run(str(run_dir), "pm_vae", make_config(), (8,)).step == STEPS
+
+
 def test_more_steps_continue_the_run_and_its_metrics(run_dir):
     metrics = run_dir / "metrics.jsonl"
     before = metrics.read_text()

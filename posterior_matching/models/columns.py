@@ -107,11 +107,12 @@ class Columns(nnx.Module):
         data_shape: `(d,)`.
         num_components: Gaussians per real column. With 1 the features give the mean, and the scale is a parameter,
             initially 1; with more they give weights, means and scales.
+        spread: Whether several Gaussians start at quantiles of N(0, 1). Otherwise they start alike and part slowly.
         cardinalities: See above.
         rngs: Source of initial weights.
 
     Raises:
-        OptionError: The data are not a table.
+        OptionError: The data are not a table, or a single Gaussian is to be spread.
     """
 
     def __init__(
@@ -126,16 +127,17 @@ class Columns(nnx.Module):
     ):
         if len(data_shape) != 1:
             raise OptionError("name", f"{{}} Columns is for tables, but the data have shape {tuple(data_shape)}")
+        if spread and num_components == 1:
+            raise OptionError("spread", "is for several Gaussians per column: set num_components above 1")
         self.cardinalities = cardinalities or (0,) * data_shape[0]
         self.num_components = num_components
         num_real = self.cardinalities.count(0)
         per_real = 1 if num_components == 1 else 3 * num_components
         self.sizes = tuple(len(columns) * (k or per_real) for k, (columns, _) in _groups(self.cardinalities).items())
         self.linear = nnx.Linear(math.prod(features_shape), sum(self.sizes), rngs=rngs)
-        if num_real and num_components > 1 and spread:
-            self.linear.bias = nnx.Param(
-                jnp.zeros(sum(self.sizes)).at[: self.sizes[0]].set(_spread(num_components, num_real))
-            )
+        if num_real and spread:  # real columns come first
+            biases = _spread(num_components, num_real)
+            self.linear.bias = nnx.Param(jnp.zeros(sum(self.sizes)).at[: biases.size].set(biases))
         if num_real and num_components == 1:
             self.log_scale = nnx.Param(jnp.zeros(num_real))
 
@@ -161,10 +163,7 @@ class Columns(nnx.Module):
 
 
 def _spread(num_components: int, num_columns: int) -> np.ndarray:
-    """Biases `[n * 3 * num_components]` with which the mixtures of n real columns start as wide as N(0, 1).
-
-    Components that start alike part slowly; here they start at quantiles of N(0, 1), with widths that fill the gaps.
-    """
+    """Biases `[num_columns * 3 * num_components]` of equal weights, means at quantiles of N(0, 1), and close scales."""
     means = ndtri((np.arange(num_components) + 0.5) / num_components)
     width = np.log(np.expm1(2.5 / num_components))  # the inverse of softplus
     return np.tile(np.concatenate([np.zeros(num_components), means, np.full(num_components, width)]), num_columns)

@@ -251,9 +251,9 @@ class PartialPosterior(nnx.Module):
 class VAETerms(NamedTuple):
     """What training optimises, per example and in nats; all `[B]`."""
 
-    reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x)
+    reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x), or the mean over several
     kl: jax.Array  # KL(q(z | x) || p(z)), closed form
-    matching_ll: jax.Array  # log q(z | x_o), the same z
+    matching_ll: jax.Array  # log q(z | x_o), the same z, or one of them
     iw_elbo: jax.Array | None = None  # with several z, the importance-weighted ELBO: between the ELBO and log p(x)
 
     def elbo(self) -> jax.Array:
@@ -263,7 +263,7 @@ class VAETerms(NamedTuple):
     def loss(self, beta: jax.Array | float, matching_coef: float) -> jax.Array:
         """Negative ELBO plus the Posterior Matching loss (paper, equations 1 and 4)."""
         bound = self.reconstruction_ll - beta * self.kl
-        if self.iw_elbo is not None:  # the same, if one z is drawn: ELBO = reconstruction - KL
+        if self.iw_elbo is not None:  # the same with the tighter bound in place of the ELBO, reconstruction - KL
             bound = (1 - beta) * self.reconstruction_ll + beta * self.iw_elbo
         return -bound - matching_coef * self.matching_ll
 
