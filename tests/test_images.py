@@ -5,6 +5,8 @@ import io
 import json
 import os
 import shutil
+import threading
+import time
 import zipfile
 
 import jax
@@ -186,6 +188,20 @@ def test_what_is_no_image_is_counted(tmp_path, warned):
     assert len(warned) == 2 and warned[0].startswith("cannot read 4 files of") and "broken.png" in warned[0]
     assert "2 of the files of" in warned[1] and "table.csv" in warned[1]
     assert "cannot read 4 files of" in refusal(read_images, tmp_path / "photos", for_imputation=True)
+
+
+def test_an_archive_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    archive = archive_of(tmp_path / "a.zip", {f"{i:02}.png": picture() for i in range(32)})
+    whole, reading = zipfile.ZipFile.read, threading.Lock()
+
+    def alone(self, *args):
+        assert reading.acquire(blocking=False), "two threads at once: since Python 3.12, zipfile fails then"
+        time.sleep(0.002)  # lets the other threads in
+        reading.release()
+        return whole(self, *args)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", alone)
+    assert len(read(archive).names) == 32
 
 
 def test_names_in_archives(tmp_path):

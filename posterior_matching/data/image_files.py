@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import threading
 import unicodedata
 import warnings
 import zipfile
@@ -113,7 +114,13 @@ def opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes], list
             for name in named:
                 if re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
                     raise UserError(f"'{path}' names a file outside of itself, '{name}': make the archive anew")
-            yield sorted(filter(_is_visible, named)), lambda name: archive.read(named[name]), [path]
+            lock = threading.Lock()  # since Python 3.12, concurrent reads of one archive fail: "Overlapped entries"
+
+            def read(name: str) -> bytes:
+                with lock:
+                    return archive.read(named[name])
+
+            yield sorted(filter(_is_visible, named)), read, [path]
     else:
         yield [path.name], lambda _: path.read_bytes(), [path]
 
