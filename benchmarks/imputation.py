@@ -131,7 +131,7 @@ def read(source: str, max_rows: int) -> Rows:
     if not pathlib.Path(path).exists():
         parts = [data.load(path, split) for split in ("train", "validation", "test")]
         x = np.concatenate([part.x.reshape(len(part), -1) for part in parts])
-        table = data.read_table(np.asarray(x, np.float64))
+        table = data.read_table(pd.DataFrame(x).add_prefix("x"))  # names, by which constant columns may be left out
     else:
         table = data.read_table(path, call(data.TableOptions, options, "table"))
     columns = data.Columns.fit(table)
