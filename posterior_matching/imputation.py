@@ -307,41 +307,18 @@ def impute_images(
     model = runs.load_model(run_dir, checkpoint=checkpoint)
     model = UnitRange(model) if isinstance(model, PosteriorMatchingVDVAE) else model
     imputer = Imputer(model, seed=seed, batch_size=batch_size, num_samples=num_samples)
-
-    def copies() -> Iterator[tuple[slice, int, np.ndarray]]:
-        """Yields images, copy, and the copy's pixels `[n, H, W, C]` in [0, 1]."""
-        for start in progress_bar(range(0, len(images), batch_size), desc="imputing", unit="batch"):
-            rows = slice(start, start + batch_size)
-            x = images.x[rows].astype(np.float32) / np.float32(images.max_value)
-            for copy in range(num_imputations):
-                filled = x if b[rows].all() else imputer.image(x, b[rows], None if kind == "point" else copy)
-                yield rows, copy, np.where(b[rows] == 1, x, filled)
-
     try:
-        if to_files == ".npy":
-            filled = np.zeros((num_imputations, *images.x.shape), np.float32)
-            for rows, copy, pixels in copies():
-                filled[copy, rows] = pixels
-            with contextlib.ExitStack() as stack:
-                for target, pixels in zip(targets, filled, strict=True):
-                    with stack.enter_context(atomic.replacing(target)).open("wb") as array:
-                        np.save(array, as_stored(images, pixels, b == 1), allow_pickle=False)
-        elif to_files:
-            with contextlib.ExitStack() as stack:
-                for _, copy, pixels in copies():
-                    _save_png(stack.enter_context(atomic.replacing(targets[copy])), pixels[0])
-        else:
-            with atomic.replacing_folder(targets[0]) as folder:
-                written = []
-                for rows, copy, pixels in copies():
-                    for name, image in zip(names[rows], pixels, strict=True):
-                        file = f"{name}_{copy + 1}.png" if num_imputations > 1 else f"{name}.png"
-                        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                        _save_png(folder / file, image)
-                        written.append(targets[0] / file)
-            targets = written
+        with _image_writer(targets, names, images, b, num_imputations) as write:
+            for start in progress_bar(range(0, len(images), batch_size), desc="imputing", unit="batch"):
+                rows = slice(start, start + batch_size)
+                x = images.x[rows].astype(np.float32) / np.float32(images.max_value)
+                for copy in range(num_imputations):
+                    filled = x if b[rows].all() else imputer.image(x, b[rows], None if kind == "point" else copy)
+                    write(rows, copy, np.where(b[rows] == 1, x, filled))
     except OSError as error:
         raise UserError(f"cannot write '{output}': {error.strerror or error}") from error
+    if targets[0].is_dir():
+        return [targets[0] / file for file in _files_in_folder(names, num_imputations)]
     return targets
 
 
@@ -362,6 +339,44 @@ def _output_folder(input: str, output: str) -> pathlib.Path:
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise UserError(f"the output '{output}' lies in the input: name a folder outside of it")
     return folder
+
+
+@contextlib.contextmanager
+def _image_writer(
+    targets: list[pathlib.Path], names: list[str], images: Images, b: np.ndarray, num_imputations: int
+) -> Iterator[Callable[[slice, int, np.ndarray], None]]:
+    """Yields a function that takes rows, the number of the copy and its pixels in [0, 1]. Writes all files or none."""
+    with contextlib.ExitStack() as stack:
+        if targets[0].suffix.lower() == ".npy":
+            filled = np.zeros((num_imputations, *images.x.shape), np.float32)
+
+            def write(rows: slice, copy: int, pixels: np.ndarray) -> None:
+                filled[copy, rows] = pixels
+
+            yield write
+            for target, pixels in zip(targets, filled, strict=True):
+                with stack.enter_context(atomic.replacing(target)).open("wb") as array:
+                    np.save(array, as_stored(images, pixels, b == 1), allow_pickle=False)
+        elif targets[0].suffix.lower() == ".png":
+            files = [stack.enter_context(atomic.replacing(target)) for target in targets]
+            yield lambda _, copy, pixels: _save_png(files[copy], pixels[0])
+        else:
+            folder = stack.enter_context(atomic.replacing_folder(targets[0]))
+            files = [folder / file for file in _files_in_folder(names, num_imputations)]
+
+            def write(rows: slice, copy: int, pixels: np.ndarray) -> None:
+                for file, image in zip(files[copy::num_imputations][rows], pixels, strict=True):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    _save_png(file, image)
+
+            yield write
+
+
+def _files_in_folder(names: list[str], num_imputations: int) -> list[str]:
+    """The copies of every image, one image after the other."""
+    if num_imputations == 1:
+        return [f"{name}.png" for name in names]
+    return [f"{name}_{copy + 1}.png" for name in names for copy in range(num_imputations)]
 
 
 def _image_masks(
