@@ -20,6 +20,7 @@ from posterior_matching.data.images import Images, as_stored, is_images, read_im
 from posterior_matching.data.tables import iter_chunks, table_writer
 from posterior_matching.errors import UserError
 from posterior_matching.models import MODELS
+from posterior_matching.models.likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.progress import progress_bar
 
@@ -63,12 +64,13 @@ class Imputer:
         Args:
             x: The images, in [0, 1]; unobserved pixels have no influence.
             b: The masks, float32.
-            copy: Fill with draws, with others for each number; None: with point estimates, the mean of `num_samples`.
+            copy: Fill with draws, with others for each number; None: with point estimates, the weighted mean
+                of `num_samples`, see `likelihood.tempered_weights`.
         """
         x = np.where(b == 1, x, np.float32(0))
         if copy is None:
             return self._over_batches(_mean_image, self._num_samples, self._key, x, b)
-        return self._over_batches(_mean_image, 1, jax.random.fold_in(self._key, copy), x, b)
+        return self._over_batches(_image_draw, 1, jax.random.fold_in(self._key, copy), x, b)
 
     def log_prob(self, x: np.ndarray, given: np.ndarray, of: np.ndarray, num_samples: int) -> np.ndarray:
         """Estimates log p(x_of | x_given) of rows by importance sampling, per standardised unit.
@@ -138,12 +140,17 @@ def _draws(model, key, x, b, sizes):
     return jnp.moveaxis(model.draw(x, b, copies, key=key, candidates=samples), 0, 1)
 
 
-def _mean_image(model, key, x, b, num_samples):
-    def add_one(total, key):
-        return total + jnp.clip(model.impute(x, b, 1, key=key)[0], 0.0, 1.0), None
+def _image_draw(model, key, x, b, _):
+    return jnp.clip(model.impute(x, b, 1, key=key)[0], 0.0, 1.0)
 
-    total, _ = jax.lax.scan(add_one, jnp.zeros_like(x), jax.random.split(key, num_samples))
-    return total / num_samples
+
+def _mean_image(model, key, x, b, num_samples):
+    def draw(key):  # one at a time, to save memory
+        imputations, log_weights = model.impute_and_weigh(x, b, 1, key=key)
+        return jnp.clip(imputations[0], 0.0, 1.0), log_weights[0]
+
+    imputations, log_weights = jax.lax.map(draw, jax.random.split(key, num_samples))
+    return weighted_mean(imputations, tempered_weights(log_weights))
 
 
 def _log_prob(model, key, x, masks, num_samples):
@@ -269,8 +276,8 @@ def impute_images(
         mask: The masks, white or 1 = observed, black or 0 = hole, see `data.images.read_masks`.
         mask_generator: Draws the masks instead, see `masking.mask_generator_from_spec`; "config": the run's.
         num_imputations: Number of completed copies to write.
-        kind: "point" estimates (the mean of `num_samples` draws) or "draws"; None: draws if there are several copies.
-            Draws are decoder means, without the noise of p(x | z).
+        kind: "point" estimates (the mean of `num_samples` draws, weighted) or "draws"; None: draws if there are
+            several copies. Draws are decoder means, without the noise of p(x | z).
         checkpoint: "best" or "latest"; None: the one named in the run's config.
         batch_size: Images at once.
         num_samples: Draws of z that a point estimate averages.

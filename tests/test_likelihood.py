@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import scipy.stats
 from numpyro import distributions as dist
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 from helpers.arrays import normal
 from posterior_matching.masking import mask_shape
-from posterior_matching.models.likelihood import importance_log_prob, log_prob_of_observed, truncated_weights
+from posterior_matching.models.likelihood import importance_log_prob, log_prob_of_observed, tempered_weights
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -72,9 +72,23 @@ def test_log_mean_weight_and_effective_sample_size_of_known_weights(table, num_s
     assert (np.asarray(found.gap) >= expected - 1e-3).all() and (np.asarray(found.gap) <= 2.5 * expected + 1e-3).all()
 
 
-def test_truncated_weights_are_at_most_root_s_times_the_mean_and_sum_to_one():
-    w = np.array([[1.0, 1e-3], [2.0, 0.0], [3.0, 1e5], [4.0, 2e-3]])  # no weight of the first column is that large
-    cut = np.minimum(w, 2 * w.mean(0))
-    found = truncated_weights(jnp.log(w) - 300)
-    np.testing.assert_allclose(found, cut / cut.sum(0), rtol=1e-4)
-    np.testing.assert_allclose(found[:, 0], w[:, 0] / 10, rtol=1e-4)
+def test_tempered_weights_keep_the_effective_sample_size_and_are_powers_of_the_weights():
+    log_w = np.random.default_rng(0).normal(size=(50, 4)) * np.array([0.1, 1.0, 5.0, 50.0]) - 300
+    found = np.asarray(tempered_weights(jnp.asarray(log_w, jnp.float32), 0.2), np.float64)
+    np.testing.assert_allclose(found.sum(0), 1.0, rtol=1e-5)
+    effective = 1 / np.square(found).sum(0)
+    untouched = 1 / np.square(softmax(log_w, axis=0)).sum(0) >= 10
+    assert untouched.tolist() == [True, True, False, False]
+    np.testing.assert_allclose(found[:, :2], softmax(log_w[:, :2], axis=0), rtol=1e-4)
+    np.testing.assert_allclose(effective[2:], 10, rtol=1e-3)
+    for j in (2, 3):  # log w^t + constant, with t in (0, 1)
+        t, constant = np.polyfit(log_w[:, j], np.log(found[:, j]), 1)
+        assert 0 < t < 1
+        np.testing.assert_allclose(np.log(found[:, j]), t * log_w[:, j] + constant, rtol=1e-3, atol=1e-3)
+
+
+def test_tempered_weights_of_impossible_draws():
+    log_w = jnp.array([[-jnp.inf, 0.0], [-jnp.inf, -jnp.inf], [-jnp.inf, 1.0]])
+    found = tempered_weights(log_w)
+    np.testing.assert_allclose(found[:, 0], 1 / 3, rtol=1e-6)  # all alike
+    np.testing.assert_allclose(found[:, 1], softmax([0.0, -np.inf, 1.0]), rtol=1e-5)

@@ -22,6 +22,7 @@ from posterior_matching.errors import OptionError, UserError
 from posterior_matching.evaluation import baselines, metrics, uci
 from posterior_matching.masking import BernoulliMaskGenerator
 from posterior_matching.models import build, distributions
+from posterior_matching.models.likelihood import tempered_weights, weighted_mean
 from posterior_matching.training.corruption import add_noise
 
 pytestmark = pytest.mark.slow
@@ -170,6 +171,9 @@ def test_weighted_point_estimates_are_those_of_the_model_whatever_the_proposal()
     np.testing.assert_array_equal(weighted[B == 1], X[B == 1])
     np.testing.assert_allclose(weighted[B == 0], expected[B == 0], atol=0.05)
     assert np.abs(unweighted - expected)[B == 0].max() > 0.2
+    imputations, log_weights = jax.jit(lambda key: model.impute_and_weigh(X, B, 20_000, key=key))(KEY)
+    means = np.asarray(weighted_mean(imputations, tempered_weights(log_weights)))
+    np.testing.assert_allclose(means[:, REAL], weighted[:, REAL], rtol=1e-4)
     draws = jax.jit(lambda key: model.draw(X, B, 20_000, key=key, candidates=20_000))(KEY)
     real = (B == 0) & REAL
     np.testing.assert_allclose(np.asarray(draws).mean(0)[real], expected[real], atol=0.07)

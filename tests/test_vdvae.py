@@ -246,6 +246,9 @@ def test_importance_samples_of_a_linear_model_agree_with_the_closed_form():
         ratio = np.exp(np.asarray(found, np.float64).reshape(2, copies) - exact[:, None])  # expectation 1
         assert (ratio.std(1) > 1e-3).all() and (ratio.std(1) < 0.5).all()
         assert_mean(ratio.T, 1.0)
+    draw = jax.jit(lambda key: model.impute_and_weigh(jnp.float32(x), jnp.float32(b), 4000, key=key))
+    log_weights = np.asarray(draw(KEY)[1], np.float64)
+    assert_mean(np.exp(log_weights - (pixels * b[..., 0]).sum((1, 2))), 1.0)
     np.testing.assert_allclose(result.log_p_xu_given_xo, result.log_p_x - result.log_p_xo, rtol=1e-5, atol=1e-5)
     assert (np.asarray(result.ess_x) >= 1).all() and (np.asarray(result.ess_x) < 300).all()
 

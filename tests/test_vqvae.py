@@ -1,6 +1,7 @@
 """The VQ-VAE and Posterior Matching on it: the quantiser by its definition, what is frozen, what may not matter."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import scipy.stats
 from flax import nnx
+from scipy.special import logsumexp
 
 import train_pm_vqvae
 import train_vqvae
 from benchmarks import synthetic
-from helpers.arrays import by_path
+from helpers.arrays import assert_mean, by_path
 from helpers.configs import FAMILIES, load, small, untrained
 from helpers.runs import contents, refusal, rows, weights
 from posterior_matching import runs
@@ -184,6 +187,25 @@ def test_matching_ll_is_the_log_probability_of_the_codes_of_x():
     np.testing.assert_allclose(model.matching_ll(x, b), expected, rtol=1e-5)
 
 
+def test_the_weights_of_draws_are_those_of_the_sum_over_all_codes():
+    """E[p(x_o, z) / q(z | x_o)] under q is p(x_o), here over the 6^4 codes of a 2x2 grid."""
+    model, num_samples = pm_vqvae(), 4000
+    x, b = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1)), np.ones((2, 8, 8, 1))
+    b[:, :4], b[1, :, 3:] = 0.0, 0.0
+    codes = jnp.asarray(list(itertools.product(range(6), repeat=4))).reshape(-1, 2, 2)
+    log_prior = model.pixel_cnn.log_prob(codes, jnp.tile(model.conditional_input(x[:1], 0.0 * b[:1]), (len(codes), 1)))
+    p = model.vqvae.decode(codes)
+    for n in range(2):
+        log_p_xo = np.where(b[n] == 1, scipy.stats.norm.logpdf(x[n], p.mean, p.scale), 0.0).sum((1, 2, 3))
+        exact = logsumexp(np.asarray(log_prior) + log_p_xo)
+        draw = jax.jit(lambda x, b: model.impute_and_weigh(x, b, num_samples, key=jax.random.key(1)))
+        imputations, log_weights = draw(x[n : n + 1], jnp.float32(b[n : n + 1]))
+        np.testing.assert_array_equal(
+            imputations[:, 0][:, b[n] == 1], np.broadcast_to(x[n][b[n] == 1], (num_samples, int(b[n].sum())))
+        )
+        assert_mean(np.exp(np.asarray(log_weights[:, 0], np.float64) - exact), 1.0)
+
+
 def test_a_linear_layer_takes_the_features_of_the_partial_encoder_as_they_are():
     """The published one has no 1x1 convolution in between."""
     shapes = {name: array.shape for name, array in weights(pm_vqvae()).items()}
@@ -245,6 +267,9 @@ def test_the_evaluation_writes_what_it_says(run_dir):
             )
     assert 5 < found["metrics"]["psnr_mean_db"]["mean"] < found["metrics"]["psnr_knn_db"]["mean"] < 40
     assert (results / "imputations.png").exists()
+    weighted = imputation.evaluate(run_dir, **options, weighted=True)  # the same draws
+    np.testing.assert_array_equal(weighted.trials("f_8"), found["metrics"]["f_8"]["trials"])
+    assert (weighted.trials("psnr_db") != found["metrics"]["psnr_db"]["trials"]).all()
 
 
 def test_without_network_the_default_embedding_fails_in_one_line(run_dir, tmp_path, monkeypatch):

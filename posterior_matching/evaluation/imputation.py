@@ -19,6 +19,7 @@ from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
 from posterior_matching.evaluation.results import Results
 from posterior_matching.masking import MaskGenerator
+from posterior_matching.models.likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
 from posterior_matching.progress import progress_bar, with_log
@@ -39,6 +40,7 @@ def evaluate(
     num_trials: Count = 5,
     seed: Seed = 0,
     embedding: Literal["inception", "pixels"] = "inception",
+    weighted: bool = False,
     baselines: bool = False,
 ) -> Results:
     """Evaluates a PM-VQVAE or PM-VDVAE and writes `imputation_results/` in its run directory.
@@ -59,6 +61,7 @@ def evaluate(
         num_trials: Trials, each with its own masks.
         seed: Random seed of masks, samples and clusterings.
         embedding: The embedding for precision and recall, a key of `EMBEDDINGS`.
+        weighted: Weigh the imputations of the mean, see `likelihood.tempered_weights`; as published, they are not.
         baselines: Also compute the PSNR of mean and kNN imputation on the same masks.
 
     Raises:
@@ -78,8 +81,9 @@ def evaluate(
     def impute_example(models: nnx.Dict, key: jax.Array, x: jax.Array, available: jax.Array):
         key_mask, key_impute = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape)) * available[None]
-        imputations = models["model"].impute(x[None], b, num_samples, key=key_impute)[:, 0]
-        return {"b": b[0], "imputation": imputations.mean(0), "embeddings": models["embed"](imputations)}
+        imputations, log_weights = models["model"].impute_and_weigh(x[None], b, num_samples, key=key_impute)
+        mean = weighted_mean(imputations, tempered_weights(log_weights)) if weighted else imputations.mean(0)
+        return {"b": b[0], "imputation": mean[0], "embeddings": models["embed"](imputations[:, 0])}
 
     def embed_example(embed: nnx.Module, _key: jax.Array, x: jax.Array, _available: jax.Array):
         return {"embedding": embed(x[None])[0]}

@@ -1,6 +1,5 @@
 """Per-example log-likelihoods in nats: of observed features given z, and marginal over z by importance sampling."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,21 +27,42 @@ def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Ar
     return log_prob.sum(tuple(range(log_prob.ndim - (x.ndim - 1), log_prob.ndim)))  # over features
 
 
-def truncated_weights(log_weights: jax.Array) -> jax.Array:
-    """Self-normalised importance weights, after cutting those above sqrt(S) times the mean down to it.
+def tempered_weights(log_weights: jax.Array, min_share: float = 0.1) -> jax.Array:
+    """Self-normalised importance weights w^t, with the largest t in [0, 1] that keeps enough samples effective.
 
-    The few draws that a proposal with too thin tails misses would otherwise decide the estimate: the variance becomes
-    finite for a bias that vanishes as S grows (Ionides 2008, "Truncated importance sampling").
+    Where q misses p(z | x_o), a few draws have nearly all of the weight, and an average over them is noise. Tempering
+    trades this variance for a bias towards q. The rule for t is that of adaptive sequential Monte Carlo (Jasra et al.
+    2011, "Inference for Levy-driven stochastic volatility models via adaptive sequential Monte Carlo").
 
     Args:
         log_weights: log p(x_o, z) - log q(z), `[S, B]`, nats.
+        min_share: Smallest effective sample size, as a share of S. docs/notes.md has the choice.
 
     Returns:
         `[S, B]`, with sum 1 over S.
     """
-    log_s = math.log(len(log_weights))
-    log_mean = jax.nn.logsumexp(log_weights, axis=0) - log_s
-    return jax.nn.softmax(jnp.minimum(log_weights, log_mean + log_s / 2), axis=0)
+
+    log_weights = jnp.maximum(log_weights, jnp.finfo(log_weights.dtype).min / 2)  # finite, so that 0 times them is 0
+
+    def weights(t: jax.Array) -> jax.Array:
+        return jax.nn.softmax(t * log_weights, axis=0)
+
+    def enough(t: jax.Array) -> jax.Array:  # the effective sample size falls with t
+        return min_share * len(log_weights) * jnp.square(weights(t)).sum(0) <= 1.0
+
+    def bisect(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        return jnp.where(enough(middle), middle, low), jnp.where(enough(middle), high, middle)
+
+    zero, one = jnp.zeros(log_weights.shape[1:]), jnp.ones(log_weights.shape[1:])
+    low, _ = jax.lax.fori_loop(0, 20, bisect, (zero, one))
+    return weights(jnp.where(enough(one), one, low))
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """The mean over samples of `values: [S, B, ...]` with `weights: [S, B]`, which sum to 1 over S."""
+    return (weights.reshape(*weights.shape, *[1] * (values.ndim - 2)) * values).sum(0)
 
 
 class ConditionalLogProb(NamedTuple):

@@ -34,7 +34,8 @@ from posterior_matching.models.likelihood import (
     ImportanceEstimate,
     importance_log_prob,
     log_prob_of_observed,
-    truncated_weights,
+    tempered_weights,
+    weighted_mean,
 )
 from posterior_matching.models.networks import NETWORKS, Shape
 
@@ -303,6 +304,14 @@ class Imputing(nnx.Module):
             imputations = self.decoding.decode_mean(self._latents(x, b, num_samples, key))
         return jnp.where(b == 1, x, imputations)
 
+    def impute_and_weigh(
+        self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Like `impute`, but with the most probable categories; and log p(x_o, z) - log q(z | x_o), `[S, B]`."""
+        x, b = checked(x, b, self.decoding.input_shape)
+        _, log_weights, means = self._weighted_latents(x, b, num_samples, key)
+        return jnp.where(b == 1, x, column_values(means, self.decoding.cardinalities)), log_weights
+
     def draw(
         self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, candidates: int | None = None
     ) -> jax.Array:
@@ -322,10 +331,10 @@ class Imputing(nnx.Module):
             z = self._latents(x, b, num_samples, key_z)
         else:
             key_z, key_choice = jax.random.split(key_z)
-            z, weights, _ = self._weighted_latents(x, b, candidates, key_z)
+            z, log_weights, _ = self._weighted_latents(x, b, candidates, key_z)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key_choice, jnp.arange(num_samples))
             u = jax.vmap(lambda key: jax.random.uniform(key, (len(x),)))(keys)  # [S, B]
-            below = jnp.cumsum(weights, axis=0)
+            below = jnp.cumsum(tempered_weights(log_weights), axis=0)
             chosen = jax.vmap(jnp.searchsorted, in_axes=1, out_axes=1)(below[:-1], u * below[-1])
             z = jnp.take_along_axis(z, chosen[..., None], axis=0)
         return jnp.where(b == 1, x, self.decoding.decode_draw(z, key_x))
@@ -342,13 +351,13 @@ class Imputing(nnx.Module):
             b: As in `impute`.
             num_samples: Draws of z ~ q(z | x_o).
             key: Random key.
-            weighted: Weigh each draw by p(x_o, z) / q(z | x_o), see `likelihood.truncated_weights`. The expectation is
-                then that of the model, p(z | x_o), to which q(z | x_o) is an approximation. As published, it is not.
+            weighted: Weigh each draw by p(x_o, z) / q(z | x_o), see `likelihood.tempered_weights`. The expectation is
+                then closer to the model's own, under p(z | x_o), which q(z | x_o) approximates. As published: False.
         """
         x, b = checked(x, b, self.decoding.input_shape)
         if weighted:
-            _, weights, means = self._weighted_latents(x, b, num_samples, key)
-            mean = (weights.reshape(*weights.shape, *[1] * (means.ndim - 2)) * means).sum(0)
+            _, log_weights, means = self._weighted_latents(x, b, num_samples, key)
+            mean = weighted_mean(means, tempered_weights(log_weights))
         else:
             mean = self.decoding.decode_mean(self._latents(x, b, num_samples, key)).mean(0)
         return jnp.where(b == 1, x, column_values(mean, self.decoding.cardinalities))
@@ -359,10 +368,10 @@ class Imputing(nnx.Module):
     def _weighted_latents(
         self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """z ~ q(z | x_o) `[S, B, e]`, their weights for p(z | x_o) `[S, B]`, and the features' means given them."""
+        """z ~ q(z | x_o) `[S, B, e]`, log p(x_o, z) - log q(z | x_o) `[S, B]`, and the features' means given z."""
         z, log_q = sample_and_log_prob(self.partial_posterior(x, b), key, (num_samples,))
         means, log_p_xo = self.decoding.decode_mean_and_log_prob(z, x, b)
-        return z, truncated_weights(log_p_xo + self.decoding.prior().log_prob(z) - log_q), means
+        return z, log_p_xo + self.decoding.prior().log_prob(z) - log_q, means
 
 
 class PosteriorMatchingVAE(Imputing):

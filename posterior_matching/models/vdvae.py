@@ -305,7 +305,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
 
     def reconstruct(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
         """Mean of p(x | z) for z ~ q(z | x); `[B, H, W, C]` like `x`."""
-        return self._decoded_mean(self._posterior, self._encode(x), key, len(x))
+        return self._decode_draw(self._posterior, self._encode(x), key, len(x))[0].mean
 
     def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """Draws imputations: means of p(x | z) for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
@@ -319,13 +319,21 @@ class PosteriorMatchingVDVAE(nnx.Module):
         Returns:
             `[num_samples, B, H, W, C]`, integers 0..num_levels - 1.
         """
+        return self.impute_and_weigh(x, b, num_samples, key=key)[0]
+
+    def impute_and_weigh(
+        self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Like `impute`; also returns log p(x_o, z) - log q(z | x_o) of each draw, `[num_samples, B]`."""
         x, b = checked(x, b, self.input_shape)
         encoded = self._encode_observed(x, b)
 
         def draw(key):
-            return self._decoded_mean(self._partial_posterior, encoded, key, len(x))
+            p, log_ratio = self._decode_draw(self._partial_posterior, encoded, key, len(x))
+            return p.mean, log_prob_of_observed(p, x, b) + log_ratio
 
-        return jnp.where(b == 1, x, jax.lax.map(draw, jax.random.split(key, num_samples)))
+        means, log_weights = jax.lax.map(draw, jax.random.split(key, num_samples))
+        return jnp.where(b == 1, x, means), log_weights
 
     def is_log_prob(
         self,
@@ -358,16 +366,8 @@ class PosteriorMatchingVDVAE(nnx.Module):
         ) -> ImportanceEstimate:
             def log_weights(key, chunk_size):
                 repeated, x_s, mask_s = jax.tree.map(lambda a: _repeat(a, chunk_size), (encoded, x, mask))
-
-                def step(block, key, state):
-                    prior, residual = block.prior(state)
-                    z, log_q = sample_and_log_prob(posterior(block, state, repeated), key)
-                    log_prior = diagonal_gaussian(prior).log_prob(z)
-                    return residual, z, (log_prior - log_q).sum((1, 2))  # over positions
-
-                p, log_ratios = self._decode(step, key, len(x_s))
-                log_weight = log_prob_of_observed(p, x_s, mask_s) + sum(log_ratios)  # over blocks
-                return log_weight.reshape(chunk_size, len(x))
+                p, log_ratio = self._decode_draw(posterior, repeated, key, len(x_s))
+                return (log_prob_of_observed(p, x_s, mask_s) + log_ratio).reshape(chunk_size, len(x))
 
             return log_mean_weight(log_weights, key, num_samples, chunk_size)
 
@@ -415,13 +415,19 @@ class PosteriorMatchingVDVAE(nnx.Module):
         parameters = self.conv_out(state * self.gain[...] + self.bias[...])
         return DiscretisedLogisticMixture(parameters, self.channels, self.num_levels), collected
 
-    def _decoded_mean(
+    def _decode_draw(
         self, posterior: Posterior, encoded: dict[int, jax.Array], key: jax.Array, batch: int
-    ) -> jax.Array:
-        def step(block, key, state):
-            return block.prior(state)[1], posterior(block, state, encoded).sample(key), None
+    ) -> tuple[DiscretisedLogisticMixture, jax.Array]:
+        """p(x | z) for z from a posterior, and log p(z) - log q(z), `[B]`."""
 
-        return self._decode(step, key, batch)[0].mean
+        def step(block, key, state):
+            prior, residual = block.prior(state)
+            z, log_q = sample_and_log_prob(posterior(block, state, encoded), key)
+            log_prior = diagonal_gaussian(prior).log_prob(z)
+            return residual, z, (log_prior - log_q).sum((1, 2))  # over positions
+
+        p, log_ratios = self._decode(step, key, batch)
+        return p, sum(log_ratios[1:], log_ratios[0])  # over blocks
 
     def _initial_state(self, block: DecoderBlock, batch: int) -> jax.Array:
         name, shape = str(block.resolution), (block.resolution, block.resolution, block.width)
@@ -437,7 +443,14 @@ class UnitRange(nnx.Module):
 
     def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """Returns imputations `[S, B, H, W, C]` in [0, 1] of images `[B, H, W, C]` in [0, 1]."""
-        return self.vdvae.from_levels(self.vdvae.impute(self.vdvae.to_levels(x), b, num_samples, key=key))
+        return self.impute_and_weigh(x, b, num_samples, key=key)[0]
+
+    def impute_and_weigh(
+        self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Like `impute`; also returns log p(x_o, z) - log q(z | x_o) of each draw, `[S, B]`."""
+        imputations, log_weights = self.vdvae.impute_and_weigh(self.vdvae.to_levels(x), b, num_samples, key=key)
+        return self.vdvae.from_levels(imputations), log_weights
 
 
 def _checkpointed(fn: Callable[..., Any], rematerialise: bool) -> Callable[..., Any]:

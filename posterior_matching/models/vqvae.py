@@ -372,8 +372,21 @@ class PosteriorMatchingVQVAE(nnx.Module):
         Returns:
             `[num_samples, B, H, W, C]`.
         """
+        return self.impute_and_weigh(x, b, num_samples, key=key)[0]
+
+    def impute_and_weigh(
+        self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Like `impute`; also returns log p(x_o, z) - log q(z | x_o) of each draw, `[num_samples, B]`.
+
+        A VQ-VAE has no prior p(z). The PixelCNN's distribution given that nothing is observed takes its place.
+        """
         x, b = checked(x, b, self.input_shape)
-        condition = self.conditional_input(x, b)
-        codes = self.pixel_cnn.sample(jnp.tile(condition, (num_samples, 1)), key)  # [S B, h, w]
-        means = jnp.clip(self.vqvae.decode(codes).mean, 0.0, 1.0)
-        return jnp.where(b == 1, x, means.reshape(num_samples, *x.shape))
+        conditions = (self.conditional_input(x, b), self.conditional_input(x, jnp.zeros_like(b)))
+        given_xo, given_nothing, xs, bs = (jnp.tile(a, (num_samples, *[1] * (a.ndim - 1))) for a in (*conditions, x, b))
+        codes = self.pixel_cnn.sample(given_xo, key)  # [S B, h, w]
+        p = self.vqvae.decode(codes)
+        log_prior, log_q = (self.pixel_cnn.log_prob(codes, condition) for condition in (given_nothing, given_xo))
+        log_weights = log_prob_of_observed(p, xs, bs) + log_prior - log_q
+        imputations = jnp.where(b == 1, x, jnp.clip(p.mean, 0.0, 1.0).reshape(num_samples, *x.shape))
+        return imputations, log_weights.reshape(num_samples, -1)
