@@ -1,4 +1,4 @@
-"""PM-VDVAE on scikit-learn's 8x8 digits, about 5 minutes on 2 CPU cores.
+"""PM-VDVAE on scikit-learn's 8x8 digits, about 9 minutes on 2 CPU cores.
 
     python train_pm_vdvae.py --config configs/pm_vdvae_digits.py
 
@@ -24,10 +24,10 @@ def get_config():
     config.model.num_levels = 17
     config.ema_decay = 0.99
     config.batch_size = 32
-    config.steps = 3000
+    config.steps = 5000
     config.validation_every = 500
     config.optimizer.learning_rate = 1e-3
     config.optimizer.decay_rate = 0.5
-    config.optimizer.transition_steps = 1000
+    config.optimizer.transition_steps = 1700
     config.optimizer.warmup_steps = 100
     return config

@@ -277,6 +277,13 @@ def test_an_evaluation_is_a_function_and_its_picture_has_its_masks(masks, p, run
     assert [line.split(":")[0] for line in err] == ["trial 1 of 2", "trial 2 of 2"]
 
 
+def test_gaps_are_simulated_for_a_limited_number_of_examples(run_dir, monkeypatch):
+    gap = lambda **options: uci.evaluate(run_dir, **FEW | options).metrics["simulated_gap_xo_nats"]["mean"]  # noqa: E731
+    three, two = gap(), gap(num_instances=2)
+    monkeypatch.setattr(uci, "_MOST_SIMULATED", 2)
+    assert gap() == pytest.approx(two, rel=1e-5) and three != pytest.approx(two, rel=1e-3)
+
+
 def test_the_numbers_stay_when_the_picture_fails(run_dir, monkeypatch):
     monkeypatch.setattr(pictures, "replacing", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*imputations.png: No space left on device"):

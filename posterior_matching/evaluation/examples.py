@@ -160,8 +160,13 @@ def load_dataset(
         num_instances = min(len(dataset), at_most or len(dataset))
     if not 1 <= num_instances <= len(dataset):
         raise UserError(f"num_instances={num_instances}: the {split} split of {name} has {len(dataset)} examples")
-    label = None if dataset.label is None else dataset.label[:num_instances]
-    return dataclasses.replace(dataset, x=dataset.x[:num_instances], label=label)
+    return first_examples(dataset, num_instances)
+
+
+def first_examples(dataset: data.Dataset, count: int) -> data.Dataset:
+    """The first `count` examples, or all if there are fewer."""
+    label = None if dataset.label is None else dataset.label[:count]
+    return dataclasses.replace(dataset, x=dataset.x[:count], label=label)
 
 
 class ExampleMap:
