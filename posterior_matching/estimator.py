@@ -525,7 +525,8 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
     """
     # Chosen by validation likelihood on titanic, heart disease and white wine, and by the imputation error on housing,
     # see docs/notes.md.
-    units, steps = (128, 4000) if num_rows < 10_000 else (256, 10_000)
+    units = 128 if num_rows < 10_000 else 256
+    steps = 4000 if num_rows < 2000 else 8000 if num_rows < 10_000 else 10_000
     encoder = {"name": "ResidualMLP", "residual_blocks": 2, "hidden_units": units, "layer_norm": False, "dropout": 0.0}
     return ConfigDict(
         {

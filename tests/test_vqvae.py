@@ -195,15 +195,14 @@ def test_the_weights_of_draws_are_those_of_the_sum_over_all_codes():
     codes = jnp.asarray(list(itertools.product(range(6), repeat=4))).reshape(-1, 2, 2)
     log_prior = model.pixel_cnn.log_prob(codes, jnp.tile(model.conditional_input(x[:1], 0.0 * b[:1]), (len(codes), 1)))
     p = model.vqvae.decode(codes)
+    imputations, log_weights = jax.jit(lambda x, b: model.impute_and_weigh(x, b, num_samples, key=jax.random.key(1)))(
+        x, jnp.float32(b)
+    )
+    np.testing.assert_array_equal(imputations * b, np.broadcast_to(x * b, imputations.shape))
     for n in range(2):
         log_p_xo = np.where(b[n] == 1, scipy.stats.norm.logpdf(x[n], p.mean, p.scale), 0.0).sum((1, 2, 3))
         exact = logsumexp(np.asarray(log_prior) + log_p_xo)
-        draw = jax.jit(lambda x, b: model.impute_and_weigh(x, b, num_samples, key=jax.random.key(1)))
-        imputations, log_weights = draw(x[n : n + 1], jnp.float32(b[n : n + 1]))
-        np.testing.assert_array_equal(
-            imputations[:, 0][:, b[n] == 1], np.broadcast_to(x[n][b[n] == 1], (num_samples, int(b[n].sum())))
-        )
-        assert_mean(np.exp(np.asarray(log_weights[:, 0], np.float64) - exact), 1.0)
+        assert_mean(np.exp(np.asarray(log_weights[:, n], np.float64) - exact), 1.0)
 
 
 def test_a_linear_layer_takes_the_features_of_the_partial_encoder_as_they_are():
