@@ -25,6 +25,7 @@ from posterior_matching.errors import UserError
 from posterior_matching.estimator import impute
 from posterior_matching.evaluation import uci
 from posterior_matching.imputation import Imputer
+from posterior_matching.models.likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import UnitRange
 
 RNG = np.random.default_rng(0)
@@ -617,13 +618,19 @@ def test_folders_of_images_are_filled(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_point_estimate_is_the_mean_of_draws(run):
-    x = RNG.uniform(size=(2, 8, 8, 3)).astype(np.float32)
-    b = np.zeros((2, 8, 8, 1), np.float32)
-    imputer = Imputer(runs.load_model(run / "run"), batch_size=2, num_samples=400)
-    draws = np.stack([imputer.image(x, b, copy) for copy in range(400)])
-    error = draws.std(0) * np.sqrt(2 / 400)
-    assert (np.abs(imputer.image(x, b) - draws.mean(0)) < 5 * error + 1e-5).all() and error.max() > 1e-4
+def test_a_point_estimate_is_the_weighted_mean_of_draws(run):
+    x, b = RNG.uniform(size=(2, 8, 8, 3)).astype(np.float32), np.zeros((2, 8, 8, 1), np.float32)
+    b[:, :2] = 1.0
+    model, n = runs.load_model(run / "run"), 4000
+    draws, log_weights = jax.jit(lambda x, b: model.impute_and_weigh(x, b, n, key=jax.random.key(1)))(x, b)
+    draws, weights = np.clip(draws, 0.0, 1.0), tempered_weights(log_weights)
+    expected = weighted_mean(draws, weights)
+    variance = weighted_mean(np.square(draws - expected), weights)
+    effective = (1 / np.square(weights).sum(0)).reshape(2, 1, 1, 1)
+    error = np.sqrt(2 * variance / effective)
+    found = Imputer(model, batch_size=2, num_samples=n).image(x, b)
+    assert (np.abs(found - expected) < 5 * error + 1e-5).all() and error.max() > 1e-4
+    assert np.abs(found - draws.mean(0)).max() > 10 * error.max()  # weights do matter
 
 
 @pytest.mark.slow

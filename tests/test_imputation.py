@@ -84,16 +84,17 @@ def test_rows_without_holes_are_not_computed(rows):
 
 def test_draws_are_those_of_the_model(model):
     """Given the same cells, as `model.draw` has them: the quartiles agree up to sampling error."""
-    row = np.array([[0.3, np.nan, -1.0, np.nan]], np.float32)
-    copies = np.concatenate(list(Imputer(model, batch_size=1, num_samples=4000).draws(row, 1000)))
-    b = 1.0 - np.isnan(row)
-    expected = np.asarray(model.draw(np.nan_to_num(row), b, 4000, key=jax.random.key(1), candidates=4000))[:, 0]
+    row, n, candidates = np.array([[0.3, np.nan, -1.0, np.nan]], np.float32), 1000, 40_000
+    copies = np.concatenate(list(Imputer(model, batch_size=1, num_samples=candidates).draws(row, n)))
+    draw = jax.jit(lambda x, b: model.draw(x, b, n, key=jax.random.key(1), candidates=candidates))
+    expected = np.asarray(draw(np.nan_to_num(row), 1.0 - np.isnan(row)))[:, 0]
+    variance = 2 * (1 / n + 10 / candidates)  # of a share p, over p (1 - p): at least a tenth of them is effective
     for share in (0.25, 0.5, 0.75):
         below = (copies[:, 1] < np.quantile(expected[:, 1], share)).mean()
-        assert abs(below - share) < 5 * np.sqrt(share * (1 - share) * (1 / 1000 + 1 / 4000))
+        assert abs(below - share) < 5 * np.sqrt(share * (1 - share) * variance)
     for category in range(3):
         p = (expected[:, 3] == category).mean()
-        assert abs((copies[:, 3] == category).mean() - p) < 5 * np.sqrt(p * (1 - p) * (1 / 1000 + 1 / 4000)) + 1e-3
+        assert abs((copies[:, 3] == category).mean() - p) < 5 * np.sqrt(p * (1 - p) * variance) + 1e-3
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
