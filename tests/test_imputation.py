@@ -84,7 +84,7 @@ def test_rows_without_holes_are_not_computed(rows):
 
 def test_draws_are_those_of_the_model(model):
     """Given the same cells, as `model.draw` has them: the quartiles agree up to sampling error."""
-    row, n, candidates = np.array([[0.3, np.nan, -1.0, np.nan]], np.float32), 1000, 40_000
+    row, n, candidates = np.array([[0.3, np.nan, -1.0, np.nan]], np.float32), 2000, 160_000
     copies = np.concatenate(list(Imputer(model, batch_size=1, num_samples=candidates).draws(row, n)))
     draw = jax.jit(lambda x, b: model.draw(x, b, n, key=jax.random.key(1), candidates=candidates))
     expected = np.asarray(draw(np.nan_to_num(row), 1.0 - np.isnan(row)))[:, 0]
