@@ -97,7 +97,7 @@ _ELBO = ("val_elbo_nats", "val_matching_ll_nats")
 _VQVAE = Experiment("vqvae", metrics=("val_reconstruction_ll_nats", "val_perplexity"))
 _VADE = Experiment("vade", metrics=("val_clustering_accuracy", "val_nmi"))
 _VDVAE = "eval_pm_vdvae_imputation.py"
-_PIXELS = {"embedding": "pixels", "baselines": True}
+_PIXELS = {"embedding": "pixels", "baselines": True, "num_trials": 2, "weighted": True}
 
 # By config, bases before what builds on them.
 EXPERIMENTS = {
@@ -132,10 +132,10 @@ EXPERIMENTS = {
     ),
     "vqvae_digits": _VQVAE,
     "pm_vqvae_digits": Experiment(
-        "pm_vqvae", [_inpainting("eval_pm_vqvae.py", **_PIXELS, num_samples=50)], base="vqvae_digits"
+        "pm_vqvae", [_inpainting("eval_pm_vqvae.py", **_PIXELS, num_samples=100)], base="vqvae_digits"
     ),
     "pm_vdvae_digits": Experiment(
-        "pm_vdvae", [_inpainting(_VDVAE, **_PIXELS), _likelihood(num_samples=200, num_trials=1)]
+        "pm_vdvae", [_inpainting(_VDVAE, **_PIXELS, num_samples=200), _likelihood(num_samples=200, num_trials=1)]
     ),
     "vade_digits": _VADE,
     "pm_vade_digits": Experiment("pm_vade", base="vade_digits", metrics=_VADE.metrics),
