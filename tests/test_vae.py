@@ -40,6 +40,23 @@ def test_is_log_prob_with_exact_posteriors_is_exact_for_every_number_of_samples(
     np.testing.assert_allclose(result.ess_xo, num_samples, rtol=1e-2)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_point_estimate_and_likelihoods_from_the_same_draws_are_those_of_the_linear_gaussian_model(weighted):
+    copies, samples = 300, 40
+    x, b = (jnp.repeat(jnp.float32(a), copies, axis=0) for a in (X, B))
+    model = EXACT.model(widen=1.3)
+    found, scores = jax.jit(lambda key: model.point_and_log_prob(x, b, samples, key=key, weighted=weighted))(KEY)
+    np.testing.assert_array_equal(found[b == 1], x[b == 1])
+    for i in range(len(X)):
+        unobserved = B[i] == 0
+        exact = EXACT.conditional(X[i], B[i])[0][unobserved]
+        assert_mean(found.reshape(len(X), copies, -1)[i][:, unobserved], exact)
+    for log_prob, exact in ((scores.log_p_x, EXACT_X), (scores.log_p_xo, EXACT_XO)):
+        ratio = np.exp(np.asarray(log_prob, np.float64).reshape(len(X), copies) - exact[:, None])
+        assert_mean(ratio.T, 1.0)
+    np.testing.assert_allclose(scores.log_p_xu_given_xo, scores.log_p_x - scores.log_p_xo, rtol=1e-5)
+
+
 def test_is_log_prob_with_other_posteriors_is_unbiased_and_converges():
     model, copies, spread = EXACT.model(widen=1.7), 400, []
     x, b = (jnp.repeat(jnp.float32(a), copies, axis=0) for a in (X, B))

@@ -72,17 +72,21 @@ def evaluate(
     run = open_run(run_dir, "pm_vae", dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)
     generator = run.masks(mask_generator)
     trained: PosteriorMatchingVAE = run.model
-    imputations = min(num_samples, _MOST_IMPUTATIONS)
     sampling = {"chunk_size": chunk_size, "refine_steps": refine_steps, "annealing_steps": annealing_steps}
 
     def evaluate_example(model: PosteriorMatchingVAE, key: jax.Array, x: jax.Array, available: jax.Array):
         key_mask, key_impute, key_likelihood = jax.random.split(key, 3)
         x, available = x[None], available[None]
         b = generator(key_mask, (1, *run.mask_shape)) * available
-        likelihood = model.is_log_prob(x, b, num_samples, key=key_likelihood, available=available, **sampling)
+        if num_samples <= _MOST_IMPUTATIONS and not refine_steps and not annealing_steps:
+            options = {"key": key_likelihood, "available": available, "weighted": weighted, "chunk_size": chunk_size}
+            point, likelihood = model.point_and_log_prob(x, b, num_samples, **options)
+        else:
+            point = model.point(x, b, min(num_samples, _MOST_IMPUTATIONS), key=key_impute, weighted=weighted)
+            likelihood = model.is_log_prob(x, b, num_samples, key=key_likelihood, available=available, **sampling)
         return {
             "b": b[0],
-            "imputation": model.point(x, b, imputations, key=key_impute, weighted=weighted)[0],
+            "imputation": point[0],
             "ac_ll": likelihood.log_p_xu_given_xo[0],
             "log_p_x": likelihood.log_p_x[0],
             "ess_x": likelihood.ess_x[0],

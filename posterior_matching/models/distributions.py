@@ -192,17 +192,20 @@ class AutoregressiveMixture:
         One dimension at a time; every draw has its own randomness.
         """
 
-        def draw(hidden, inputs):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
+        def draw(hidden, inputs, shape=()):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
             key, first_z, first_m, output, bias = inputs
             conditional = _mixture(self._head.network.after_first(hidden) @ output + bias[0])
-            z = conditional.sample(key)  # [*sample_shape, B]
+            z = conditional.sample(key, shape)  # [*sample_shape, B]
             return hidden + z[..., None] * first_z + first_m, (z, conditional.log_prob(z))
 
-        hidden = jnp.broadcast_to(self._from_context, (*sample_shape, *self._from_context.shape))
         keys = jax.random.split(key, self._head.event_size)
         per_dimension = (keys, self._first_z, self._first_m, self._output, self._output_bias)
-        _, (z, log_prob) = jax.lax.scan(draw, hidden, per_dimension)
-        return jnp.moveaxis(z, 0, -1), log_prob.sum(0)
+        first, rest = (jax.tree.map(lambda a, part=part: a[part], per_dimension) for part in (0, slice(1, None)))
+        # p(z_1 | c) is the same for all draws.
+        hidden, (z_first, log_prob_first) = draw(self._from_context, first, tuple(sample_shape))
+        _, (z, log_prob) = jax.lax.scan(draw, hidden, rest)
+        z = jnp.concatenate([z_first[None], z])
+        return jnp.moveaxis(z, 0, -1), log_prob_first + log_prob.sum(0)  # over dimensions
 
 
 def _mixture(parameters: jax.Array) -> dist.Distribution:

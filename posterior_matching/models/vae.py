@@ -33,6 +33,7 @@ from posterior_matching.models.likelihood import (
     ConditionalLogProb,
     ImportanceEstimate,
     importance_log_prob,
+    log_mean_weight,
     log_prob_of_observed,
     tempered_weights,
     weighted_mean,
@@ -357,9 +358,11 @@ class Imputing(nnx.Module):
         x, b = checked(x, b, self.decoding.input_shape)
         if weighted:
             _, log_weights, means = self._weighted_latents(x, b, num_samples, key)
-            mean = weighted_mean(means, tempered_weights(log_weights))
-        else:
-            mean = self.decoding.decode_mean(self._latents(x, b, num_samples, key)).mean(0)
+            return self._point(x, b, means, log_weights)
+        return self._point(x, b, self.decoding.decode_mean(self._latents(x, b, num_samples, key)))
+
+    def _point(self, x: jax.Array, b: jax.Array, means: jax.Array, log_weights: jax.Array | None = None) -> jax.Array:
+        mean = means.mean(0) if log_weights is None else weighted_mean(means, tempered_weights(log_weights))
         return jnp.where(b == 1, x, column_values(mean, self.decoding.cardinalities))
 
     def _latents(self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array) -> jax.Array:
@@ -505,15 +508,44 @@ class PosteriorMatchingVAE(Imputing):
         Raises:
             UserError: See `masking.checked`.
         """
-        x, b = checked(x, b, self.vae.input_shape)
-        available = existing(x) if available is None else jnp.asarray(available)
-        x, b = observed_only(x, available), b * available
+        x, b, available = self._among_existing(x, b, available)
         key_x, key_xo = jax.random.split(key)
         options = num_samples, chunk_size, refine_steps, annealing_steps
         full = self._importance_log_prob(self.vae.posterior(x, available=available), x, available, key_x, *options)
         return ConditionalLogProb.of(
             full, self._importance_log_prob(self.partial_posterior(x, b), x, b, key_xo, *options)
         )
+
+    def point_and_log_prob(
+        self,
+        x: jax.Array,
+        b: jax.Array,
+        num_samples: int,
+        *,
+        key: jax.Array,
+        available: jax.Array | None = None,
+        weighted: bool = False,
+        chunk_size: int = 128,
+    ) -> tuple[jax.Array, ConditionalLogProb]:
+        """`point` and `is_log_prob` from the same draws of q(z | x_o), which can be nearly all of their cost.
+
+        Holds the decoder means of all draws at once. The arguments are those of the two.
+        """
+        x, b, available = self._among_existing(x, b, available)
+        key_x, key_xo = jax.random.split(key)
+        q = self.vae.posterior(x, available=available)
+        full = self._importance_log_prob(q, x, available, key_x, num_samples, chunk_size)
+        _, log_weights, means = self._weighted_latents(x, b, num_samples, key_xo)
+        observed = log_mean_weight(lambda *_: log_weights, key_xo, num_samples, chunk_size=num_samples)
+        return self._point(x, b, means, log_weights if weighted else None), ConditionalLogProb.of(full, observed)
+
+    def _among_existing(
+        self, x: jax.Array, b: jax.Array, available: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Checks x and b, and returns them without the values that are missing in the data, and the mask of those."""
+        x, b = checked(x, b, self.vae.input_shape)
+        available = existing(x) if available is None else jnp.asarray(available)
+        return observed_only(x, available), b * available, available
 
     def simulated_gaps(
         self,
