@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from helpers.arrays import normal
 from posterior_matching import numerics
-from posterior_matching.numerics import memory
+from posterior_matching.numerics import initial, memory
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -40,10 +41,18 @@ def test_materialise_changes_neither_value_nor_gradient():
 
 def test_initial_keys_differ_and_depend_on_the_first_key():
     def draw(seed):
-        keys = numerics.InitialKeys(jax.random.key(seed))
+        keys = initial.InitialKeys(jax.random.key(seed))
         return [tuple(jax.random.key_data(keys.params()).tolist()) for _ in range(20)]
 
     assert len({*draw(0), *draw(1)}) == 40 and draw(0) == draw(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (1024, 1), (41, 25), (3, 3, 8, 20)])
+def test_initial_kernels_are_those_of_flax_drawn_eagerly_or_not(shape):
+    key, flax = jax.random.key(3), nnx.initializers.lecun_normal()
+    np.testing.assert_array_equal(initial.lecun_normal(key, shape), flax(key, shape, jnp.float32))
+    traced = jax.jit(initial.lecun_normal, static_argnums=1)(key, shape)
+    np.testing.assert_allclose(traced, flax(key, shape, jnp.float32), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts memory maps")

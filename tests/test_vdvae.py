@@ -34,7 +34,7 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
-from posterior_matching.numerics import InitialKeys
+from posterior_matching.numerics.initial import InitialKeys
 
 pytestmark = pytest.mark.slow
 

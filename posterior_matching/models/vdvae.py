@@ -50,7 +50,7 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
-from posterior_matching.numerics import InitialKeys
+from posterior_matching.numerics.initial import InitialKeys
 
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -14,7 +14,7 @@ from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import checked, partial_input, partial_input_shape
 from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
 from posterior_matching.models.likelihood import log_prob_of_observed
-from posterior_matching.models.networks import Conv, ConvTranspose, Shape
+from posterior_matching.models.networks import Conv, ConvTranspose, Linear, Shape
 from posterior_matching.models.pixel_cnn import PixelCNN
 from posterior_matching.numerics import first_argmin
 
@@ -29,7 +29,7 @@ class ResidualStack(nnx.Module):
             nnx.List(
                 (
                     Conv(features, residual_units, 3, 1, "SAME", rngs=rngs),
-                    nnx.Linear(residual_units, features, rngs=rngs),  # a 1x1 convolution
+                    Linear(residual_units, features, rngs=rngs),  # a 1x1 convolution
                 )
             )
             for _ in range(residual_blocks)
@@ -97,7 +97,7 @@ class GridEncoder(GridFeatures):
 
     def __init__(self, input_shape: Shape, features: int, *, rngs: nnx.Rngs, **body: Any):
         super().__init__(input_shape, rngs=rngs, **body)
-        self.out = nnx.Linear(self.output_shape[-1], features, rngs=rngs)
+        self.out = Linear(self.output_shape[-1], features, rngs=rngs)
         self.output_shape = (*self.output_shape[:2], features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -337,7 +337,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
         strides = vqvae.get("strides", (2, 2))
         self.partial_encoder = GridFeatures(partial_input_shape(input_shape), **body, strides=strides, rngs=rngs)
-        self.condition = nnx.Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
+        self.condition = Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
         context = {
             "grid": self.vqvae.grid,
             "codebook_size": self.vqvae.codebook_size,

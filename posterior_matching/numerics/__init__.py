@@ -41,18 +41,3 @@ def map_in_cache(fn: Callable[..., Any], inputs: Any, rows: int) -> Any:
     """
     calls = len(jax.tree.leaves(inputs)[0])
     return jax.lax.map(fn, inputs, batch_size=max(1, _ROWS_IN_CACHE // rows) if on_cpu() else calls)
-
-
-class InitialKeys:
-    """Keys for initial weights, one per call of `params()`, as from `nnx.Rngs`.
-
-    Under tracing `nnx.Rngs` gets slower with every key; this does not, which matters for hundreds of layers.
-    """
-
-    def __init__(self, key: jax.Array):
-        self._key, self._drawn = key, 0
-
-    def params(self) -> jax.Array:
-        """The next key."""
-        self._drawn += 1
-        return jax.random.fold_in(self._key, self._drawn)
