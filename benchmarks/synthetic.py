@@ -3,14 +3,19 @@
 import functools
 import importlib
 import pathlib
+import time
+from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from posterior_matching import data
+from posterior_matching import data, parallel
+from posterior_matching.training import loop
 from posterior_matching.training.experiment import Experiment
 from posterior_matching.training.family import Family
 from posterior_matching.training.pretrained import Pretrained
+from posterior_matching.training.step import CompiledPhase
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = {
@@ -82,3 +87,44 @@ def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Expe
     """The experiment of `configs/<config_name>.py` with this `config`, on an untrained base if it needs one."""
     chosen = family(config_name)
     return chosen.experiment(chosen.parse(config), rows, rows, untrained_base(config_name))
+
+
+class TrainingStep:
+    """The compiled training step of `configs/<config_name>.py` with this `config`, on the rows of a dataset.
+
+    Attributes:
+        compiled: The program.
+        compile_seconds: How long it took to compile.
+        per_dispatch: Steps of one dispatch.
+    """
+
+    def __init__(self, config_name: str, config: ConfigDict, rows: data.Dataset):
+        chosen = experiment(config_name, config, rows)
+        phase = CompiledPhase(chosen, chosen.phases[-1], 0, chosen.options.steps)
+        self._state, self._frozen = parallel.replicate(phase.initial_state())
+        devices, share = jax.local_device_count(), len(rows) // jax.device_count()
+        arrays = {"x": rows.x} | ({} if rows.label is None else {"label": rows.label})
+        self._arrays = parallel.shard({k: a.reshape(devices, share, *a.shape[1:]) for k, a in arrays.items()})
+        self.per_dispatch = loop.max_steps_per_dispatch(chosen.options)
+        shape = (self.per_dispatch, config.batch_size)
+        indices = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % share
+        self._indices = np.broadcast_to(indices, (devices, *shape))
+        self._metrics: Any = None
+        start = time.perf_counter()
+        train: Any = phase.train  # a pmapped function
+        self.compiled = train.lower(self._state, self._frozen, self._arrays, self._indices).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def dispatch(self) -> None:
+        """Starts a dispatch once the one before has ended; as in training, one runs and one waits."""
+        jax.block_until_ready(self._metrics)
+        self._state, self._metrics = self.compiled(self._state, self._frozen, self._arrays, self._indices)
+
+    def wait(self) -> None:
+        """Waits until all dispatches have ended."""
+        jax.block_until_ready(self._state)
+
+    def run(self) -> None:
+        """One dispatch, to its end."""
+        self.dispatch()
+        self.wait()

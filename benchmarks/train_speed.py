@@ -3,11 +3,13 @@
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py [--config.key=value ...] [--seconds 20]
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py --against ../other_checkout [--rounds 2]
 
-Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, the
-floating-point operations per step that XLA counts in the compiled program, their rate, and the rate of a large matrix
-product measured in the same run. All rates are medians. To compare machines, use the ratio of the two rates. (On CPUs,
-strided transposed convolutions run at stride one, and XLA counts the multiplications by zero. It counts a loop body
-once, so the true share of lookahead configs, which loop over features, is higher than printed.)
+Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, and how
+near a step is to two bounds: its floating-point operations beside the rate of a large matrix product, and the bytes
+that its operations read and write beside the bandwidth of a sum of two large arrays, both measured in the same run. All
+rates are medians. To compare machines, use the shares. (XLA counts operations and bytes in the compiled program. On
+CPUs, strided transposed convolutions run at stride one, and their multiplications by zero count. The body of a loop
+counts once, so the true shares of lookahead configs, which loop over features, are higher than printed. Bytes that stay
+in the cache count, so their share may exceed 100%.)
 
 With `--against`, this checkout and another one are measured in turn, each with its own code and its own config of that
 name, and the ratios of their speeds are printed. Machines are noisy: raise `--rounds` before you believe a difference
@@ -21,8 +23,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import psutil
 
@@ -34,10 +35,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import synthetic
-from posterior_matching import cli, parallel
+from posterior_matching import cli
 from posterior_matching.errors import UserError
-from posterior_matching.training import loop
-from posterior_matching.training.step import CompiledPhase
 
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
@@ -99,29 +98,16 @@ def measure() -> None:
     config = _CONFIG.value
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")
-    rows = 4 * config.batch_size * jax.device_count()
-    dataset = synthetic.dataset(synthetic.dataset_of(cli.config_name(), config), rows)
-    experiment = synthetic.experiment(cli.config_name(), config, dataset)
-    options = experiment.options
-    assert options.batch_size is not None
-    phase = CompiledPhase(experiment, experiment.phases[-1], 0, options.steps)
-    state, frozen = parallel.replicate(phase.initial_state())
-    per_dispatch = loop.max_steps_per_dispatch(options)
-    share = rows // jax.device_count()
-    arrays = {"x": dataset.x} | ({} if dataset.label is None else {"label": dataset.label})
-    arrays = parallel.shard({k: a.reshape(jax.local_device_count(), share, *a.shape[1:]) for k, a in arrays.items()})
-    indices = np.arange(per_dispatch * config.batch_size, dtype=np.int32) % share
-    indices = np.broadcast_to(
-        indices.reshape(1, per_dispatch, -1), (jax.local_device_count(), per_dispatch, config.batch_size)
+    dataset = synthetic.dataset_of(cli.config_name(), config)
+    step = synthetic.TrainingStep(
+        cli.config_name(), config, synthetic.dataset(dataset, 4 * config.batch_size * jax.device_count())
     )
-
-    start = time.perf_counter()
-    train: Any = phase.train  # a pmapped function
-    step = train.lower(state, frozen, arrays, indices).compile()
-    compile_seconds = time.perf_counter() - start
-    state, metrics = jax.block_until_ready(step(state, frozen, arrays, indices))
+    step.run()
     first_step_seconds = time.time() - psutil.Process().create_time()
-    step_flops = step.cost_analysis()["flops"]  # XLA counts the body of a loop over steps once
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the large arrays
+    cost = step.compiled.cost_analysis()  # XLA counts the body of a loop over steps once
+    step_flops, step_bytes = cost["flops"], cost["bytes accessed"]
+    bandwidth = memory_bandwidth()
 
     # The machine may be shared, so every measurement of the step lies between two of the matrix product.
     rates: list[float] = []
@@ -130,24 +116,22 @@ def measure() -> None:
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0
         while time.perf_counter() - start < _SECONDS.value / 10 or dispatches < 2:
-            jax.block_until_ready(metrics)  # as in training: one dispatch runs, one waits
-            state, metrics = step(state, frozen, arrays, indices)
+            step.dispatch()
             dispatches += 1
-        jax.block_until_ready(state)
-        rates.append(dispatches * per_dispatch / (time.perf_counter() - start))
+        step.wait()
+        rates.append(dispatches * step.per_dispatch / (time.perf_counter() - start))
         matrix_rates.append(matrix_product_flops_per_second())
     beside = (np.array(matrix_rates[:-1]) + np.array(matrix_rates[1:])) / 2
     shares = step_flops * np.array(rates) / beside
 
     rate, matrix_rate = float(np.median(rates)), float(np.median(matrix_rates))
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(f"device                 {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"config                 {cli.config_path()}, batch {config.batch_size} per device")
     print(f"steps per second       {rate:.4g}  ({spread(rates)})")
-    print(f"steps per dispatch     {per_dispatch}")
+    print(f"steps per dispatch     {step.per_dispatch}")
     print(f"time to first step     {first_step_seconds:.1f} s from process start")
-    print(f"compile time           {compile_seconds:.1f} s (less when the compilation cache is warm)")
+    print(f"compile time           {step.compile_seconds:.1f} s (less when the compilation cache is warm)")
     print(f"peak host memory       {gigabytes:.2f} GB")
     if device_memory:
         print(f"peak device memory     {device_memory / 1e9:.2f} GB")
@@ -155,6 +139,10 @@ def measure() -> None:
     print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
     print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)})")
     print(f"share                  {np.median(shares):.0%}  ({min(shares):.0%} to {max(shares):.0%})")
+    print(f"bytes per step         {step_bytes / 1e9:.4g} GB on each device")
+    print(f"bandwidth              {step_bytes * rate / 1e9:.4g} GB/s")
+    print(f"sum of large arrays    {bandwidth / 1e9:.4g} GB/s")
+    print(f"share of bandwidth     {step_bytes * rate / bandwidth:.0%}")
 
 
 def spread(values: list[float], unit: float = 1.0) -> str:
@@ -162,18 +150,29 @@ def spread(values: list[float], unit: float = 1.0) -> str:
     return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
 
 
-def matrix_product_flops_per_second(repeats: int = 3) -> float:
-    """Best rate of `repeats` products of two large float32 matrices."""
+def matrix_product_flops_per_second() -> float:
+    """Best rate of a product of two large float32 matrices."""
     size = _MATRIX_SIZE.value
-    product = jax.jit(lambda a: a @ a)
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
-    product(a).block_until_ready()
+    return 2 * size**3 / _fastest(jax.jit(lambda a: a @ a), a)
+
+
+def memory_bandwidth() -> float:
+    """Best rate, in bytes per second, at which two large float32 arrays are read and their sum is written."""
+    # 256 MiB for the default matrix size, beyond any cache.
+    a = jnp.ones(4 * _MATRIX_SIZE.value**2, jnp.float32)
+    return 3 * a.nbytes / _fastest(jax.jit(lambda a, b: a + b), a, a + 1)
+
+
+def _fastest(fn: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 3) -> float:
+    """Seconds of the fastest of `repeats` calls, after one that compiles."""
+    fn(*arguments).block_until_ready()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        product(a).block_until_ready()
+        fn(*arguments).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)
 
 
 if __name__ == "__main__":

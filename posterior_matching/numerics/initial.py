@@ -20,7 +20,7 @@ def lecun_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32)
     JAX's random numbers are functions of the key and the position, so a larger draw begins with a smaller one. All
     shapes therefore share the programs of a few sizes, powers of four.
     """
-    if isinstance(key, jax.core.Tracer) or not jax.config.jax_threefry_partitionable:
+    if isinstance(key, jax.core.Tracer):
         return _flax_lecun_normal(key, shape, dtype)
     size = math.prod(shape)
     drawn = max(_SMALLEST_DRAW, 4 ** (((size - 1).bit_length() + 1) // 2))  # the next power of four
