@@ -36,6 +36,7 @@ FEW = {
     "eval_greedy_acquisition": {"num_instances": 3, "num_steps": 3, "num_samples": 2},
     "impute": {"num_samples": 2, "batch_size": 16},
     "benchmarks/train_speed": {"seconds": 0.1, "matrix_size": 64},
+    "benchmarks/evaluation_speed": {"num_samples": 2, "batch_size": 2, "repeats": 1},
     "benchmarks/scale": {"only": "features", "most": 1, "seconds": 0.1},
     "benchmarks/clustering_seeds": {"num_seeds": 1},
     "benchmarks/reproduce": {"only": "pm_vae_mixture"},

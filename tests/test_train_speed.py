@@ -1,4 +1,4 @@
-"""The comparison of two checkouts' speeds."""
+"""The measurements of training steps and evaluations, and the comparison of two checkouts."""
 
 import re
 
@@ -28,3 +28,18 @@ def test_two_checkouts_are_measured_with_the_same_arguments(tmp_path):
 def test_a_checkout_that_cannot_be_measured(tmp_path):
     _, err = run_script("benchmarks/train_speed", *ARGUMENTS, f"--against={tmp_path}", status=1)
     assert err.startswith("error: ") and "is not a checkout" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [
+        ("pm_vqvae_digits", ["imputations", "imputations without cache"]),
+        ("lookahead_digits", ["decisions by sampling"]),
+    ],
+)
+def test_what_evaluations_compute_is_measured(name, counted):
+    small = ["--batch_size=2", "--num_samples=2", "--repeats=1", "--prd_images=40"]
+    out, _ = run_script("benchmarks/evaluation_speed", f"--config=configs/{name}.py", *small)
+    for what in counted:
+        assert float(re.search(rf"^{what} per second +(\S+)", out, re.MULTILINE)[1]) > 0
+    assert float(re.search(r"^precision and recall +(\S+) s for 40 images", out, re.MULTILINE)[1]) > 0

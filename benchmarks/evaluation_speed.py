@@ -1,0 +1,150 @@
+"""Measures what evaluations compute, on random weights and random data of the dataset's shape.
+
+    python benchmarks/evaluation_speed.py --config configs/pm_vae_gas.py [--num_samples 512] [--batch_size 32]
+
+PM-VAE       rows per second: imputations and likelihoods with so many samples, as in `eval_pm_vae_uci.py`
+PM-VQVAE     imputations per second, with the sampler's cache and without
+PM-VDVAE     imputations per second; samples per second of the likelihoods, each of x and of x_o
+lookahead    decisions per second of both policies: the choice of the next feature of an example
+all images   seconds of the precision and recall of 1,000 images with their pixels as embeddings
+
+Medians of interleaved repetitions.
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from benchmarks import synthetic
+from posterior_matching import acquisition, cli, data, masking
+from posterior_matching.evaluation.metrics import precision_recall
+from posterior_matching.models.pixel_cnn import PixelCNN
+
+_CONFIG = cli.config_flag("the experiment whose evaluation is measured")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples at once.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("num_samples", 50, "Samples per example.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)
+_PRD_IMAGES = flags.DEFINE_integer("prd_images", 1000, "Images of precision and recall; 0: skip it.", lower_bound=0)
+
+# (model, x [B, ...], b, keys [B]) -> arrays, compiled; by the name of what is counted, with the count of one call
+Evaluations = dict[str, tuple[Callable[..., Any], int]]
+
+
+def of_pm_vae(count: int, samples: int) -> Evaluations:
+    """Rows."""
+
+    def evaluate(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+        return jax.vmap(lambda x, b, key: model.point_and_log_prob(x[None], b[None], samples, key=key))(x, b, keys)
+
+    return {"rows": (evaluate, count)}
+
+
+def of_pm_vqvae(count: int, samples: int) -> Evaluations:
+    """Imputations, with the sampler's cache and without."""
+
+    def impute(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+        return model.impute(x, b, samples, key=keys[0])
+
+    def impute_anew(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+        condition = jnp.tile(model.conditional_input(x, b), (samples, 1))
+        return model.vqvae.decode(sample_anew(model.pixel_cnn, condition, keys[0])).mean
+
+    return {"imputations": (impute, count * samples), "imputations without cache": (impute_anew, count * samples)}
+
+
+def of_pm_vdvae(count: int, samples: int) -> Evaluations:
+    """Imputations, and samples of the likelihoods."""
+
+    def impute(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+        return model.impute(model.to_levels(x), b, samples, key=keys[0])
+
+    def score(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+        return model.is_log_prob(model.to_levels(x), b, samples, key=keys[0])
+
+    return {"imputations": (impute, count * samples), "likelihood samples": (score, count * samples)}
+
+
+def of_lookahead(count: int, samples: int) -> Evaluations:
+    """Decisions of both policies."""
+
+    def decide(policy: acquisition.Policy) -> Callable[..., Any]:
+        def action(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+            gains = jax.vmap(lambda x, b, key: policy(model, x, b, samples, key))(x, b, keys)
+            return jax.vmap(acquisition.greedy_action)(gains)
+
+        return action
+
+    return {f"decisions by {name}": (decide(acquisition.POLICIES[name]), count) for name in ("sampling", "lookahead")}
+
+
+EVALUATIONS: dict[str, Callable[[int, int], Evaluations]] = {
+    "pm_vae": of_pm_vae,
+    "pm_vqvae": of_pm_vqvae,
+    "pm_vdvae": of_pm_vdvae,
+    "lookahead": of_lookahead,
+}
+
+
+def sample_anew(network: PixelCNN, condition: jax.Array, key: jax.Array) -> jax.Array:
+    """Draws code grids `[B, H, W]` naively, computing all logits for every position."""
+    height, width = network.grid
+
+    def draw(codes, inputs):
+        i, j, key = inputs
+        code = jax.random.categorical(key, network.logits(codes, condition)[:, i, j])
+        return codes.at[:, i, j].set(code), None
+
+    positions = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1).reshape(-1, 2)
+    codes = jnp.zeros((len(condition), height, width), jnp.int32)
+    return jax.lax.scan(draw, codes, (*positions.T, jax.random.split(key, height * width)))[0]
+
+
+def main() -> None:
+    """Measures and prints."""
+    config, name = _CONFIG.value, cli.config_name()
+    rows = synthetic.dataset(synthetic.dataset_of(name, config), _BATCH_SIZE.value)
+    model: Any = synthetic.experiment(name, config, rows).phases[-1].model
+    x, available = data.decode(rows.x, rows.max_value)
+    mask_generator = masking.build_mask_generator(config.get("mask_generator", {"name": "BernoulliMaskGenerator"}))
+    b = mask_generator(jax.random.key(0), available.shape)
+    keys = jax.random.split(jax.random.key(1), len(x))
+    print(f"device                               {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"config                               {cli.config_path()}, {len(x)} examples, {_SAMPLES.value} samples")
+
+    chosen = EVALUATIONS.get(synthetic.family(name).name, lambda *_: {})(len(x), _SAMPLES.value)
+    compiled = {name: nnx.jit(fn) for name, (fn, _) in chosen.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for repeat in range(-1, _REPEATS.value):  # the first repetition compiles
+        for name, fn in compiled.items():
+            start, calls = time.perf_counter(), 0
+            while calls == 0 or (repeat >= 0 and time.perf_counter() - start < 0.5):
+                jax.block_until_ready(fn(model, x, b, keys))
+                calls += 1
+            if repeat >= 0:
+                seconds[name].append((time.perf_counter() - start) / calls)
+    for name, (_, count) in chosen.items():
+        fastest, slowest = count / min(seconds[name]), count / max(seconds[name])
+        rate = count / float(np.median(seconds[name]))
+        print(f"{name + ' per second':36} {rate:.4g}  ({slowest:.4g} to {fastest:.4g})")
+    if _PRD_IMAGES.value and x.ndim == 4:
+        pixels = np.random.default_rng(0).random((_PRD_IMAGES.value, int(np.prod(x.shape[1:]))), np.float32)
+        start = time.perf_counter()
+        precision_recall(pixels, 1 - pixels, seed=0)
+        print(
+            f"precision and recall                 {time.perf_counter() - start:.3g} s for {_PRD_IMAGES.value:,} images"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
