@@ -367,7 +367,7 @@ def write_stand_in(path: pathlib.Path, shape: Sequence[int]) -> None:
 
 
 def _mean_and_error(values: Sequence[float]) -> str:
-    if len(values) == 1:
+    if np.ptp(values) <= 1e-9 * abs(values[0]):  # one, or of what does not depend on the seed
         return f"{values[0]:.4g}"
     return f"{np.mean(values):.4g} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.2g}"
 
