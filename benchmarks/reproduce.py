@@ -37,6 +37,7 @@ from benchmarks.synthetic import ROOT, SHAPES
 from posterior_matching import cli
 from posterior_matching.atomic import replacing, write_text
 from posterior_matching.errors import UserError, nearest
+from posterior_matching.evaluation.metrics import NUM_CLUSTERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +221,7 @@ class Run:
             return {"num_instances": 4, "num_samples": 2, "num_steps": 3, "batch_size": 4}
         samples = max(2, round(evaluation.options.get("num_samples", 512) * self.scale))
         pixels = {"embedding": "pixels"} if evaluation.folder == "imputation_results" else {}
-        return {"num_trials": 1, "num_instances": 16, "num_samples": samples, **pixels}
+        return {"num_trials": 1, "num_instances": NUM_CLUSTERS, "num_samples": samples, **pixels}
 
     @property
     def stand_in(self) -> pathlib.Path:

@@ -4,12 +4,14 @@ import importlib
 import inspect
 import os
 
+import numpy as np
 import pytest
 
 from benchmarks import reproduce
 from helpers.configs import CONFIGS, ROOT, load
 from helpers.scripts import run_script, start
 from posterior_matching.evaluation import acquisition, imputation, likelihood, uci
+from posterior_matching.evaluation.metrics import NUM_CLUSTERS
 
 EVALUATIONS = {
     "eval_pm_vae_uci.py": uci.evaluate,
@@ -123,6 +125,16 @@ def test_the_table_shows_ours_beside_published_numbers_and_what_is_missing(tmp_p
     assert ("pm_vae_gas", "ac_ll_nats", "not run", "0", "9.643", "10.272", "") in rows
     assert ("pm_vae_power", "nrmse", "not run", "0", "0.828", "", "") in rows
     assert "vade_mnist" not in table
+
+
+def test_a_rehearsal_has_enough_images_for_precision_and_recall(tmp_path):
+    reproduce.write_stand_in(tmp_path / "images.npz", (8, 8, 1))
+    with np.load(tmp_path / "images.npz") as parts:
+        available = len(parts["test"])
+    names = [name for name, e in reproduce.EXPERIMENTS.items() if e.family in ("pm_vqvae", "pm_vdvae")]
+    for name in names:
+        flags = dict(part.split("=") for part in run(name, tmp_path, 0.01).commands()[1] if "=" in part)
+        assert NUM_CLUSTERS <= int(flags["--num_instances"]) <= available
 
 
 def test_means_have_the_standard_error_over_seeds_unless_all_agree():
