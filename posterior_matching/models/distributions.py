@@ -212,7 +212,21 @@ def _mixture(parameters: jax.Array) -> dist.Distribution:
     """`[..., 3K]` (K logits, K means, K scales) -> one-dimensional mixtures with batch shape `[...]`."""
     logits, loc, scale = jnp.split(parameters, 3, axis=-1)
     components = dist.Normal(loc, jax.nn.softplus(scale) + _MIN_SCALE, **_UNCHECKED)
-    return dist.MixtureSameFamily(dist.Categorical(logits=logits, **_UNCHECKED), components, **_UNCHECKED)
+    return _GaussianMixture(dist.Categorical(logits=logits, **_UNCHECKED), components, **_UNCHECKED)
+
+
+class _GaussianMixture(dist.MixtureSameFamily):
+    """One-dimensional, and sampled with two random numbers for a draw, where NumPyro draws from every component."""
+
+    def sample(self, key: jax.Array, sample_shape: Sequence[int] = ()) -> jax.Array:
+        key_component, key_noise = jax.random.split(key)
+        shape = (*sample_shape, *self.batch_shape)
+        below = jnp.cumsum(self.mixing_distribution.probs[..., :-1], axis=-1)
+        component = (jax.random.uniform(key_component, shape)[..., None] >= below).sum(-1, keepdims=True)
+        chosen = component == jnp.arange(self.mixture_size)
+        gaussians = self.component_distribution
+        loc, scale = (jnp.where(chosen, a, 0.0).sum(-1) for a in (gaussians.loc, gaussians.scale))
+        return loc + scale * jax.random.normal(key_noise, shape)
 
 
 class IdentityGaussian(nnx.Module):

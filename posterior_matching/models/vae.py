@@ -369,11 +369,17 @@ class Imputing(nnx.Module):
         return self.partial_posterior(x, b).sample(key, (num_samples,))
 
     def _weighted_latents(
-        self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array
+        self, x: jax.Array, b: jax.Array, num_samples: int, key: jax.Array, chunk_size: int = 128
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """z ~ q(z | x_o) `[S, B, e]`, log p(x_o, z) - log q(z | x_o) `[S, B]`, and the features' means given z."""
-        z, log_q = sample_and_log_prob(self.partial_posterior(x, b), key, (num_samples,))
-        means, log_p_xo = self.decoding.decode_mean_and_log_prob(z, x, b)
+        """z ~ q(z | x_o) `[S, B, e]`, log p(x_o, z) - log q(z | x_o) `[S, B]`, and the features' means given z.
+
+        Draws and decodes `chunk_size` samples at once.
+        """
+        q, size = self.partial_posterior(x, b), min(num_samples, chunk_size)
+        keys = jax.random.split(key, -(-num_samples // size))
+        drawn = jax.lax.map(lambda key: sample_and_log_prob(q, key, (size,)), keys)
+        z, log_q = (a.reshape(-1, *a.shape[2:])[:num_samples] for a in drawn)
+        means, log_p_xo = self.decoding.decode_mean_and_log_prob(z, x, b, chunk_size)
         return z, log_p_xo + self.decoding.prior().log_prob(z) - log_q, means
 
 
@@ -535,7 +541,7 @@ class PosteriorMatchingVAE(Imputing):
         key_x, key_xo = jax.random.split(key)
         q = self.vae.posterior(x, available=available)
         full = self._importance_log_prob(q, x, available, key_x, num_samples, chunk_size)
-        _, log_weights, means = self._weighted_latents(x, b, num_samples, key_xo)
+        _, log_weights, means = self._weighted_latents(x, b, num_samples, key_xo, chunk_size)
         observed = log_mean_weight(lambda *_: log_weights, key_xo, num_samples, chunk_size=num_samples)
         return self._point(x, b, means, log_weights if weighted else None), ConditionalLogProb.of(full, observed)
 
