@@ -9,7 +9,7 @@ rows         `train_pm_vae.py` on a `.npy` file of so many rows, streamed: secon
 features     of a training step
 latent       dimensions, of a training step with full-covariance posteriors
 latent_gmm   the same with `configs/pm_vae_gas.py`, an autoregressive partial posterior
-samples      of the likelihoods and imputations of 32 rows, 128 at a time
+samples      of the likelihoods of 32 rows, 128 at a time
 devices      of a training step on so many devices, which are threads on the same cores, with 512 rows on all together
 
 Every point is measured in a process of its own, whose peak memory includes what Python and JAX need. The exponent is
@@ -109,7 +109,7 @@ def latent_gmm(count: int, seconds: float) -> dict[str, float]:
 
 
 def samples(count: int, seconds: float) -> dict[str, float]:
-    """Likelihoods and imputations of 32 rows with `count` samples."""
+    """Likelihoods of 32 rows with `count` samples."""
     import jax
     from flax import nnx
 
@@ -122,7 +122,7 @@ def samples(count: int, seconds: float) -> dict[str, float]:
 
     @nnx.jit
     def estimate(model: Any, key: jax.Array) -> Any:
-        return model.is_log_prob(data.x, b, count, key=key), model.point(data.x, b, min(count, 1024), key=key)
+        return model.is_log_prob(data.x, b, count, key=key)
 
     def run() -> None:
         jax.block_until_ready(estimate(model, jax.random.key(0)))
@@ -209,14 +209,18 @@ def figure(points: Mapping[str, Mapping[int, Mapping[str, float]]], path: pathli
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, len(points), squeeze=False, sharex="col", figsize=(2.4 * len(points), 4.5))
+    fig, axes = plt.subplots(2, len(points), squeeze=False, sharex="col", sharey="row", figsize=(2 * len(points), 4.5))
     for column, (axis, found) in zip(axes.T, points.items(), strict=True):
-        for ax, name in zip(column, ("seconds", "gigabytes"), strict=True):
-            ax.loglog(list(found), [point[name] for point in found.values()], "o-", label="step")
-        if "start_seconds" in next(iter(found.values())):
-            column[0].loglog(list(found), [p["start_seconds"] for p in found.values()], "o--", label="start")
+        values = list(found)
+        column[0].loglog(values, [point["seconds"] for point in found.values()], "o-", label="step")
+        if "start_seconds" in found[values[0]]:
+            column[0].loglog(values, [point["start_seconds"] for point in found.values()], "o--", label="start")
             column[0].legend(fontsize=7)
+        column[1].semilogx(values, [point["gigabytes"] for point in found.values()], "o-")
+        column[1].set_xticks(values[:: max(1, len(values) - 1)], [f"{v:,}" for v in values[:: max(1, len(values) - 1)]])
+        column[1].minorticks_off()
         column[1].set_xlabel(axis)
+    axes[1, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak memory, GB")
     fig.tight_layout()

@@ -161,7 +161,7 @@ def memory_bandwidth() -> float:
     """Best rate, in bytes per second, at which two large float32 arrays are read and their sum is written."""
     # 256 MiB for the default matrix size, beyond any cache.
     a = jnp.ones(4 * _MATRIX_SIZE.value**2, jnp.float32)
-    return 3 * a.nbytes / _fastest(jax.jit(lambda a, b: a + b), a, a + 1)
+    return 3 * a.nbytes / _fastest(jax.jit(lambda a, b: a + b), a, a + 1, repeats=10)
 
 
 def _fastest(fn: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 3) -> float:
