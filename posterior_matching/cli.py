@@ -90,8 +90,8 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
             sys.exit(1)
         except UserError as error:
             _fail(error)
-        except jax.errors.JaxRuntimeError as error:  # of a collective operation in which another process is missing
-            if not parallel.has_joined():
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if not parallel.is_lost_contact(error):
                 raise
             parallel.wait_for_the_reason()
             _fail(f"lost contact with another process ({str(error).splitlines()[0]}): the same commands resume")

@@ -69,6 +69,13 @@ def has_joined() -> bool:
     return distributed.global_state.client is not None
 
 
+def is_lost_contact(error: Exception) -> bool:
+    """Whether JAX raised the error in a collective operation in which another process was missing."""
+    if not has_joined():
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) or re.search("Gloo|NCCL", str(error)) is not None
+
+
 def check_agreement(values: Mapping[str, Any]) -> None:
     """Compares values, by name, with those of the other processes; all processes must call this.
 

@@ -61,3 +61,12 @@ def test_pmap_reduces_over_the_axis():
 
 def test_any_process_of_one():
     assert parallel.any_process(True) and not parallel.any_process(False)
+
+
+def test_errors_of_a_missing_process_are_told_from_others(monkeypatch):
+    gloo = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")  # as JAX raises while dispatching
+    runtime = jax.errors.JaxRuntimeError("INTERNAL: a collective operation failed")
+    for joined in (False, True):
+        monkeypatch.setattr(parallel, "has_joined", lambda joined=joined: joined)
+        found = [parallel.is_lost_contact(error) for error in (gloo, runtime, ValueError("shapes do not match"))]
+        assert found == [joined, joined, False]
