@@ -212,6 +212,8 @@ class Run:
         changes = {"seed": self.seed, "steps": steps, "validation_every": steps, "log_every": 1}
         changes["batch_size"] = max(2, round(config.batch_size * self.scale))
         changes["dataset"] = self.stand_in
+        if "num_levels" in config.get("model", {}):
+            changes["model.num_levels"] = 256  # of the stand-in's pixels
         if "pretraining" in config:
             changes |= {"pretraining.steps": steps // 2, "pretraining.mixture_inits": 1}
         return changes

@@ -137,6 +137,14 @@ def test_a_rehearsal_has_enough_images_for_precision_and_recall(tmp_path):
         assert NUM_CLUSTERS <= int(flags["--num_instances"]) <= available
 
 
+def test_a_rehearsal_models_all_values_of_its_pixels(tmp_path):
+    reproduce.write_stand_in(tmp_path / "images.npz", (8, 8, 1))
+    with np.load(tmp_path / "images.npz") as parts:
+        assert parts["train"].dtype == np.uint8 and parts["train"].max() == 255
+    for name in ("pm_vdvae_digits", "pm_vdvae_mnist"):
+        assert "--config.model.num_levels=256" in run(name, tmp_path, 0.01).commands()[0]
+
+
 def test_means_have_the_standard_error_over_seeds_unless_all_agree():
     assert reproduce._mean_and_error([1.0, 2.0, 3.0]) == "2 ± 0.58"  # 1 / sqrt(3)
     assert reproduce._mean_and_error([0.7828]) == reproduce._mean_and_error([0.7828, 0.7828 + 1e-16]) == "0.7828"
