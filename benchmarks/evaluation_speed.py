@@ -6,7 +6,7 @@ PM-VAE       rows per second: imputations and likelihoods with so many samples, 
 PM-VQVAE     imputations per second, with the sampler's cache and without
 PM-VDVAE     imputations per second; samples per second of the likelihoods, each of x and of x_o
 lookahead    decisions per second of both policies: the choice of the next feature of an example
-all images   seconds of the precision and recall of 1,000 images with their pixels as embeddings
+any images   seconds of the precision and recall of 1,000 images with their pixels as embeddings
 
 Medians of interleaved repetitions.
 """
@@ -28,6 +28,7 @@ from flax import nnx
 
 from benchmarks import synthetic
 from posterior_matching import acquisition, cli, data, masking
+from posterior_matching.errors import UserError
 from posterior_matching.evaluation.metrics import precision_recall
 from posterior_matching.models.pixel_cnn import PixelCNN
 
@@ -113,16 +114,19 @@ def sample_anew(network: PixelCNN, condition: jax.Array, key: jax.Array) -> jax.
 def main() -> None:
     """Measures and prints."""
     config, name = _CONFIG.value, cli.config_name()
+    family = synthetic.family(name).name
+    if family not in EVALUATIONS:
+        raise UserError(f"nothing is measured of the family {family}: choose a config of {', '.join(EVALUATIONS)}")
     rows = synthetic.dataset(synthetic.dataset_of(name, config), _BATCH_SIZE.value)
     model: Any = synthetic.experiment(name, config, rows).phases[-1].model
     x, available = data.decode(rows.x, rows.max_value)
-    mask_generator = masking.build_mask_generator(config.get("mask_generator", {"name": "BernoulliMaskGenerator"}))
+    mask_generator = masking.build_mask_generator(config.mask_generator)
     b = mask_generator(jax.random.key(0), available.shape)
     keys = jax.random.split(jax.random.key(1), len(x))
     print(f"device                               {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"config                               {cli.config_path()}, {len(x)} examples, {_SAMPLES.value} samples")
 
-    chosen = EVALUATIONS.get(synthetic.family(name).name, lambda *_: {})(len(x), _SAMPLES.value)
+    chosen = EVALUATIONS[family](len(x), _SAMPLES.value)
     graph, weights = nnx.split(model)  # once: `nnx.jit` does it in every call, which takes milliseconds
 
     def compiled_on_weights(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ def test_a_checkout_that_cannot_be_measured(tmp_path):
     ("name", "counted"),
     [
         ("pm_vqvae_digits", ["imputations", "imputations without cache"]),
-        ("lookahead_digits", ["decisions by sampling"]),
+        ("lookahead_digits", ["decisions by sampling", "decisions by lookahead"]),
     ],
 )
 def test_what_evaluations_compute_is_measured(name, counted):
