@@ -109,9 +109,11 @@ def measure() -> None:
     step_flops, step_bytes = cost["flops"], cost["bytes accessed"]
     bandwidth = memory_bandwidth()
 
+    dtype = config.get("model", {}).get("compute_dtype", "float32")
+
     # The machine may be shared, so every measurement of the step lies between two of the matrix product.
     rates: list[float] = []
-    matrix_rates = [matrix_product_flops_per_second()]
+    matrix_rates = [matrix_product_flops_per_second(dtype)]
     end = time.perf_counter() + _SECONDS.value
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0
@@ -120,7 +122,7 @@ def measure() -> None:
             dispatches += 1
         step.wait()
         rates.append(dispatches * step.per_dispatch / (time.perf_counter() - start))
-        matrix_rates.append(matrix_product_flops_per_second())
+        matrix_rates.append(matrix_product_flops_per_second(dtype))
     beside = (np.array(matrix_rates[:-1]) + np.array(matrix_rates[1:])) / 2
     shares = step_flops * np.array(rates) / beside
 
@@ -137,7 +139,7 @@ def measure() -> None:
         print(f"peak device memory     {device_memory / 1e9:.2f} GB")
     print(f"operations per step    {step_flops / 1e9:.4g} GFLOP on each device")
     print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
-    print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)})")
+    print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)}), {dtype}")
     print(f"share                  {np.median(shares):.0%}  ({min(shares):.0%} to {max(shares):.0%})")
     print(f"bytes per step         {step_bytes / 1e9:.4g} GB on each device")
     print(f"bandwidth              {step_bytes * rate / 1e9:.4g} GB/s")
@@ -150,10 +152,10 @@ def spread(values: list[float], unit: float = 1.0) -> str:
     return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
 
 
-def matrix_product_flops_per_second() -> float:
-    """Best rate of a product of two large float32 matrices."""
+def matrix_product_flops_per_second(dtype: str = "float32") -> float:
+    """Best rate of a product of two large matrices of this `dtype`."""
     size = _MATRIX_SIZE.value
-    a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     return 2 * size**3 / _fastest(jax.jit(lambda a: a @ a), a)
 
 
