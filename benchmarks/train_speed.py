@@ -104,7 +104,8 @@ def measure() -> None:
     )
     step.run()
     first_step_seconds = time.time() - psutil.Process().create_time()
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the large arrays
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the large arrays, as the next one
+    device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     cost = step.compiled.cost_analysis()  # XLA counts the body of a loop over steps once
     step_flops, step_bytes = cost["flops"], cost["bytes accessed"]
     bandwidth = memory_bandwidth()
@@ -127,7 +128,6 @@ def measure() -> None:
     shares = step_flops * np.array(rates) / beside
 
     rate, matrix_rate = float(np.median(rates)), float(np.median(matrix_rates))
-    device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(f"device                 {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"config                 {cli.config_path()}, batch {config.batch_size} per device")
     print(f"steps per second       {rate:.4g}  ({spread(rates)})")
