@@ -177,29 +177,34 @@ def score(rows: Rows, truth: np.ndarray, found: Imputations, hidden: np.ndarray)
 
 
 def report(results: pd.DataFrame) -> str:
-    """Per method: the mean over tables of every metric with its standard error over seeds, and the mean rank.
+    """A table of new rows and one of training rows: for every share, mechanism and method, the mean over data of every
+    metric, with its standard error over seeds, and the mean rank.
 
     Args:
         results: One row per result: table, mechanism, share, seed, method, rows (`in` or `out`) and the metrics.
     """
+    results = results.assign(error=_errors(results))
+    masks = ["rows", "share", "mechanism"]
+    results["rank"] = results.groupby([*masks, "table", "seed"])["error"].rank()
+    metrics = [m for m in METRICS if m in results]
     lines = []
-    for where, part in results.groupby("rows"):
-        error = pd.concat([part[["table", "mechanism", "share", "seed", "method"]], _errors(part)], axis=1)
-        ranks = error.groupby(["table", "mechanism", "share", "seed"])["error"].rank()
-        lines.append(f"\n{where}-sample rows; rank: of NRMSE + 1 - accuracy, mean over tables, masks and seeds")
-        lines.append("| method | " + " | ".join((*METRICS, "rank")) + " |\n|" + "---|" * (len(METRICS) + 2))
-        for method in dict.fromkeys(part["method"]):
-            chosen = part["method"] == method
-            seeds = part[chosen].groupby("seed")[[m for m in METRICS if m in part]].mean()
-            cells = [_mean_and_error(seeds[m]) if m in seeds else "" for m in METRICS]
-            lines.append(f"| {method} | " + " | ".join(cells) + f" | {ranks[chosen].mean():.2f} |")
+    for where, part in results.groupby("rows", sort=False):
+        lines.append(f"\n{where}-sample rows; rank: of NRMSE + 1 - accuracy, mean over tables and seeds")
+        lines.append("| hidden | method | " + " | ".join((*metrics, "rank")) + " |\n|" + "---|" * (len(metrics) + 3))
+        for _, chosen in part.groupby(["share", "mechanism", "method"], sort=False):
+            first, seeds = chosen.iloc[0], chosen.groupby("seed")[metrics].mean()
+            cells = [
+                f"{first.share:.0%}, {first.mechanism}",
+                first.method,
+                *(_mean_and_error(seeds[m]) for m in metrics),
+            ]
+            lines.append("| " + " | ".join((*cells, f"{chosen['rank'].mean():.2f}")) + " |")
     return "\n".join(lines)
 
 
 def _errors(part: pd.DataFrame) -> pd.Series:
     missing = pd.Series(np.nan, part.index)
-    error = part.get("nrmse", missing).fillna(0) + (1 - part.get("accuracy", missing)).fillna(0)
-    return error.rename("error")
+    return part.get("nrmse", missing).fillna(0) + (1 - part.get("accuracy", missing)).fillna(0)
 
 
 def _mean_and_error(values: pd.Series) -> str:
@@ -207,7 +212,7 @@ def _mean_and_error(values: pd.Series) -> str:
     if not len(values):
         return ""
     error = f" ± {values.std() / np.sqrt(len(values)):.2g}" if len(values) > 1 else ""
-    return f"{values.mean():.3g}{error}"
+    return f"{values.mean():.3f}{error}"
 
 
 def figure(results: pd.DataFrame, path: pathlib.Path) -> None:

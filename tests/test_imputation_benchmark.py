@@ -96,3 +96,17 @@ def test_vaeac_s_protocol_hides_the_zeros_of_its_mask_and_scores_them(tmp_path):
     errors = np.nanmean(np.where(hidden, np.square(x - means), np.nan), axis=0)
     np.testing.assert_allclose(results["mean"]["nrmse"], (np.sqrt(errors) / x.std(0)).mean(), rtol=1e-6)
     assert "unknown 'meen'" in refusal(lambda: vaeac_protocol.main("rows.csv", ["meen"]))
+
+
+def test_the_report_gives_means_over_tables_errors_over_seeds_and_mean_ranks():
+    # Errors, NRMSE + 1 - accuracy: of `good` 0.6 and 0.9 (tables), of `bad` 0.8 and 1.0.
+    scores = [("good", "one", 0.4, 0.8), ("good", "two", 0.6, 0.7), ("bad", "one", 0.5, 0.7), ("bad", "two", 0.7, 0.7)]
+    frame = pd.DataFrame(
+        {"table": table, "mechanism": "MAR", "share": 0.1, "seed": seed, "method": method, "rows": "out"}
+        | {"nrmse": nrmse + 0.02 * seed, "accuracy": accuracy}
+        for method, table, nrmse, accuracy in scores
+        for seed in (0, 1)
+    )
+    lines = imputation.report(frame).splitlines()
+    assert lines[-2] == "| 10%, MAR | good | 0.510 ± 0.01 | 0.750 ± 0 | 1.00 |"
+    assert lines[-1] == "| 10%, MAR | bad | 0.610 ± 0.01 | 0.700 ± 0 | 2.00 |"

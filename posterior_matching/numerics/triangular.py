@@ -5,6 +5,7 @@ batched solvers running at once on two cores can deadlock (seen with jaxlib 0.10
 since a loop over the rows would take at least one kernel per row.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -85,8 +86,9 @@ def inverse(tril: jax.Array) -> jax.Array:
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """a @ b; for very small matrices a sum of outer products, which XLA fuses and vectorises over the batch."""
-    size = a.shape[-1]
-    return a @ b if size > 8 else sum(a[..., :, k, None] * b[..., None, k, :] for k in range(size))
+    if a.shape[-1] > 8:
+        return a @ b
+    return functools.reduce(jnp.add, (a[..., :, k, None] * b[..., None, k, :] for k in range(a.shape[-1])))
 
 
 def _inverse_forward(tril):
