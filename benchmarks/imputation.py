@@ -224,7 +224,9 @@ def figure(results: pd.DataFrame, path: pathlib.Path) -> None:
 
     shown = [m for m in ("nrmse", "accuracy", "crps", "coverage") if m in results]
     mechanisms = list(dict.fromkeys(results["mechanism"]))
-    fig, axes = plt.subplots(len(shown), len(mechanisms), sharex=True, sharey="row", squeeze=False, figsize=(9, 9))
+    fig, axes = plt.subplots(
+        len(shown), len(mechanisms), sharex=True, sharey="row", squeeze=False, figsize=(9, 9), layout="constrained"
+    )
     out = results[results["rows"] == "out"]
     for row, metric in zip(axes, shown, strict=True):
         row[0].set_ylabel(metric)
@@ -238,8 +240,7 @@ def figure(results: pd.DataFrame, path: pathlib.Path) -> None:
         ax.set_title(mechanism)
     for ax in axes[-1]:
         ax.set_xlabel("share of missing cells")
-    axes[0, 0].legend(fontsize=7)
-    fig.tight_layout()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
