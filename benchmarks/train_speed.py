@@ -23,18 +23,17 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import psutil
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import synthetic
+from benchmarks import synthetic, timing
 from posterior_matching import cli
 from posterior_matching.errors import UserError
 
@@ -108,13 +107,13 @@ def measure() -> None:
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     cost = step.compiled.cost_analysis()  # XLA counts the body of a loop over steps once
     step_flops, step_bytes = cost["flops"], cost["bytes accessed"]
-    bandwidth = memory_bandwidth()
+    bandwidth = timing.memory_bandwidth(4 * _MATRIX_SIZE.value**2)  # 256 MiB, beyond any cache
 
     dtype = config.get("model", {}).get("compute_dtype", "float32")
 
     # The machine may be shared, so every measurement of the step lies between two of the matrix product.
     rates: list[float] = []
-    matrix_rates = [matrix_product_flops_per_second(dtype)]
+    matrix_rates = [timing.matrix_product_flops_per_second(_MATRIX_SIZE.value, dtype)]
     end = time.perf_counter() + _SECONDS.value
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0
@@ -123,7 +122,7 @@ def measure() -> None:
             dispatches += 1
         step.wait()
         rates.append(dispatches * step.per_dispatch / (time.perf_counter() - start))
-        matrix_rates.append(matrix_product_flops_per_second(dtype))
+        matrix_rates.append(timing.matrix_product_flops_per_second(_MATRIX_SIZE.value, dtype))
     beside = (np.array(matrix_rates[:-1]) + np.array(matrix_rates[1:])) / 2
     shares = step_flops * np.array(rates) / beside
 
@@ -150,38 +149,6 @@ def measure() -> None:
 def spread(values: list[float], unit: float = 1.0) -> str:
     """Formats the number of values, their minimum and their maximum."""
     return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
-
-
-def matrix_product_flops_per_second(dtype: str = "float32") -> float:
-    """Best rate of a product of two large matrices of this `dtype`."""
-    size = _MATRIX_SIZE.value
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    return 2 * size**3 / _fastest(jax.jit(lambda a: a @ a), a)
-
-
-def memory_bandwidth() -> float:
-    """Best rate, in bytes per second, at which one large float32 array is added to another."""
-    # 256 MiB for the default matrix size, beyond any cache. In place: to touch new memory takes longer than to add.
-    total, ones = (jnp.ones(4 * _MATRIX_SIZE.value**2, jnp.float32) for _ in range(2))
-    add = jax.jit(jnp.add, donate_argnums=0)
-
-    def accumulate() -> jax.Array:
-        nonlocal total
-        total = add(total, ones)
-        return total
-
-    return 3 * ones.nbytes / _fastest(accumulate, repeats=10)
-
-
-def _fastest(fn: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 3) -> float:
-    """Seconds of the fastest of `repeats` calls, after one that compiles."""
-    fn(*arguments).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn(*arguments).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 if __name__ == "__main__":

@@ -43,3 +43,10 @@ def test_what_evaluations_compute_is_measured(name, counted):
     for what in counted:
         assert float(re.search(rf"^{what} per second +(\S+)", out, re.MULTILINE)[1]) > 0
     assert float(re.search(r"^precision and recall +(\S+) s for 40 images", out, re.MULTILINE)[1]) > 0
+
+
+def test_single_convolutions_are_measured():
+    out, _ = run_script("benchmarks/convolutions", "--pixels=4,3", "--batch=2", "--width=4", "--middle=2")
+    names = [line.partition("  forward")[0].strip() for line in out.splitlines()]
+    assert names[1:] == ["4 pixels, 3x3", "4 pixels, 1x1", "3 pixels, 3x3", "3 pixels, 1x1"]
+    assert "input gradient" in out and "kernel gradient" in out
