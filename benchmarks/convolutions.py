@@ -1,6 +1,6 @@
 """Measures single convolutions and their gradients, beside a large matrix product: the bound of a convolutional step.
 
-    python benchmarks/convolutions.py --pixels 28,14,7 --width 192 --middle 48
+    python benchmarks/convolutions.py --pixels 28 --pixels 14 --pixels 7 --width 192 --middle 48
 
 For square images of each size, prints in GFLOP/s the 3x3 convolution of a bottleneck block of `models/vdvae.py` and the
 1x1 convolution before it, from `width` to `middle` channels: forward, and the gradients with respect to the input and
@@ -19,7 +19,7 @@ from benchmarks import timing
 from posterior_matching import cli
 from posterior_matching.numerics.convolution import conv
 
-_PIXELS = flags.DEFINE_list("pixels", ["28", "14", "7"], "Heights of the images.")
+_PIXELS = flags.DEFINE_multi_integer("pixels", [28, 14, 7], "Height of the images; may be repeated.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Images at once.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 192, "Channels between blocks.", lower_bound=1)
 _MIDDLE = flags.DEFINE_integer("middle", 48, "Channels within a block.", lower_bound=1)
@@ -44,13 +44,12 @@ def rates(batch: int, pixels: int, size: int, features_in: int, features_out: in
 def main() -> None:
     """Prints the rates."""
     print(f"large matrix product {timing.matrix_product_flops_per_second() / 1e9:8.0f} GFLOP/s")
-    for pixels in map(int, _PIXELS.value):
+    for pixels in _PIXELS.value:
         shapes = {"3x3": (3, _MIDDLE.value, _MIDDLE.value), "1x1": (1, _WIDTH.value, _MIDDLE.value)}
         for name, shape in shapes.items():
             found = rates(_BATCH.value, pixels, *shape)
-            print(
-                f"{pixels:4} pixels, {name}  " + "  ".join(f"{k} {v / 1e9:5.0f}" for k, v in found.items()), flush=True
-            )
+            cells = "  ".join(f"{what} {rate / 1e9:5.0f}" for what, rate in found.items())
+            print(f"{pixels:4} pixels, {name}  {cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -177,15 +177,14 @@ def score(rows: Rows, truth: np.ndarray, found: Imputations, hidden: np.ndarray)
 
 
 def report(results: pd.DataFrame) -> str:
-    """A table of new rows and one of training rows: for every share, mechanism and method, the mean over data of every
+    """A table of new rows and one of training rows: by share, mechanism and method, the mean over tables of every
     metric, with its standard error over seeds, and the mean rank.
 
     Args:
         results: One row per result: table, mechanism, share, seed, method, rows (`in` or `out`) and the metrics.
     """
     results = results.assign(error=_errors(results))
-    masks = ["rows", "share", "mechanism"]
-    results["rank"] = results.groupby([*masks, "table", "seed"])["error"].rank()
+    results["rank"] = results.groupby(["rows", "share", "mechanism", "table", "seed"])["error"].rank()
     metrics = [m for m in METRICS if m in results]
     lines = []
     for where, part in results.groupby("rows", sort=False):
@@ -193,12 +192,8 @@ def report(results: pd.DataFrame) -> str:
         lines.append("| hidden | method | " + " | ".join((*metrics, "rank")) + " |\n|" + "---|" * (len(metrics) + 3))
         for _, chosen in part.groupby(["share", "mechanism", "method"], sort=False):
             first, seeds = chosen.iloc[0], chosen.groupby("seed")[metrics].mean()
-            cells = [
-                f"{first.share:.0%}, {first.mechanism}",
-                first.method,
-                *(_mean_and_error(seeds[m]) for m in metrics),
-            ]
-            lines.append("| " + " | ".join((*cells, f"{chosen['rank'].mean():.2f}")) + " |")
+            cells = [_mean_and_error(seeds[m]) for m in metrics] + [f"{chosen['rank'].mean():.2f}"]
+            lines.append(f"| {first.share:.0%}, {first.mechanism} | {first.method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

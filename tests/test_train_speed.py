@@ -46,7 +46,10 @@ def test_what_evaluations_compute_is_measured(name, counted):
 
 
 def test_single_convolutions_are_measured():
-    out, _ = run_script("benchmarks/convolutions", "--pixels=4,3", "--batch=2", "--width=4", "--middle=2")
+    out, _ = run_script("benchmarks/convolutions", "--pixels=4", "--pixels=3", "--batch=2", "--width=4", "--middle=2")
     names = [line.partition("  forward")[0].strip() for line in out.splitlines()]
     assert names[1:] == ["4 pixels, 3x3", "4 pixels, 1x1", "3 pixels, 3x3", "3 pixels, 1x1"]
-    assert "input gradient" in out and "kernel gradient" in out
+    found = re.findall(r"forward +(\d+)  input gradient +(\d+)  kernel gradient +(\d+)$", out, re.MULTILINE)
+    assert len(found) == 4
+    _, err = run_script("benchmarks/convolutions", "--pixels=wide", status=1)
+    assert err.startswith("error: ") and "pixels" in err and err.count("\n") == 1

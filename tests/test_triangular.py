@@ -11,8 +11,8 @@ from posterior_matching.numerics import triangular
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
-def triangles():
-    return np.tril(normal(0, 2, 4, 5, 5)) + 3 * np.eye(5, dtype=np.float32)
+def triangles(e=5):
+    return np.tril(normal(0, 2, 4, e, e)) * np.float32((5 / e) ** 0.5) + 3 * np.eye(e, dtype=np.float32)
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -38,9 +38,10 @@ def test_diagonal_and_its_gradient():
 
 
 @pytest.mark.usefixtures("backend")
-def test_inverse_and_its_gradient():
-    tril = triangles()
-    g = normal(1, 2, 4, 5, 5)
+@pytest.mark.parametrize("e", [1, 2, 5, 24, 37])
+def test_inverse_and_its_gradient(e):
+    tril = triangles(e)
+    g = normal(1, 2, 4, e, e)
 
     @jax.jit
     def run(tril):

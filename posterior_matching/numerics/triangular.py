@@ -73,9 +73,8 @@ def inverse(tril: jax.Array) -> jax.Array:
     if e == 1:
         return 1 / tril
     if e % 2:  # the inverse of [[L, 0], [0, 1]] holds L^-1
-        last = jnp.zeros(e + 1).at[e].set(1.0)
-        padded = jnp.pad(tril, [(0, 0)] * (tril.ndim - 2) + [(0, 1), (0, 1)]) + jnp.diag(last)
-        return inverse(padded)[..., :e, :e]
+        padded = jnp.pad(tril, [(0, 0)] * (tril.ndim - 2) + [(0, 1), (0, 1)])
+        return inverse(padded.at[..., e, e].set(1.0))[..., :e, :e]
     # The inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
     half = e // 2
     a, c = inverse(jnp.stack([tril[..., :half, :half], tril[..., half:, half:]]))
