@@ -426,7 +426,9 @@ class _DoesNotFitError(Exception):
 
 def _manager(path: pathlib.Path, name: str) -> ocp.CheckpointManager:
     _silence_orbax()
-    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT[name], create=False)
+    # If a folder cannot be made in the background, Orbax's threads wait 300 s for it, and so does the process's end.
+    foreground = ocp.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT[name], create=False, async_options=foreground)
     handlers = {item: ocp.StandardCheckpointHandler() for item in ("model", "train")}
     handlers |= {"record": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(path / "checkpoints" / name, options=options, item_handlers=handlers)

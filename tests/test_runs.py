@@ -5,6 +5,7 @@ import pickletools
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -227,6 +228,18 @@ def test_arrays_are_restored_by_name_not_by_position(tmp_path):
     assert record == {"n": 1}
     message = refusal(run.restore, lambda _: {"a": np.empty(2), "c": np.empty(2)})
     assert "does not fit its config.json: b: absent -> (2,); c: (2,) -> absent" in message
+
+
+def test_no_thread_waits_for_a_checkpoint_whose_folder_cannot_be_made(tmp_path):
+    run = runs.open_run(str(tmp_path / "run"), "pm_vae", make_config(), (8,))
+    run.create()
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    shutil.rmtree(latest)
+    latest.write_text("a file")
+    with pytest.raises(UserError, match="cannot write"), run.finished_saving():
+        run.save(3, {"w": np.zeros(1)}, {"a": np.zeros(2)}, {}, best=False)
+    waiting = {"json_ch_save", "np_type_handler", "write_metadata_after_commits"}
+    assert not waiting & {thread.name for thread in threading.enumerate()}
 
 
 def test_the_training_state_of_version_0_1_is_refused_but_its_model_loads(run_dir):
