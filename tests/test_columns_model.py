@@ -34,9 +34,15 @@ def one_hot(row, cardinalities=MIXED):
     return np.concatenate([np.eye(k)[int(v)] if k else [v] for v, k in zip(row, cardinalities, strict=True)])
 
 
-def head(num_components=1, cardinalities=MIXED, seed=0, scale=1.0):
+HEADS = pytest.mark.parametrize(
+    "options", [{}, {"num_components": 3}, {"num_components": 3, "shared_scales": True}], ids=str
+)
+
+
+def head(num_components=1, cardinalities=MIXED, seed=0, scale=1.0, **options):
     """A head with random parameters, biases too."""
-    made = Columns((3,), (len(cardinalities),), num_components, cardinalities=cardinalities, rngs=nnx.Rngs(seed))
+    rngs = nnx.Rngs(seed)
+    made = Columns((3,), (len(cardinalities),), num_components, cardinalities=cardinalities, rngs=rngs, **options)
     rng = np.random.default_rng(seed)
     nnx.update(made, jax.tree.map(lambda a: jnp.float32(scale * rng.normal(size=a.shape)), nnx.state(made)))
     return made
@@ -90,7 +96,7 @@ def parameters(made, given):
     start, found = 0, {}
     for cardinality in sorted(set(MIXED)):  # one group after the other
         for j in np.flatnonzero(np.array(MIXED) == cardinality):
-            size = cardinality or (1 if k == 1 else 3 * k)
+            size = cardinality or (1 if k == 1 else 2 * k if made.shared_scales else 3 * k)
             found[int(j)] = output[:, start : start + size]
             start += size
     assert start == output.shape[1]
@@ -102,14 +108,18 @@ def real_pdf(made, j, found, n, x):
     if made.num_components == 1:
         scale = np.exp(float(made.log_scale[...][[0, 3].index(j)])) + MIN_SCALE
         return scipy.stats.norm.pdf(x, found[j][n, 0], scale)
-    logits, loc, scale = np.split(found[j][n], 3)
-    scale = np.logaddexp(0, scale) + MIN_SCALE
+    if made.shared_scales:
+        logits, loc = np.split(found[j][n], 2)
+        scale = np.exp(np.asarray(made.log_scale[...])[[0, 3].index(j)]) + MIN_SCALE
+    else:
+        logits, loc, scale = np.split(found[j][n], 3)
+        scale = np.logaddexp(0, scale) + MIN_SCALE
     return scipy.stats.norm.pdf(np.asarray(x)[..., None], loc, scale) @ softmax(logits)
 
 
-@pytest.mark.parametrize("num_components", [1, 3])
-def test_log_prob_is_scipys_column_by_column(num_components):
-    made, x = head(num_components), rows()
+@HEADS
+def test_log_prob_is_scipys_column_by_column(options):
+    made, x = head(**options), rows()
     given = features()
     found = parameters(made, given)
     log_prob = made(given).log_prob(jnp.asarray(x))
@@ -122,9 +132,9 @@ def test_log_prob_is_scipys_column_by_column(num_components):
         np.testing.assert_allclose(log_prob[n, j], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_components", [1, 3])
-def test_every_column_is_normalised(num_components):
-    p = head(num_components)(features(1))
+@HEADS
+def test_every_column_is_normalised(options):
+    p = head(**options)(features(1))
     grid = np.linspace(-40, 40, 40_001, dtype=np.float32)
     density = np.exp(p.log_prob(jnp.tile(grid[:, None, None], (1, 1, 6))))[:, 0]
     np.testing.assert_allclose(np.trapezoid(density[:, REAL], grid, axis=0), 1.0, atol=1e-3)
@@ -135,9 +145,9 @@ def test_every_column_is_normalised(num_components):
             np.testing.assert_allclose(np.exp(p.log_prob(jnp.asarray(values)))[:, 0, j].sum(), 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_components", [1, 3])
-def test_samples_follow_the_density(num_components):
-    made, count = head(num_components), 20_000
+@HEADS
+def test_samples_follow_the_density(options):
+    made, count = head(**options), 20_000
     given = features(2)
     found = parameters(made, given)
     x = np.asarray(made(given).sample(KEY, (count,)))
@@ -154,9 +164,9 @@ def test_samples_follow_the_density(num_components):
             assert test.statistic < 2.3 / np.sqrt(count)  # p = 5e-5
 
 
-@pytest.mark.parametrize("num_components", [1, 3])
-def test_mean_features_are_the_mean_of_the_samples_features(num_components):
-    p, count = head(num_components)(features(2)), 20_000
+@HEADS
+def test_mean_features_are_the_mean_of_the_samples_features(options):
+    p, count = head(**options)(features(2)), 20_000
     drawn = np.asarray(column_features(p.sample(KEY, (count,)), MIXED), np.float64)
     error = drawn.std(axis=0) / np.sqrt(count)
     assert np.all(np.abs(drawn.mean(axis=0) - p.mean_features) <= 5 * error + 1e-5)
@@ -169,11 +179,13 @@ def test_the_point_estimate_is_the_mean_of_a_real_column_and_the_mode_of_a_categ
         np.testing.assert_allclose(point[n, j], found[j][n].argmax() if MIXED[j] else found[j][n, 0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_components", [1, 3])
+@HEADS
 @pytest.mark.parametrize("scale", [1.0, 100.0])  # logits of hundreds, scales at the floor
-def test_log_prob_and_its_gradient_are_finite(num_components, scale):
-    made, x = head(num_components, scale=scale), 100 * rows()
+def test_log_prob_and_its_gradient_are_finite(options, scale):
+    made, x = head(scale=scale, **options), 100 * rows()
     x[:, ~REAL] = rows()[:, ~REAL]
+    if hasattr(made, "log_scale"):
+        made.log_scale[...] = -jnp.abs(made.log_scale[...])
     graphdef, state = nnx.split(made)
 
     def total(state):
@@ -210,9 +222,22 @@ def test_the_head_is_for_tables():
 def test_components_that_start_spread_out_are_together_nearer_to_a_standard_normal():
     x = np.linspace(-6, 6, 601)
     density, kl = scipy.stats.norm.pdf(x)[:, None], {}
-    for spread in (True, False):
-        model = Columns((5,), (2,), num_components=10, spread=spread, rngs=nnx.Rngs(0))
+    for spread, shared_scales in [(True, False), (True, True), (False, False)]:
+        model = Columns((5,), (2,), 10, spread=spread, shared_scales=shared_scales, rngs=nnx.Rngs(0))
         model.linear.kernel[...] = jnp.zeros_like(model.linear.kernel[...])
         log_prob = np.asarray(model(jnp.ones((1, 5))).log_prob(np.float32([x, x]).T[:, None]))[:, 0]
-        kl[spread] = (density * (np.log(density) - log_prob)).sum(0) * (x[1] - x[0])  # KL(N(0, 1) || mixture)
-    assert (kl[True] > 0).all() and (kl[True] < 0.15).all() and (kl[True] < 0.8 * kl[False]).all()
+        kl[spread, shared_scales] = (density * (np.log(density) - log_prob)).sum(0) * (x[1] - x[0])  # to the mixture
+    np.testing.assert_allclose(kl[True, True], kl[True, False], rtol=1e-3)
+    for spread in (kl[True, True], kl[True, False]):
+        assert (spread > 0).all() and (spread < 0.15).all() and (spread < 0.8 * kl[False, False]).all()
+
+
+def test_shared_scales_do_not_depend_on_z():
+    made = head(2, (0,), shared_scales=True)
+    weights, means = np.split(np.asarray(made.linear(features()), np.float64), 2, axis=1)
+    variance = softmax(weights, axis=1) * ((np.exp(made.log_scale[...][0]) + MIN_SCALE) ** 2 + means**2)
+    mean = (softmax(weights, axis=1) * means).sum(1)
+    drawn = np.asarray(made(features()).sample(KEY, (50_000,)), np.float64)[..., 0]
+    np.testing.assert_allclose(drawn.var(axis=0), variance.sum(1) - mean**2, rtol=0.05)
+    alone, shared = (nnx.state(head(1, (0,), shared_scales=s)) for s in (False, True))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, alone, shared))  # that of one Gaussian never does

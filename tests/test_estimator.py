@@ -359,3 +359,4 @@ def test_the_default_config_fits_every_size():
         config = table_config(num_rows, num_columns)
         assert 1 <= config.batch_size <= num_rows and config.steps % config.validation_every == 0
         json.dumps(config.to_dict())
+        assert config.model.likelihood.shared_scales == (num_columns == 300)

@@ -27,6 +27,7 @@ Cardinalities = tuple[Annotated[int, Field(ge=0)], ...]
 # In standard deviations of a column. Otherwise a column of repeated values, or one determined by the others, would have
 # an unbounded likelihood and outweigh all other columns.
 MIN_SCALE = 1e-3
+_SPREAD_WIDTH = 2.5  # initial standard deviation of Gaussians that start spread out, times their number
 _UNCHECKED = {"validate_args": False}
 
 
@@ -107,6 +108,8 @@ class Columns(nnx.Module):
         data_shape: `(d,)`.
         num_components: Gaussians per real column. With 1 the features give the mean, and the scale is a parameter,
             initially 1; with more they give weights, means and scales.
+        shared_scales: Whether the scales of several Gaussians are parameters, too, initially 1 or, if spread, less.
+            Scales that depend on z can collapse the posterior where values repeat, see docs/notes.md.
         spread: Whether several Gaussians start at quantiles of N(0, 1). Otherwise they start alike and part slowly.
         cardinalities: See above.
         rngs: Source of initial weights.
@@ -121,6 +124,7 @@ class Columns(nnx.Module):
         data_shape: Shape,
         num_components: Count = 1,
         *,
+        shared_scales: bool = False,
         spread: bool = False,
         cardinalities: Cardinalities = (),
         rngs: nnx.Rngs,
@@ -130,16 +134,18 @@ class Columns(nnx.Module):
         if spread and num_components == 1:
             raise OptionError("spread", "is for several Gaussians per column: set num_components above 1")
         self.cardinalities = cardinalities or (0,) * data_shape[0]
-        self.num_components = num_components
+        self.num_components, self.shared_scales = num_components, shared_scales
         num_real = self.cardinalities.count(0)
-        per_real = 1 if num_components == 1 else 3 * num_components
+        per_real = 1 if num_components == 1 else (2 if shared_scales else 3) * num_components
         self.sizes = tuple(len(columns) * (k or per_real) for k, (columns, _) in _groups(self.cardinalities).items())
         self.linear = Linear(math.prod(features_shape), sum(self.sizes), rngs=rngs)
         if num_real and spread:  # real columns come first
-            biases = _spread(num_components, num_real)
+            biases = _spread(num_components, num_real, shared_scales)
             self.linear.bias = nnx.Param(jnp.zeros(sum(self.sizes)).at[: biases.size].set(biases))
-        if num_real and num_components == 1:
-            self.log_scale = nnx.Param(jnp.zeros(num_real))
+        if num_real and (num_components == 1 or shared_scales):
+            shape = (num_real,) if num_components == 1 else (num_real, num_components)
+            initial = math.log(_SPREAD_WIDTH / num_components) if spread else 0.0
+            self.log_scale = nnx.Param(jnp.full(shape, initial))
 
     def __call__(self, features: jax.Array) -> "IndependentColumns":
         """Maps features `[B, ...]` to a distribution over rows, batch shape `[B, d]`."""
@@ -157,16 +163,25 @@ class Columns(nnx.Module):
             return dist.Categorical(logits=parameters, **_UNCHECKED)
         if self.num_components == 1:
             return dist.Normal(parameters[..., 0], jnp.exp(self.log_scale[...]) + MIN_SCALE, **_UNCHECKED)
-        logits, loc, scale = jnp.split(parameters, 3, axis=-1)
-        components = dist.Normal(loc, jax.nn.softplus(scale) + MIN_SCALE, **_UNCHECKED)
+        if self.shared_scales:
+            logits, loc = jnp.split(parameters, 2, axis=-1)
+            scale = jnp.broadcast_to(jnp.exp(self.log_scale[...]), loc.shape)
+        else:
+            logits, loc, scale = jnp.split(parameters, 3, axis=-1)
+            scale = jax.nn.softplus(scale)
+        components = dist.Normal(loc, scale + MIN_SCALE, **_UNCHECKED)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits, **_UNCHECKED), components, **_UNCHECKED)
 
 
-def _spread(num_components: int, num_columns: int) -> np.ndarray:
-    """Biases `[num_columns * 3 * num_components]` of equal weights, means at quantiles of N(0, 1), and close scales."""
+def _spread(num_components: int, num_columns: int, shared_scales: bool) -> np.ndarray:
+    """Biases of equal weights, means at quantiles of N(0, 1) and, unless they are shared, close scales.
+
+    Returns `[num_columns * 3 * num_components]`, or 2 in place of 3.
+    """
     means = ndtri((np.arange(num_components) + 0.5) / num_components)
-    width = np.log(np.expm1(2.5 / num_components))  # the inverse of softplus
-    return np.tile(np.concatenate([np.zeros(num_components), means, np.full(num_components, width)]), num_columns)
+    scales = np.full(num_components, np.log(np.expm1(_SPREAD_WIDTH / num_components)))  # the inverse of softplus
+    of_column = [np.zeros(num_components), means, *([] if shared_scales else [scales])]
+    return np.tile(np.concatenate(of_column), num_columns)
 
 
 class IndependentColumns:
