@@ -1,6 +1,7 @@
 """The compiled training step and validation pass."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,24 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
 from posterior_matching import data, parallel
 from posterior_matching.training.batching import Arrays, ValidationChunks
 from posterior_matching.training.experiment import Batch, Experiment, Phase
+from posterior_matching.training.packing import Packed, Packing
 
 # Each use of randomness in a training step has its own stream. Append only: the order determines the random numbers.
 STREAMS = ("noise", "mask", "sample", "dropout")
 
 
 class TrainState(NamedTuple):
-    """The state that a step updates, without the frozen part of the model."""
+    """The state that a step updates, without the frozen part of the model.
+
+    On the devices, parameters and what the optimiser keeps of them are `Packed`; in checkpoints, they are `nnx.State`s.
+    """
 
     step: jax.Array | np.integer  # int32, of the run
-    trainable: nnx.State
+    trainable: Packed | nnx.State
     mutable: nnx.State  # variables that are not parameters (codebook averages, ...)
     opt_state: optax.OptState
-    ema: nnx.State | None
+    ema: Packed | nnx.State | None
     skipped: jax.Array | np.integer  # int32, non-finite updates so far
     skipped_in_a_row: jax.Array | np.integer  # int32
 
@@ -42,16 +46,19 @@ class CompiledPhase:
         self._schedule, self._direction = phase.optimizer.schedule(), phase.optimizer.direction()
         self._model = phase.model
         self.graphdef = nnx.graphdef(phase.model)
+        self.packing = Packing(nnx.state(phase.model, phase.trainable))
         self.train = parallel.pmap(self._train_steps, donate_argnums=0)
         self._validate = parallel.pmap(self._validation_sums)
 
     def initial_state(self, model: nnx.Module | None = None) -> tuple[TrainState, nnx.State]:
-        """Returns the state before the first step, and the frozen parameters; neither replicated.
+        """Returns the state before the first step, packed, and the frozen parameters; neither replicated.
 
         Args:
             model: The model with the initial weights; None: the phase's model.
         """
-        trainable, frozen, mutable = nnx.state(self._model if model is None else model, self._trainable, nnx.Param, ...)
+        model = self._model if model is None else model
+        parameters, frozen, mutable = nnx.state(model, self._trainable, nnx.Param, ...)
+        trainable = self.packing.pack(parameters)
         state = TrainState(
             step=np.int32(self.first_step),
             trainable=trainable,
@@ -62,6 +69,14 @@ class CompiledPhase:
             skipped_in_a_row=np.int32(0),
         )
         return state, frozen
+
+    def packed(self, state: TrainState) -> TrainState:
+        """Packs every `nnx.State` of parameters."""
+        return _map_parameters(state, nnx.State, self.packing.pack)
+
+    def unpacked(self, state: TrainState) -> TrainState:
+        """The inverse of `packed`; NumPy arrays."""
+        return _map_parameters(jax.tree.map(np.asarray, state), Packed, self.packing.unpack)
 
     def _batch(self, rows: Arrays, step: jax.Array | None) -> Batch:
         x, available = data.decode(rows["x"], self._max_value)
@@ -84,7 +99,7 @@ class CompiledPhase:
         batch = self._batch(jax.tree.map(lambda a: a[rows], arrays), step)
 
         def mean_loss(trainable):
-            model = nnx.merge(self.graphdef, trainable, frozen, state.mutable, copy=True)
+            model = nnx.merge(self.graphdef, self.packing.unpack(trainable), frozen, state.mutable, copy=True)
             terms = self._loss(model, batch, _streams(key))
             mutable = nnx.state(model, nnx.Not(nnx.Param))
             terms = jax.tree.map(jnp.mean, terms)  # over the batch
@@ -92,8 +107,7 @@ class CompiledPhase:
 
         gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
         gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
-        # Over one vector: leaf by leaf it takes a kernel each on accelerators, and keeps the updates from being fused.
-        metrics["gradient_norm"] = jnp.linalg.norm(ravel_pytree(gradients)[0])
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = learning_rate = self._schedule(step)
 
         updates, opt_state = self._direction.update(gradients, state.opt_state, state.trainable)
@@ -130,7 +144,7 @@ class CompiledPhase:
 
     def _validation_sums(self, weights, mutable, frozen, arrays, example_weights, batch_index):
         """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
-        model = nnx.merge(self.graphdef, weights, frozen, mutable, copy=True)
+        model = nnx.merge(self.graphdef, self.packing.unpack(weights), frozen, mutable, copy=True)
         key = jax.random.fold_in(jax.random.key(self._options.seed), np.uint32(2**32 - 1))  # no training step's key
 
         def batch_sums(_, inputs):
@@ -147,6 +161,13 @@ class CompiledPhase:
             return None, jax.lax.psum(jax.tree.map(total, terms | {"count": 1.0}), parallel.AXIS)
 
         return jax.lax.scan(batch_sums, None, (arrays, example_weights, batch_index))[1]
+
+
+def _map_parameters(state: TrainState, kind: type, fn: Callable[[Any], Any]) -> TrainState:
+    def mapped(tree: Any) -> Any:
+        return jax.tree.map(lambda a: fn(a) if isinstance(a, kind) else a, tree, is_leaf=lambda a: isinstance(a, kind))
+
+    return state._replace(trainable=mapped(state.trainable), opt_state=mapped(state.opt_state), ema=mapped(state.ema))
 
 
 def _streams(key: jax.Array) -> nnx.Rngs:
