@@ -1,7 +1,8 @@
-"""Parameters as two long vectors, for the optimiser.
+"""Parameters as few arrays, for the optimiser.
 
 An update treats all parameters alike. Array by array it takes several kernels each, thousands in a deep model, which
-cost more than their arithmetic; over vectors it takes a handful.
+cost more than their arithmetic. So matrices and convolution kernels are one long vector. Biases stay as they are: XLA
+would fuse their slices into whatever adds them, and compile each of those kernels by itself instead of once per shape.
 """
 
 import math
@@ -14,10 +15,10 @@ from flax import nnx
 
 
 class Packed(NamedTuple):
-    """The values of many arrays, one after another, `[number of values]` each."""
+    """The values of many arrays."""
 
-    matrices: Any  # of arrays with two axes or more
-    vectors: Any  # of all others
+    matrices: Any  # of all arrays with two axes or more, one after another, `[number of values]`
+    others: Any  # a list of all other arrays, as they are
 
 
 class Packing:
@@ -33,23 +34,15 @@ class Packing:
         self._shapes = [leaf.shape for leaf in leaves]
 
     def pack(self, state: nnx.State) -> Packed:
-        """Copies a state into NumPy vectors."""
-        parts = Packed([np.zeros(0, np.float32)], [np.zeros(0, np.float32)])
-        for leaf in jax.tree.leaves(state):
-            _part(parts, leaf.shape).append(np.ravel(leaf))
-        return Packed(*map(np.concatenate, parts))
+        """Copies a state into NumPy arrays."""
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+        matrices = [np.ravel(leaf) for leaf in leaves if leaf.ndim >= 2]
+        return Packed(np.concatenate([np.zeros(0, np.float32), *matrices]), [leaf for leaf in leaves if leaf.ndim < 2])
 
     def unpack(self, packed: Packed) -> nnx.State:
-        """The state that was packed; its arrays are views where the vectors are NumPy arrays."""
-        parts = Packed(*(iter(self._split(kind, vector)) for kind, vector in packed._asdict().items()))
-        leaves = [next(_part(parts, shape)).reshape(shape) for shape in self._shapes]
+        """The state that was packed; views where it holds NumPy arrays."""
+        split: Any = jnp.split if isinstance(packed.matrices, jax.Array) else np.split
+        sizes = [math.prod(shape) for shape in self._shapes if len(shape) >= 2]
+        matrices, others = iter(split(packed.matrices, np.cumsum(sizes))), iter(packed.others)
+        leaves = [next(matrices).reshape(shape) if len(shape) >= 2 else next(others) for shape in self._shapes]
         return jax.tree.unflatten(self._structure, leaves)
-
-    def _split(self, kind: str, vector: Any) -> list[Any]:
-        sizes = [math.prod(shape) for shape in self._shapes if _part(Packed("matrices", "vectors"), shape) == kind]
-        split = jnp.split if isinstance(vector, jax.Array) else np.split
-        return split(vector, np.cumsum(sizes))[:-1]  # what follows the last array is empty
-
-
-def _part(packed: Packed, shape: tuple[int, ...]) -> Any:
-    return packed.matrices if len(shape) >= 2 else packed.vectors
