@@ -21,7 +21,7 @@ EVALUATIONS = {
     "eval_greedy_acquisition.py": acquisition.evaluate,
 }
 OWN_DATA = ("_table", "_images")  # configs for the user's own data
-# Compiled for minutes. test_readme.py trains and evaluates them in small; REHEARSE=1 rehearses them, too.
+# Compiling these takes minutes. test_readme.py trains and evaluates small ones; REHEARSE=1 rehearses them, too.
 DEEP = ("pm_vqvae", "pm_vdvae")
 
 
