@@ -2,6 +2,8 @@
 
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py [--config.key=value ...] [--seconds 20]
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py --against ../other_checkout [--rounds 2]
+    python benchmarks/train_speed.py --config configs/pm_vae_gas.py --against ../posterior-matching \\
+      --published_python ../old/bin/python
 
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, and how
 near a step is to two bounds: its floating-point operations beside the rate of a large matrix product, and the bytes
@@ -13,7 +15,8 @@ printed. Bytes that stay in the cache count, so their share may exceed 100%.)
 
 With `--against`, this checkout and another one are measured in turn, each with its own code and its own config of that
 name, and the ratios of their speeds are printed. Machines are noisy: raise `--rounds` before you believe a difference
-of a few percent.
+of a few percent. The other checkout may be the published code, which runs in a Python of its own:
+`published_speed.py` says how to make one.
 """
 
 import os
@@ -41,6 +44,9 @@ _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
 _MATRIX_SIZE = flags.DEFINE_integer("matrix_size", 4096, "Rows and columns of the large matrices.", lower_bound=1)
 _AGAINST = flags.DEFINE_string("against", None, "Another checkout of this repository, to compare with this one.")
+_PUBLISHED_PYTHON = flags.DEFINE_string(
+    "published_python", None, "If --against is the published code: a Python that has its packages."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "With --against: measurements of each checkout.", lower_bound=1)
 
 
@@ -58,13 +64,28 @@ def compare(other: pathlib.Path, rounds: int) -> None:
     Raises:
         UserError: `other` is no checkout, or a measurement failed.
     """
-    if not (other / "benchmarks" / "train_speed.py").is_file():
-        raise UserError(f"--against={other} is not a checkout of this repository: it has no benchmarks/train_speed.py")
-    own = ("--against", "--rounds")
+    own = ("--against", "--published_python", "--rounds")
     arguments = [argument for argument in _joined(sys.argv[1:]) if argument.split("=")[0] not in own]
+    command = [sys.executable, "benchmarks/train_speed.py", *arguments]
+    other_command = command
+    if not (other / "benchmarks" / "train_speed.py").is_file():
+        if not (other / "posterior_matching" / "models" / "pixel_cnn.py").is_file():
+            raise UserError(
+                f"--against={other} is not a checkout of this repository, with benchmarks/train_speed.py, or of the "
+                "published code"
+            )
+        if _PUBLISHED_PYTHON.value is None:
+            raise UserError(
+                f"--against={other} is the published code: set --published_python to a Python that has its packages; "
+                "benchmarks/published_speed.py says which"
+            )
+        script = str(synthetic.ROOT / "benchmarks" / "published_speed.py")
+        python = str(pathlib.Path(_PUBLISHED_PYTHON.value).absolute())
+        other_command = [python, script, f"--checkout={other}", *arguments]
     ratios = []
     for number in range(rounds):
-        theirs, ours = (steps_per_second(checkout, arguments) for checkout in (other, synthetic.ROOT))
+        theirs = steps_per_second(other, other_command)
+        ours = steps_per_second(synthetic.ROOT, command)
         ratios.append(ours / theirs)
         print(f"round {number + 1}: theirs {theirs:.4g}, ours {ours:.4g} steps/s, ratio {ratios[-1]:.3f}", flush=True)
     print(f"ratio, ours / theirs: median {np.median(ratios):.3f} ({spread(ratios)})")
@@ -81,9 +102,8 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def steps_per_second(checkout: pathlib.Path, arguments: Sequence[str]) -> float:
+def steps_per_second(checkout: pathlib.Path, command: Sequence[str]) -> float:
     """Measures a checkout in a process of its own."""
-    command = [sys.executable, "benchmarks/train_speed.py", *arguments]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     found = re.search(r"^steps per second +(\S+)", result.stdout, re.MULTILINE)

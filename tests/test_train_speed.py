@@ -1,6 +1,8 @@
 """The measurements of training steps and evaluations, and the comparison of two checkouts."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +55,23 @@ def test_single_convolutions_are_measured():
     assert len(found) == 4
     _, err = run_script("benchmarks/convolutions", "--pixels=wide", status=1)
     assert err.startswith("error: ") and "pixels" in err and err.count("\n") == 1
+
+
+def test_the_published_code_is_measured_in_its_own_python(tmp_path):
+    (tmp_path / "posterior_matching" / "models").mkdir(parents=True)
+    (tmp_path / "posterior_matching" / "models" / "pixel_cnn.py").touch()
+    old_python = tmp_path / "old_python"
+    checks = f'[ "$2 $3" = "--checkout=$PWD --config={CONFIG}" ] || exit 1'
+    old_python.write_text(f'#!/bin/sh\n{checks}\necho "steps per second       0.5"\n')
+    old_python.chmod(0o755)
+    _, err = run_script("benchmarks/train_speed", *ARGUMENTS, f"--against={tmp_path}", status=1)
+    assert err.startswith("error: ") and "--published_python" in err and err.count("\n") == 1
+    against = [f"--against={tmp_path}", f"--published_python={old_python}"]
+    out, _ = run_script("benchmarks/train_speed", *ARGUMENTS, *against)
+    assert out.startswith("round 1: theirs 0.5, ours ")
+
+
+def test_an_option_that_the_published_code_cannot_follow_is_refused():
+    command = [sys.executable, "benchmarks/published_speed.py", f"--config={CONFIG}", "--checkout=.", SHORT[1]]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode and result.stderr.endswith(f"unrecognized arguments: {SHORT[1]}\n")
