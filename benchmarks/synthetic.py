@@ -101,7 +101,7 @@ class TrainingStep:
     def __init__(self, config_name: str, config: ConfigDict, rows: data.Dataset):
         chosen = experiment(config_name, config, rows)
         phase = CompiledPhase(chosen, chosen.phases[-1], 0, chosen.options.steps)
-        self._state, self._frozen = parallel.replicate(phase.initial_state())
+        self._state, self._constants = parallel.replicate(phase.initial_state())
         devices, share = jax.local_device_count(), len(rows) // jax.device_count()
         arrays = {"x": rows.x} | ({} if rows.label is None else {"label": rows.label})
         self._arrays = parallel.shard({k: a.reshape(devices, share, *a.shape[1:]) for k, a in arrays.items()})
@@ -112,13 +112,13 @@ class TrainingStep:
         self._metrics: Any = None
         start = time.perf_counter()
         train: Any = phase.train  # a pmapped function
-        self.compiled = train.lower(self._state, self._frozen, self._arrays, self._indices).compile()
+        self.compiled = train.lower(self._state, self._constants, self._arrays, self._indices).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def dispatch(self) -> None:
         """Starts a dispatch once the one before has ended; as in training, one runs and one waits."""
         jax.block_until_ready(self._metrics)
-        self._state, self._metrics = self.compiled(self._state, self._frozen, self._arrays, self._indices)
+        self._state, self._metrics = self.compiled(self._state, self._constants, self._arrays, self._indices)
 
     def wait(self) -> None:
         """Waits until all dispatches have ended."""

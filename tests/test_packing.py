@@ -21,7 +21,7 @@ def state(seed):
 
 @pytest.mark.parametrize("unpack", [Packing.unpack, lambda packing, packed: jax.jit(packing.unpack)(packed)])
 def test_what_is_packed_is_unpacked(unpack):
-    packing, second = Packing(state(0)), state(2)
+    packing, second = Packing.of(state(0)), state(2)
     packed = packing.pack(second)
     assert packed.matrices.shape == (72 + 20,) and sorted(map(np.size, packed.others)) == [1, 1, 4]
     found, expected = by_path(unpack(packing, packed)), by_path(second)
@@ -34,12 +34,12 @@ def test_what_is_packed_is_unpacked(unpack):
 def test_states_without_matrices_or_without_others_can_be_packed():
     for name in ("matrix", "bias"):
         only = nnx.State({name: nnx.Param(jnp.ones(SHAPES[name]))})
-        packing = Packing(only)
+        packing = Packing.of(only)
         np.testing.assert_array_equal(packing.unpack(packing.pack(only))[name][...], np.ones(SHAPES[name]))
 
 
 def test_gradients_and_updates_of_packed_parameters_are_those_of_the_arrays():
-    first, packing = state(1), Packing(state(0))
+    first, packing = state(1), Packing.of(state(0))
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.scale_by_adam(eps=1e-3))
 
     def loss(tree):

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from benchmarks import synthetic
 from configs import common
 from helpers.arrays import Compilations, assert_close, assert_same
 from helpers.configs import MLP, small, untrained
@@ -29,7 +30,7 @@ from posterior_matching.training.batching import EpochOrder, TrainingFeed
 from posterior_matching.training.experiment import Batch, Experiment, Phase, TrainingOptions
 from posterior_matching.training.loop import fit
 from posterior_matching.training.optimizer import OptimizerOptions
-from posterior_matching.training.step import CompiledPhase
+from posterior_matching.training.step import CompiledPhase, _compiled
 
 pytestmark = pytest.mark.slow
 
@@ -130,11 +131,11 @@ def compiled(chosen, index=0, first_step=0, last_step=100):
 def run_steps(chosen, num_steps, phase=None, model=None, first_step=0):
     """Runs steps one by one and returns all states (first: the initial one) and all metrics, of the first device."""
     phase = phase or compiled(chosen)
-    state, frozen = parallel.replicate(phase.initial_state(model))
+    state, constants = parallel.replicate(phase.initial_state(model))
     get = feed_for(chosen)
     states, metrics = [phase.unpacked(parallel.unreplicate(state))], []
     for step in range(first_step, first_step + num_steps):
-        state, values = phase.train(state, frozen, *get(step))
+        state, values = phase.train(state, constants, *get(step))
         states.append(phase.unpacked(parallel.unreplicate(state)))
         metrics.append({k: v[0] for k, v in parallel.unreplicate(values).items()})
     return states, metrics
@@ -229,8 +230,8 @@ def test_pm_vae_gradient_is_the_mean_over_devices_with_their_own_keys(pm_vae):
 
 
 def test_a_scan_over_steps_equals_step_by_step_and_devices_hold_the_same_state(pm_vae):
-    state, frozen = parallel.replicate(pm_vae.phase.initial_state())
-    state, metrics = pm_vae.phase.train(state, frozen, *feed_for(pm_vae.experiment)(0, 4))
+    state, constants = parallel.replicate(pm_vae.phase.initial_state())
+    state, metrics = pm_vae.phase.train(state, constants, *feed_for(pm_vae.experiment)(0, 4))
     for leaf in jax.tree.leaves((state, metrics)):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
     metrics = parallel.unreplicate(metrics)
@@ -293,6 +294,57 @@ def test_one_compilation_of_the_step_and_one_of_validation(linear, monkeypatch):
     assert len(set(before_step[4:])) == 1  # and everything after it
 
 
+def test_folds_and_seeds_share_a_program_and_get_what_they_would_get_alone(linear):
+    traced, results = [], {}
+
+    def loss(model, batch, rngs):
+        traced.append(batch.training)
+        noise = jax.random.normal(rngs.sample(), ())
+        return {"loss": jnp.square(model(batch.x[:, :DIM]) - batch.x[:, DIM] - noise)}
+
+    def fold(name, number):
+        trained = linear(name, loss=loss, seed=number, train=table(seed=number), validation=table(13, seed=number + 9))
+        return *weights(trained), rows(linear.path.parent / name)[-1]["val_loss"]
+
+    for number in (0, 1):
+        _compiled.cache_clear()
+        results[number] = fold(f"alone{number}", number)
+    traced.clear()
+    _compiled.cache_clear()
+    for number in (0, 1):
+        for together, alone in zip(fold(f"together{number}", number), results[number], strict=True):
+            np.testing.assert_array_equal(together, alone)
+    assert sorted(traced) == [False, True]
+    assert results[0][2] != results[1][2]
+
+
+CHANGES = {
+    "loss": {"loss": lambda *arguments: squared_error(*arguments)},
+    "range of values": {"train": data.Dataset("table", "train", np.zeros((37, DIM + 1), np.float32), max_value=2.0)},
+    "trainable": {"trainable": nnx.All(nnx.Param, nnx.PathContains("bias"))},
+    "optimiser": {"optimizer": {"learning_rate": 0.5}},
+    "averaging": {"ema_decay": 0.5},
+    "bad steps": {"skip_nonfinite_updates": True},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_other_steps_are_other_programs(changes):
+    assert compiled(experiment()).train is compiled(experiment(steps=30)).train
+    assert compiled(experiment(**changes)).train is not compiled(experiment()).train
+    assert compiled(experiment(), first_step=2).train is not compiled(experiment()).train
+
+
+def test_other_options_of_a_family_are_other_programs():
+    def train_of(**changes):
+        chosen = untrained("pm_vae", small("pm_vae", **changes), synthetic.dataset("digits", 16))
+        return CompiledPhase(chosen, chosen.phases[0], 0, 1).train
+
+    assert train_of() is train_of(seed=3)
+    for changes in ({"matching_coef": 0.5}, {"noise_std": 0.5}, {"model.latent_dim": 3}):
+        assert train_of(**changes) is not train_of()
+
+
 # The update ----------------------------------------------------------------------------------------------------------
 
 
@@ -336,8 +388,8 @@ def test_learning_rate_schedule(changes, expected):
 def test_frozen_parameters_do_not_move_and_have_no_optimiser_state(linear):
     only_bias = nnx.All(nnx.Param, nnx.PathContains("bias"))
     phase = compiled(experiment(trainable=only_bias))
-    state, frozen = phase.initial_state()
-    assert [leaf.shape for leaf in jax.tree.leaves(frozen)] == [(DIM, 1)]
+    state, constants = phase.initial_state()
+    assert [leaf.shape for leaf in jax.tree.leaves(constants.frozen)] == [(DIM, 1)]
     opt_state = phase.unpacked(state).opt_state
     assert sorted(np.shape(leaf) for leaf in jax.tree.leaves(opt_state)) == [(), (1,), (1,)]  # count, mu, nu
     model = linear(trainable=only_bias, optimizer={"weight_decay": 0.5}, ema_decay=0.5)

@@ -206,13 +206,20 @@ class Family:
         return resolved
 
     def _only_phase(self, setup: Setup, trainable: Any) -> Phase:
-        loss = bind(self.loss, setup.options)
+        loss = BoundLoss(self.loss, setup.options)
         return Phase(setup.build(), loss, None, setup.training.optimizer, trainable)
 
 
-def bind(loss: FamilyLoss, options: Any) -> Callable[[Any, Batch, nnx.Rngs], Terms]:
-    """Returns the loss with its options filled in."""
-    return lambda model, batch, rngs: loss(model, batch, rngs, options)
+@dataclasses.dataclass(frozen=True)
+class BoundLoss:
+    """A loss with its options filled in; they are not compared, since `step.Program` compares the config itself."""
+
+    loss: FamilyLoss
+    options: Any = dataclasses.field(compare=False)
+
+    def __call__(self, model: Any, batch: Batch, rngs: nnx.Rngs) -> Terms:
+        """The loss and its terms, see `experiment`."""
+        return self.loss(model, batch, rngs, self.options)
 
 
 def _first_pictures(

@@ -87,7 +87,7 @@ class Trainer:
                 _arrays(experiment.train_set), batch_size, options.seed, options.data_memory_budget_gb
             )
         self._chunks = ValidationChunks(_arrays(experiment.validation_set), batch_size, options.data_memory_budget_gb)
-        state, self._frozen = self._phase.initial_state()
+        state, self._constants = self._phase.initial_state()
         run.create()  # all input has been checked by now
         self._best_loss, self._stalled, unwritten = math.inf, 0, {}
         if run.step:
@@ -106,7 +106,7 @@ class Trainer:
             skip_nonfinite=options.skip_nonfinite_updates,
             unwritten=unwritten,
         )
-        self._state, self._frozen_everywhere = parallel.replicate((state, self._frozen))
+        self._state, self._constants_everywhere = parallel.replicate((state, self._constants))
 
     @property
     def _phase(self) -> CompiledPhase:
@@ -122,7 +122,7 @@ class Trainer:
 
     def _saved_structure(self, step: int) -> dict[str, Any]:
         self._index = self._phase_at(step)
-        state, self._frozen = self._phase.initial_state()
+        state, self._constants = self._phase.initial_state()
         return {"state": self._phase.unpacked(state), "best_loss": np.float64(math.inf)}
 
     def phase_is_over(self) -> bool:
@@ -139,8 +139,8 @@ class Trainer:
         begin = self._experiment.phases[self._index + 1].begin
         model, numbers = begin(self.evaluation_model()) if begin else (self.evaluation_model(), {})
         self._index += 1
-        state, self._frozen = self._phase.initial_state(model)
-        self._state, self._frozen_everywhere = parallel.replicate((state, self._frozen))
+        state, self._constants = self._phase.initial_state(model)
+        self._state, self._constants_everywhere = parallel.replicate((state, self._constants))
         self.log.write_validation(self.step, self._validate() | numbers)
         self.log.begin("training")
 
@@ -149,7 +149,7 @@ class Trainer:
         num_steps = next_dispatch(self.step, self._options, self._phase.last_step)
         following = next_dispatch(self.step + num_steps, self._options, self._phase.last_step)
         arrays, indices = self._feed.get(self.step, num_steps, following)
-        self._state, metrics = self._phase.train(self._state, self._frozen_everywhere, arrays, indices)
+        self._state, metrics = self._phase.train(self._state, self._constants_everywhere, arrays, indices)
         self.step += num_steps
         self.log.add(self.step, num_steps, metrics)
 
@@ -181,14 +181,14 @@ class Trainer:
         """Returns the model with the weights that validation uses."""
         weights, mutable = parallel.unreplicate((self._weights, self._state.mutable))
         weights, mutable = jax.tree.map(jnp.asarray, (self._phase.packing.unpack(weights), mutable))
-        return nnx.merge(self._phase.graphdef, weights, self._frozen, mutable)
+        return nnx.merge(self._phase.graphdef, weights, self._constants.frozen, mutable)
 
     @property
     def _weights(self) -> Any:  # packed
         return self._state.trainable if self._state.ema is None else self._state.ema
 
     def _validate(self) -> dict[str, float]:
-        return self._phase.validate(self._weights, self._state.mutable, self._frozen_everywhere, self._chunks)
+        return self._phase.validate(self._weights, self._state.mutable, self._constants_everywhere, self._chunks)
 
 
 def max_steps_per_dispatch(options: TrainingOptions) -> int:

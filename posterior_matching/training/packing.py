@@ -5,6 +5,7 @@ cost more than their arithmetic. So matrices and convolution kernels are one lon
 would fuse their slices into whatever adds them, and compile each of those kernels by itself instead of once per shape.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -21,17 +22,19 @@ class Packed(NamedTuple):
     others: Any  # a list of all other arrays, as they are
 
 
+@dataclasses.dataclass(frozen=True)
 class Packing:
-    """How the arrays of an `nnx.State` lie in a `Packed`.
+    """How the arrays of an `nnx.State` lie in a `Packed`."""
 
-    Args:
-        like: A state with the arrays' structure and shapes; all are float32.
-    """
+    structure: jax.tree_util.PyTreeDef
+    shapes: tuple[tuple[int, ...], ...]
 
-    def __init__(self, like: nnx.State):
-        leaves, self._structure = jax.tree.flatten(like)
+    @classmethod
+    def of(cls, state: nnx.State) -> "Packing":
+        """The packing of states with this one's structure and shapes; all arrays are float32."""
+        leaves, structure = jax.tree.flatten(state)
         assert all(leaf.dtype == np.float32 for leaf in leaves)
-        self._shapes = [leaf.shape for leaf in leaves]
+        return cls(structure, tuple(leaf.shape for leaf in leaves))
 
     def pack(self, state: nnx.State) -> Packed:
         """Copies a state into NumPy arrays."""
@@ -42,7 +45,7 @@ class Packing:
     def unpack(self, packed: Packed) -> nnx.State:
         """The state that was packed; views where it holds NumPy arrays."""
         split: Any = jnp.split if isinstance(packed.matrices, jax.Array) else np.split
-        sizes = [math.prod(shape) for shape in self._shapes if len(shape) >= 2]
+        sizes = [math.prod(shape) for shape in self.shapes if len(shape) >= 2]
         matrices, others = iter(split(packed.matrices, np.cumsum(sizes))), iter(packed.others)
-        leaves = [next(matrices).reshape(shape) if len(shape) >= 2 else next(others) for shape in self._shapes]
-        return jax.tree.unflatten(self._structure, leaves)
+        leaves = [next(matrices).reshape(shape) if len(shape) >= 2 else next(others) for shape in self.shapes]
+        return jax.tree.unflatten(self.structure, leaves)

@@ -1,6 +1,8 @@
 """The compiled training step and validation pass."""
 
+import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +14,8 @@ from flax import nnx
 
 from posterior_matching import data, parallel
 from posterior_matching.training.batching import Arrays, ValidationChunks
-from posterior_matching.training.experiment import Batch, Experiment, Phase
+from posterior_matching.training.experiment import Batch, Experiment, Loss, Phase
+from posterior_matching.training.optimizer import OptimizerOptions
 from posterior_matching.training.packing import Packed, Packing
 
 # Each use of randomness in a training step has its own stream. Append only: the order determines the random numbers.
@@ -34,24 +37,39 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array | np.integer  # int32
 
 
+class Constants(NamedTuple):
+    """What a step reads and never updates."""
+
+    frozen: nnx.State  # parameters
+    key: Any  # the data of the run's random key, uint32; an argument, so that all seeds share a program
+
+
 class CompiledPhase:
     """The compiled training step and validation pass of a phase, from `first_step` to `last_step` of the run."""
 
     def __init__(self, experiment: Experiment, phase: Phase, first_step: int, last_step: int):
         self.first_step, self.last_step = first_step, last_step
-        self._loss, self._trainable, self._options = phase.loss, phase.trainable, experiment.options
-        self._summarise, self._max_value = experiment.summarise, experiment.train_set.max_value
-        self._num_classes = max(_num_classes(d) for d in (experiment.train_set, experiment.validation_set))
-        self._num_validated = len(experiment.validation_set)
-        self._schedule, self._direction = phase.optimizer.schedule(), phase.optimizer.direction()
-        self._model = phase.model
+        self._trainable, self._options = phase.trainable, experiment.options
+        self._summarise, self._num_validated = experiment.summarise, len(experiment.validation_set)
+        self._optimizer, self._model = phase.optimizer, phase.model
         self.graphdef = nnx.graphdef(phase.model)
-        self.packing = Packing(nnx.state(phase.model, phase.trainable))
-        self.train = parallel.pmap(self._train_steps, donate_argnums=0)
-        self._validate = parallel.pmap(self._validation_sums)
+        self.packing = Packing.of(nnx.state(phase.model, phase.trainable))
+        program = Program(
+            loss=phase.loss,
+            config=json.dumps(experiment.config | {"seed": None}, sort_keys=True),
+            graphdef=self.graphdef,
+            packing=self.packing,
+            optimizer=phase.optimizer,
+            ema_decay=experiment.options.ema_decay,
+            skip_nonfinite_updates=experiment.options.skip_nonfinite_updates,
+            first_step=first_step,
+            max_value=experiment.train_set.max_value,
+            num_classes=max(_num_classes(d) for d in (experiment.train_set, experiment.validation_set)),
+        )
+        self.train, self._validate = _compiled(program)
 
-    def initial_state(self, model: nnx.Module | None = None) -> tuple[TrainState, nnx.State]:
-        """Returns the state before the first step, packed, and the frozen parameters; neither replicated.
+    def initial_state(self, model: nnx.Module | None = None) -> tuple[TrainState, Constants]:
+        """Returns the state before the first step, packed, and the constants; neither replicated.
 
         Args:
             model: The model with the initial weights; None: the phase's model.
@@ -63,12 +81,13 @@ class CompiledPhase:
             step=np.int32(self.first_step),
             trainable=trainable,
             mutable=mutable,
-            opt_state=self._direction.init(trainable),
+            opt_state=self._optimizer.direction().init(trainable),
             ema=None if self._options.ema_decay is None else trainable,
             skipped=np.int32(0),
             skipped_in_a_row=np.int32(0),
         )
-        return state, frozen
+        key = np.asarray(jax.random.key_data(jax.random.key(self._options.seed)))
+        return state, Constants(frozen, key)
 
     def packed(self, state: TrainState) -> TrainState:
         """Packs every `nnx.State` of parameters."""
@@ -78,29 +97,60 @@ class CompiledPhase:
         """The inverse of `packed`; NumPy arrays."""
         return _map_parameters(jax.tree.map(np.asarray, state), Packed, self.packing.unpack)
 
+    def validate(self, weights, mutable, constants, chunks: ValidationChunks) -> dict[str, float]:
+        """Returns the mean of every loss term over all validation examples."""
+        sums: dict[str, Any] = {}
+        parts = [self._validate(weights, mutable, constants, *chunk) for chunk in chunks]
+        for part in parts:
+            for name, values in parallel.unreplicate(part).items():
+                sums[name] = sums.get(name, 0.0) + np.sum(values, axis=0, dtype=np.float64)  # over batches
+        count = sums.pop("count")
+        means = {name: value / count for name, value in sums.items()}
+        if self._summarise:
+            means = self._summarise(means, self._num_validated)
+        return {name: float(value) for name, value in means.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the training step and the validation pass of a phase compute.
+
+    Equal programs are traced and compiled once in a process, for all folds and seeds that share a shape.
+    """
+
+    loss: Loss
+    config: str  # JSON; a `BoundLoss` leaves the comparison of its options to it
+    graphdef: nnx.GraphDef
+    packing: Packing
+    optimizer: OptimizerOptions
+    ema_decay: float | None
+    skip_nonfinite_updates: bool
+    first_step: int
+    max_value: float
+    num_classes: int
+
     def _batch(self, rows: Arrays, step: jax.Array | None) -> Batch:
-        x, available = data.decode(rows["x"], self._max_value)
-        label = jax.nn.one_hot(rows["label"], self._num_classes) if "label" in rows else None
+        x, available = data.decode(rows["x"], self.max_value)
+        label = jax.nn.one_hot(rows["label"], self.num_classes) if "label" in rows else None
         return Batch(x, available, label, step)
 
-    def _train_steps(self, state, frozen, arrays, indices):
+    def train_steps(self, state: TrainState, constants: Constants, arrays, indices):
         """Runs `len(indices)` steps on one device; returns the new state and metrics `[steps]`."""
-        step = functools.partial(self._train_step, frozen, arrays)
+        step = functools.partial(self._train_step, constants, arrays)
         if len(indices) == 1:  # without a compiled loop, in which XLA's CPU convolutions are slower
             state, metrics = step(state, indices[0])
             return state, jax.tree.map(lambda a: a[None], metrics)
         return jax.lax.scan(step, state, indices)
 
-    def _train_step(self, frozen, arrays, state: TrainState, rows):
-        options = self._options
-        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+    def _train_step(self, constants: Constants, arrays, state: TrainState, rows):
+        key = jax.random.fold_in(jax.random.wrap_key_data(constants.key), state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
         step = state.step - self.first_step
         batch = self._batch(jax.tree.map(lambda a: a[rows], arrays), step)
 
         def mean_loss(trainable):
-            model = nnx.merge(self.graphdef, self.packing.unpack(trainable), frozen, state.mutable, copy=True)
-            terms = self._loss(model, batch, _streams(key))
+            model = nnx.merge(self.graphdef, self.packing.unpack(trainable), constants.frozen, state.mutable, copy=True)
+            terms = self.loss(model, batch, _streams(key))
             mutable = nnx.state(model, nnx.Not(nnx.Param))
             terms = jax.tree.map(jnp.mean, terms)  # over the batch
             return terms["loss"], (terms, mutable)
@@ -108,16 +158,16 @@ class CompiledPhase:
         gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
         gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
-        metrics["learning_rate"] = learning_rate = self._schedule(step)
+        metrics["learning_rate"] = learning_rate = self.optimizer.schedule()(step)
 
-        updates, opt_state = self._direction.update(gradients, state.opt_state, state.trainable)
+        updates, opt_state = self.optimizer.direction().update(gradients, state.opt_state, state.trainable)
         trainable = jax.tree.map(lambda p, u: p - learning_rate * u, state.trainable, updates)
         ema = state.ema
-        if ema is not None and options.ema_decay is not None:
-            ema = optax.incremental_update(trainable, ema, 1.0 - options.ema_decay)
+        if ema is not None and self.ema_decay is not None:
+            ema = optax.incremental_update(trainable, ema, 1.0 - self.ema_decay)
         new = state._replace(trainable=trainable, mutable=mutable, opt_state=opt_state, ema=ema)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        if options.skip_nonfinite_updates:
+        if self.skip_nonfinite_updates:
             new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         skipped = jnp.int32(~finite)
         new = new._replace(
@@ -129,29 +179,17 @@ class CompiledPhase:
         metrics["skipped_in_a_row"] = new.skipped_in_a_row
         return new, metrics
 
-    def validate(self, weights, mutable, frozen, chunks: ValidationChunks) -> dict[str, float]:
-        """Returns the mean of every loss term over all validation examples."""
-        sums: dict[str, Any] = {}
-        parts = [self._validate(weights, mutable, frozen, *chunk) for chunk in chunks]
-        for part in parts:
-            for name, values in parallel.unreplicate(part).items():
-                sums[name] = sums.get(name, 0.0) + np.sum(values, axis=0, dtype=np.float64)  # over batches
-        count = sums.pop("count")
-        means = {name: value / count for name, value in sums.items()}
-        if self._summarise:
-            means = self._summarise(means, self._num_validated)
-        return {name: float(value) for name, value in means.items()}
-
-    def _validation_sums(self, weights, mutable, frozen, arrays, example_weights, batch_index):
+    def validation_sums(self, weights, mutable, constants: Constants, arrays, example_weights, batch_index):
         """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
-        model = nnx.merge(self.graphdef, self.packing.unpack(weights), frozen, mutable, copy=True)
-        key = jax.random.fold_in(jax.random.key(self._options.seed), np.uint32(2**32 - 1))  # no training step's key
+        model = nnx.merge(self.graphdef, self.packing.unpack(weights), constants.frozen, mutable, copy=True)
+        key = jax.random.wrap_key_data(constants.key)
+        key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no training step's key
 
         def batch_sums(_, inputs):
             rows, weight, index = inputs
             batch_key = jax.random.fold_in(key, index)
             rngs = _streams(jax.random.fold_in(batch_key, jax.lax.axis_index(parallel.AXIS)))
-            terms = self._loss(model, self._batch(rows, step=None), rngs)
+            terms = self.loss(model, self._batch(rows, step=None), rngs)
 
             def total(value):  # over the batch
                 value = jnp.broadcast_to(value, weight.shape) if jnp.ndim(value) == 0 else value
@@ -161,6 +199,11 @@ class CompiledPhase:
             return None, jax.lax.psum(jax.tree.map(total, terms | {"count": 1.0}), parallel.AXIS)
 
         return jax.lax.scan(batch_sums, None, (arrays, example_weights, batch_index))[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(program: Program) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return parallel.pmap(program.train_steps, donate_argnums=0), parallel.pmap(program.validation_sums)
 
 
 def _map_parameters(state: TrainState, kind: type, fn: Callable[[Any], Any]) -> TrainState:
