@@ -4,7 +4,7 @@ import functools
 import importlib
 import pathlib
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -111,9 +111,13 @@ class TrainingStep:
         self._indices = np.broadcast_to(indices, (devices, *shape))
         self._metrics: Any = None
         start = time.perf_counter()
-        train: Any = phase.train  # a pmapped function
-        self.compiled = train.lower(self._state, self._constants, self._arrays, self._indices).compile()
+        self._train = cast(Any, phase.train)  # a pmapped function
+        self.compiled = self._train.lower(self._state, self._constants, self._arrays, self._indices).compile()
         self.compile_seconds = time.perf_counter() - start
+
+    def jaxpr(self) -> Any:
+        """The program of a dispatch, as traced."""
+        return jax.make_jaxpr(self._train)(self._state, self._constants, self._arrays, self._indices).jaxpr
 
     def dispatch(self) -> None:
         """Starts a dispatch once the one before has ended; as in training, one runs and one waits."""

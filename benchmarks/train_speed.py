@@ -6,12 +6,13 @@
       --published_python ../old/bin/python
 
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, and how
-near a step is to two bounds: its floating-point operations beside the rate of a large matrix product, and the bytes
-that its operations read and write beside the bandwidth at which one large array is added to another, both measured in
-the same run. All rates are medians. To compare machines, use the shares. (XLA counts operations and bytes in the
-compiled program. On CPUs, strided transposed convolutions run at stride one, and their multiplications by zero count.
-The body of a loop counts once, so the true shares of lookahead configs, which loop over features, are higher than
-printed. Bytes that stay in the cache count, so their share may exceed 100%.)
+near a step is to three bounds: its floating-point operations beside the rate of a large matrix product; the time that
+its own matrix products and convolutions take, each run by itself; and the bytes that its operations read and write
+beside the bandwidth at which one large array is added to another. All are measured in the same run. All rates are
+medians. To compare machines, use the shares. (XLA counts operations and bytes in the compiled program. On CPUs, strided
+transposed convolutions run at stride one, and their multiplications by zero count. The body of a loop counts once, so
+the true shares of lookahead configs, which loop over features, are higher than printed; their products are counted in
+full. Bytes that stay in the cache count, so their share may exceed 100%.)
 
 With `--against`, this checkout and another one are measured in turn, each with its own code and its own config of that
 name, and the ratios of their speeds are printed. Machines are noisy: raise `--rounds` before you believe a difference
@@ -160,6 +161,9 @@ def measure() -> None:
     print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
     print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)}), {dtype}")
     print(f"share                  {np.median(shares):.0%}  ({min(shares):.0%} to {max(shares):.0%})")
+    products, seconds = timing.seconds_of_products(step.jaxpr())
+    seconds *= rate / step.per_dispatch
+    print(f"its products alone     {seconds:.0%} of the step, {products / step.per_dispatch:.0f} of them")
     print(f"bytes per step         {step_bytes / 1e9:.4g} GB on each device")
     print(f"bandwidth              {step_bytes * rate / 1e9:.4g} GB/s")
     print(f"addition of arrays     {bandwidth / 1e9:.4g} GB/s")

@@ -4,8 +4,11 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from benchmarks import timing
 from helpers.scripts import run_script
 
 pytestmark = pytest.mark.process
@@ -30,6 +33,19 @@ def test_two_checkouts_are_measured_with_the_same_arguments(tmp_path):
 def test_a_checkout_that_cannot_be_measured(tmp_path):
     _, err = run_script("benchmarks/train_speed", *ARGUMENTS, f"--against={tmp_path}", status=1)
     assert err.startswith("error: ") and "is not a checkout" in err and err.count("\n") == 1
+
+
+def test_products_are_counted_in_the_programs_that_a_program_calls():
+    def program(a, kernel):
+        a = jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ a), None), a, None, length=3)[0]
+        return jax.lax.conv(jax.jit(lambda a: a @ a)(a)[None, None], kernel, (1, 1), "SAME")
+
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *operands: program(*operands).sum()))(
+        jnp.ones((8, 8)), jnp.ones((1, 1, 3, 3))
+    )
+    products, seconds = timing.seconds_of_products(jaxpr.jaxpr)
+    forward, backward = 3 + 1 + 1, 3 * 2 + 2 + 1  # the kernel has no gradient
+    assert products == forward + backward and seconds > 0
 
 
 @pytest.mark.parametrize(
