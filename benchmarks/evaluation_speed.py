@@ -8,7 +8,8 @@ PM-VDVAE     imputations per second; samples per second of the likelihoods, each
 lookahead    decisions per second of both policies: the choice of the next feature of an example
 any images   seconds of the precision and recall of 1,000 images with their pixels as embeddings
 
-Medians of interleaved repetitions.
+Medians of interleaved repetitions. Beside each, a bound: the time that its matrix products and convolutions take, each
+run by itself.
 """
 
 import pathlib
@@ -26,7 +27,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from benchmarks import synthetic
+from benchmarks import synthetic, timing
 from posterior_matching import acquisition, cli, data, masking
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.metrics import precision_recall
@@ -146,6 +147,9 @@ def main() -> None:
         fastest, slowest = count / min(seconds[name]), count / max(seconds[name])
         rate = count / float(np.median(seconds[name]))
         print(f"{name + ' per second':36} {rate:.4g}  ({slowest:.4g} to {fastest:.4g})")
+        jaxpr = jax.make_jaxpr(compiled[name])(weights, x, b, keys).jaxpr
+        products, alone = timing.seconds_of_products(jaxpr)
+        print(f"{'  its products alone':36} {alone * rate / count:.0%} of the time, {products} of them")
     if _PRD_IMAGES.value and x.ndim == 4:
         pixels = np.random.default_rng(0).random((_PRD_IMAGES.value, int(np.prod(x.shape[1:]))), np.float32)
         start = time.perf_counter()

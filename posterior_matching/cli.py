@@ -253,7 +253,8 @@ _EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
     "seed": (flags.DEFINE_integer, "Seed all masks, samples and clusterings with this number."),
     "embedding": (
         flags.DEFINE_string,
-        "Compute precision and recall in this embedding of images, 'inception' (a download of 96 MB) or 'pixels'.",
+        "Compute precision and recall in this embedding of images, 'inception' (a download of 96 MB) or 'pixels'; or "
+        "neither, with 'none'.",
     ),
     "memory_budget_gb": (
         flags.DEFINE_float,

@@ -269,13 +269,16 @@ def test_the_evaluation_writes_what_it_says(run_dir):
     weighted = imputation.evaluate(run_dir, **options, weighted=True)  # the same draws
     np.testing.assert_array_equal(weighted.trials("f_8"), found["metrics"]["f_8"]["trials"])
     assert (weighted.trials("psnr_db") != found["metrics"]["psnr_db"]["trials"]).all()
+    few = {"embedding": "none", "num_instances": 12, "num_samples": 2, "num_trials": 1}  # too few for clusters
+    assert imputation.evaluate(run_dir, **few).metrics.keys() == {"psnr_db"}
+    assert {path.stem for path in results.glob("*.npy")} == {"psnrs"}
 
 
 def test_without_network_the_default_embedding_fails_in_one_line(run_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://localhost:9")  # nothing listens there
     message = refusal(imputation.evaluate, run_dir, num_instances=30)
-    assert message.startswith("cannot download the Inception weights") and message.endswith("embedding=pixels")
+    assert message.startswith("cannot download the Inception weights") and message.endswith("embedding=pixels or none")
 
 
 # Real data -----------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def _published_weights() -> bytes:
         except (OSError, HTTPException) as error:
             raise UserError(
                 f"cannot download the Inception weights ({error}): put {_URL} into {path.parent}, "
-                "or choose embedding=pixels"
+                "or choose embedding=pixels or none"
             ) from error
     if (digest := hashlib.sha256(content).hexdigest()) != _SHA256:
         raise UserError(f"the Inception weights are damaged (SHA-256 {digest}, not {_SHA256}): delete {path}")

@@ -39,7 +39,7 @@ def evaluate(
     num_samples: Count = 10,
     num_trials: Count = 5,
     seed: Seed = 0,
-    embedding: Literal["inception", "pixels"] = "inception",
+    embedding: Literal["inception", "pixels", "none"] = "inception",
     weighted: bool = False,
     baselines: bool = False,
 ) -> Results:
@@ -60,7 +60,8 @@ def evaluate(
         num_samples: Imputations of every image.
         num_trials: Trials, each with its own masks.
         seed: Random seed of masks, samples and clusterings.
-        embedding: The embedding for precision and recall, a key of `EMBEDDINGS`.
+        embedding: The embedding for precision and recall, a key of `EMBEDDINGS`; "none" leaves both out, which saves
+            most of the time when there are many imputations of each image.
         weighted: Weigh the imputations of the mean, see `likelihood.tempered_weights`; as published, they are not.
         baselines: Also compute the PSNR of mean and kNN imputation on the same masks.
 
@@ -71,10 +72,12 @@ def evaluate(
     run = open_run(run_dir, dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)
     if (name := run.description["model"]) not in MODELS:
         raise UserError(f"{run_dir} is a run of {name}, not of {' or '.join(MODELS)}")
-    if len(run.dataset) < NUM_CLUSTERS:
-        raise UserError(f"precision and recall need at least {NUM_CLUSTERS} images, not {len(run.dataset)}")
+    if embedding != "none" and len(run.dataset) < NUM_CLUSTERS:
+        raise UserError(
+            f"precision and recall need at least {NUM_CLUSTERS} images, not {len(run.dataset)}: choose embedding=none"
+        )
     generator = run.masks(mask_generator)
-    embed = EMBEDDINGS[embedding]()
+    embed = EMBEDDINGS[embedding]() if embedding != "none" else None
     trained: PosteriorMatchingVQVAE | PosteriorMatchingVDVAE = run.model
     model = UnitRange(trained) if isinstance(trained, PosteriorMatchingVDVAE) else trained
 
@@ -83,14 +86,17 @@ def evaluate(
         b = generator(key_mask, (1, *run.mask_shape)) * available[None]
         imputations, log_weights = models["model"].impute_and_weigh(x[None], b, num_samples, key=key_impute)
         mean = weighted_mean(imputations, tempered_weights(log_weights)) if weighted else imputations.mean(0)
-        return {"b": b[0], "imputation": mean[0], "embeddings": models["embed"](imputations[:, 0])}
+        found = {"b": b[0], "imputation": mean[0]}
+        return found if embed is None else found | {"embeddings": models["embed"](imputations[:, 0])}
 
     def embed_example(embed: nnx.Module, _key: jax.Array, x: jax.Array, _available: jax.Array):
         return {"embedding": embed(x[None])[0]}
 
     key = jax.random.key(seed)
-    real = ExampleMap(embed_example, embed, run.dataset, batch_size)(key, "embeddings")["embedding"]
-    impute_all = ExampleMap(impute_example, nnx.Dict(model=model, embed=embed), run.dataset, batch_size)
+    parts = {"model": model} | ({} if embed is None else {"embed": embed})
+    impute_all = ExampleMap(impute_example, nnx.Dict(parts), run.dataset, batch_size)
+    if embed is not None:
+        real = ExampleMap(embed_example, embed, run.dataset, batch_size)(key, "embeddings")["embedding"]
     imputers = rivals.fit(run.training_rows(), ("mean", "knn")) if baselines else {}
     results = Results(run.path / "imputation_results", len(run.dataset), arguments)
     curves = []
@@ -100,6 +106,8 @@ def evaluate(
         results.add_mean(psnr_db=psnr(run.x, found["imputation"]))  # infinite for images imputed exactly
         for name, imputation in rivals.impute(imputers, run.x, found["b"]):
             results.add_mean(**{f"psnr_{name}_db": psnr(run.x, imputation)})
+        if embed is None:
+            continue
         sets = np.moveaxis(found["embeddings"], 1, 0)
         with progress_bar(sets, f"trial {trial + 1}: precision and recall", leave=False) as bar:
             precision, recall = np.mean([precision_recall(real, generated, seed) for generated in bar], axis=0)
@@ -107,7 +115,10 @@ def evaluate(
         f_1_8, f_8 = max_f_score(precision, recall, 1 / 8), max_f_score(precision, recall, 8)
         results.add(precision=f_1_8, recall=f_8, f_1_8=f_1_8, f_8=f_8)
 
-    f_scores = np.stack([results.trials("f_1_8"), results.trials("f_8")], axis=1)
-    results.write(psnrs=results.trials("psnr_db"), prd_data=np.array(curves), f_scores=f_scores)
+    scores: dict[str, np.ndarray | None] = {"prd_data": None, "f_scores": None}
+    if embed is not None:
+        f_scores = np.stack([results.trials("f_1_8"), results.trials("f_8")], axis=1)
+        scores = {"prd_data": np.array(curves), "f_scores": f_scores}
+    results.write(psnrs=results.trials("psnr_db"), **scores)
     results.draw_imputations(model, run.x, generator)
     return results

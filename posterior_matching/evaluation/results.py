@@ -84,8 +84,10 @@ class Results:
             for name, values in self.metrics.items()
         )
 
-    def write(self, **arrays: np.ndarray) -> None:
+    def write(self, **arrays: np.ndarray | None) -> None:
         """Prints all metrics, and writes `results.json` and one `<name>.npy` per array, all of them or none.
+
+        An array of None removes the file of an earlier evaluation.
 
         Raises:
             UserError: They cannot be written.
@@ -103,6 +105,9 @@ class Results:
             summary = files.enter_context(replacing(self.folder / "results.json"))
             summary.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
             for name, array in arrays.items():
+                if array is None:
+                    files.callback((self.folder / f"{name}.npy").unlink, missing_ok=True)
+                    continue
                 with open(files.enter_context(replacing(self.folder / f"{name}.npy")), "wb") as file:
                     np.save(file, array, allow_pickle=False)
         print(self)
