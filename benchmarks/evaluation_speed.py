@@ -37,6 +37,7 @@ _CONFIG = cli.config_flag("the experiment whose evaluation is measured")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples at once.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("num_samples", 50, "Samples per example.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)
+_PRODUCTS = flags.DEFINE_bool("products", True, "Measure the matrix products and convolutions by themselves, too.")
 _PRD_IMAGES = flags.DEFINE_integer("prd_images", 1000, "Images of precision and recall; 0: skip it.", lower_bound=0)
 
 # (model, x [B, ...], b, keys [B]) -> arrays, compiled; by the name of what is counted, with the count of one call
@@ -147,9 +148,10 @@ def main() -> None:
         fastest, slowest = count / min(seconds[name]), count / max(seconds[name])
         rate = count / float(np.median(seconds[name]))
         print(f"{name + ' per second':36} {rate:.4g}  ({slowest:.4g} to {fastest:.4g})")
-        jaxpr = jax.make_jaxpr(compiled[name])(weights, x, b, keys).jaxpr
-        products, alone = timing.seconds_of_products(jaxpr)
-        print(f"{'  its products alone':36} {alone * rate / count:.0%} of the time, {products} of them")
+        if _PRODUCTS.value:
+            jaxpr = jax.make_jaxpr(compiled[name])(weights, x, b, keys).jaxpr
+            products, alone = timing.seconds_of_products(jaxpr)
+            print(f"{'  its products alone':36} {alone * rate / count:.0%} of the time, {products} of them")
     if _PRD_IMAGES.value and x.ndim == 4:
         pixels = np.random.default_rng(0).random((_PRD_IMAGES.value, int(np.prod(x.shape[1:]))), np.float32)
         start = time.perf_counter()

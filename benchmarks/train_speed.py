@@ -44,6 +44,7 @@ from posterior_matching.errors import UserError
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
 _MATRIX_SIZE = flags.DEFINE_integer("matrix_size", 4096, "Rows and columns of the large matrices.", lower_bound=1)
+_PRODUCTS = flags.DEFINE_bool("products", True, "Measure the step's own matrix products and convolutions, too.")
 _AGAINST = flags.DEFINE_string("against", None, "Another checkout of this repository, to compare with this one.")
 _PUBLISHED_PYTHON = flags.DEFINE_string(
     "published_python", None, "If --against is the published code: a Python that has its packages."
@@ -161,9 +162,10 @@ def measure() -> None:
     print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
     print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)}), {dtype}")
     print(f"share                  {np.median(shares):.0%}  ({min(shares):.0%} to {max(shares):.0%})")
-    products, seconds = timing.seconds_of_products(step.jaxpr())
-    seconds *= rate / step.per_dispatch
-    print(f"its products alone     {seconds:.0%} of the step, {products / step.per_dispatch:.0f} of them")
+    if _PRODUCTS.value:
+        products, seconds = timing.seconds_of_products(step.jaxpr())
+        seconds *= rate / step.per_dispatch
+        print(f"its products alone     {seconds:.0%} of the step, {products / step.per_dispatch:.0f} of them")
     print(f"bytes per step         {step_bytes / 1e9:.4g} GB on each device")
     print(f"bandwidth              {step_bytes * rate / 1e9:.4g} GB/s")
     print(f"addition of arrays     {bandwidth / 1e9:.4g} GB/s")

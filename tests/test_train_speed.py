@@ -57,9 +57,11 @@ def test_products_are_counted_in_the_programs_that_a_program_calls():
 )
 def test_what_evaluations_compute_is_measured(name, counted):
     small = ["--batch_size=2", "--num_samples=2", "--repeats=1", "--prd_images=40"]
-    out, _ = run_script("benchmarks/evaluation_speed", f"--config=configs/{name}.py", *small)
+    products = name == "lookahead_digits"
+    out, _ = run_script("benchmarks/evaluation_speed", f"--config=configs/{name}.py", *small, f"--products={products}")
     for what in counted:
         assert float(re.search(rf"^{what} per second +(\S+)", out, re.MULTILINE)[1]) > 0
+    assert len(re.findall(r"^  its products alone +\d+% of the time, \d+ of them$", out, re.MULTILINE)) == 2 * products
     assert float(re.search(r"^precision and recall +(\S+) s for 40 images", out, re.MULTILINE)[1]) > 0
 
 
