@@ -12,7 +12,8 @@ from benchmarks import timing
 from helpers.scripts import run_script
 
 pytestmark = pytest.mark.process
-CONFIG, SHORT = "configs/pm_vae_gas_gaussian.py", ["--seconds=0.1", "--config.batch_size=2", "--matrix_size=64"]
+CONFIG = "configs/pm_vae_gas_gaussian.py"
+SHORT = ["--seconds=0.1", "--config.batch_size=2", "--matrix_size=64", "--products=False"]
 ARGUMENTS = ["--config", CONFIG, *SHORT, "--rounds", "1"]
 SCRIPT = f"""
 import sys
