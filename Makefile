@@ -29,7 +29,6 @@ demo: install  ## train a PM-VAE on scikit-learn's digits, evaluate it and save 
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
 
 # --no-loadscope-reorder: in the default order, the files with few but long tests come last and leave one worker idle.
-# In that of names, test_all_experiments.py, the longest, comes first.
 test: install  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

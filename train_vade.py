@@ -20,7 +20,7 @@ from posterior_matching.models.vade import VADE
 from posterior_matching.models.vade_initialisation import Restarts, choose
 from posterior_matching.training.corruption import CorruptionOptions
 from posterior_matching.training.experiment import Phase
-from posterior_matching.training.family import Batch, BoundLoss, Family, Setup, Terms
+from posterior_matching.training.family import Batch, Family, Setup, Terms
 from posterior_matching.training.optimizer import OptimizerOption
 
 
@@ -78,8 +78,8 @@ def phases(setup: Setup) -> list[Phase]:
         return model, numbers | mixture_accuracy(model, mixture, setup.validation_set)
 
     return [
-        Phase(Restarts(models), BoundLoss(autoencoder_loss, options), pretraining.steps, pretraining.optimizer),
-        Phase(models[0], BoundLoss(loss, options), None, setup.training.optimizer, begin=begin),
+        Phase(Restarts(models), setup.bind(autoencoder_loss), pretraining.steps, pretraining.optimizer),
+        Phase(models[0], setup.bind(loss), None, setup.training.optimizer, begin=begin),
     ]
 
 

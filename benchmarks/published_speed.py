@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import importlib
 import pathlib
-import pickle
+import pickle  # only to write a state for the published scripts, which load it
 import statistics
 import sys
 import tempfile
@@ -141,6 +141,10 @@ def main() -> None:
     parser.add_argument("--checkout", required=True, type=pathlib.Path, help="a checkout of the published code")
     parser.add_argument("--seconds", default=20.0, type=float, help="how long to measure")
     options = parser.parse_args()
+    name = pathlib.Path(options.config).stem
+    dataset, file = name.removesuffix("_gaussian").rpartition("_")[2], f"{name.removesuffix('_gaussian')}.py"
+    if dataset not in SHAPES or not (options.checkout / "configs" / file).is_file():
+        parser.error(f"--config={options.config} is not a published experiment on {', '.join(SHAPES)}")
 
     sys.path.insert(0, str(options.checkout.resolve()))
     for absent in ("tensorflow", "tensorflow_datasets", "keras", "keras.metrics"):
@@ -150,7 +154,6 @@ def main() -> None:
 
     vars(jax)["tree_multimap"] = jax.tree_util.tree_map  # Bax calls it by its old name
     config_flags.DEFINE_config_file = mock.MagicMock()  # each training script defines --config
-    name = pathlib.Path(options.config).stem
     script = SCRIPTS.get(name.rpartition("_")[0], name.rpartition("_")[0])
     base = BASES.get(script)
     for used in filter(None, (script, base)):

@@ -44,7 +44,8 @@ def fastest(fn: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 
 def seconds_of_products(jaxpr: Any) -> tuple[int, float]:
     """The number of matrix products and convolutions in a program, and the seconds they take one by one, each alone.
 
-    It bounds the program's speed more tightly than a large matrix product: small ones do not reach that rate.
+    It bounds the program's speed more tightly than a large matrix product: small ones do not reach that rate. Bodies of
+    `scan` count as often as they run, those of `while_loop` once.
     """
     calls: dict[str, Any] = {}
     counts: collections.Counter[str] = collections.Counter()

@@ -94,3 +94,6 @@ def test_an_option_that_the_published_code_cannot_follow_is_refused():
     command = [sys.executable, "benchmarks/published_speed.py", f"--config={CONFIG}", "--checkout=.", SHORT[1]]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode and result.stderr.endswith(f"unrecognized arguments: {SHORT[1]}\n")
+    command = [*command[:2], "--config=configs/pm_vae_digits.py", "--checkout=."]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode and "is not a published experiment on gas, mnist16, mnist\n" in result.stderr

@@ -105,11 +105,13 @@ class Results:
             summary = files.enter_context(replacing(self.folder / "results.json"))
             summary.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
             for name, array in arrays.items():
+                if array is not None:
+                    with open(files.enter_context(replacing(self.folder / f"{name}.npy")), "wb") as file:
+                        np.save(file, array, allow_pickle=False)
+        with _one_line(self.folder):
+            for name, array in arrays.items():
                 if array is None:
-                    files.callback((self.folder / f"{name}.npy").unlink, missing_ok=True)
-                    continue
-                with open(files.enter_context(replacing(self.folder / f"{name}.npy")), "wb") as file:
-                    np.save(file, array, allow_pickle=False)
+                    (self.folder / f"{name}.npy").unlink(missing_ok=True)
         print(self)
         for name, count in self._left_out.items():
             if count:

@@ -64,6 +64,10 @@ class Setup(NamedTuple):
     validation_set: data.Dataset
     build: Callable[[], Any]  # a model with new initial weights
 
+    def bind(self, loss: FamilyLoss) -> "BoundLoss":
+        """Returns a loss with the family's options filled in."""
+        return BoundLoss(loss, self.options)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -206,13 +210,12 @@ class Family:
         return resolved
 
     def _only_phase(self, setup: Setup, trainable: Any) -> Phase:
-        loss = BoundLoss(self.loss, setup.options)
-        return Phase(setup.build(), loss, None, setup.training.optimizer, trainable)
+        return Phase(setup.build(), setup.bind(self.loss), None, setup.training.optimizer, trainable)
 
 
 @dataclasses.dataclass(frozen=True)
 class BoundLoss:
-    """A loss with its options filled in; they are not compared, since `step.Program` compares the config itself."""
+    """What `Setup.bind` returns. The options come from the config, which `step.Program` compares in their place."""
 
     loss: FamilyLoss
     options: Any = dataclasses.field(compare=False)

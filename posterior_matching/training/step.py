@@ -115,11 +115,12 @@ class CompiledPhase:
 class Program:
     """What the training step and the validation pass of a phase compute.
 
-    Equal programs are traced and compiled once in a process, for all folds and seeds that share a shape.
+    Equal programs are traced and compiled once in a process, for all folds and seeds that share a shape. As with any
+    compiled function, code that is changed in place is not noticed: `jax.clear_caches()` has it traced again.
     """
 
     loss: Loss
-    config: str  # JSON; a `BoundLoss` leaves the comparison of its options to it
+    config: str  # JSON; a `family.BoundLoss` leaves the comparison of its options to it
     graphdef: nnx.GraphDef
     packing: Packing
     optimizer: OptimizerOptions
