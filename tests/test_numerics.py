@@ -10,7 +10,7 @@ from flax import nnx
 
 from helpers.arrays import normal
 from posterior_matching import numerics
-from posterior_matching.numerics import initial, memory
+from posterior_matching.numerics import initial, memory, random
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -32,11 +32,38 @@ def test_map_in_cache_maps(backend, rows, monkeypatch):
     np.testing.assert_array_equal(found, a * b[:, None, None])
 
 
-def test_materialise_changes_neither_value_nor_gradient():
-    x = jnp.asarray(normal(0, 7))
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_materialise_changes_neither_value_nor_gradient(backend, shape, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = jnp.asarray(normal(0, *shape))
     value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.square(numerics.materialise(x)).sum()))(x)
     np.testing.assert_allclose(value, np.square(x).sum(), rtol=1e-6)
     np.testing.assert_allclose(gradient, 2 * x, rtol=1e-6)
+
+
+def test_what_is_materialised_is_not_fused_into_what_uses_it():
+    def kernels(between):
+        def chain(x):
+            for _ in range(6):
+                x = between(x + jnp.sin(x))
+            return x
+
+        text = jax.jit(chain).lower(jnp.ones((4, 5))).compile().as_text()
+        return text[text.index("ENTRY") :].count(" fusion(")
+
+    assert kernels(lambda x: x) == 1 and kernels(numerics.materialise) >= 6
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0, 3), (3, 4, 7)])
+def test_flat_keys_draw_what_jax_draws(shape):
+    key = jax.random.fold_in(jax.random.key(3), 7)
+    flat = jax.random.fold_in(random.wrap_key_data(jax.random.key_data(jax.random.key(3))), 7)
+    for draw in (jax.random.normal, jax.random.gumbel, jax.random.bits):
+        for a, b in zip(jax.random.split(key), jax.random.split(flat), strict=True):
+            np.testing.assert_array_equal(draw(a, shape), draw(b, shape))
+    chosen = [jax.random.choice(k, 9, (4,), replace=False) for k in (key, flat)]
+    np.testing.assert_array_equal(*chosen)
 
 
 def test_initial_keys_differ_and_depend_on_the_first_key():

@@ -20,6 +20,7 @@ from pydantic import Field
 from posterior_matching.config import Blocks, Dropout, Scale, Units
 from posterior_matching.errors import OptionError
 from posterior_matching.models.networks import Linear
+from posterior_matching.numerics import materialise
 from posterior_matching.numerics.initial import lecun_normal
 
 # The input of every convolution at the positions computed so far, by the convolution's name, and under "embedding" the
@@ -254,7 +255,7 @@ class Stack(nnx.Module):
             if vertical is not None:
                 here = region.at(block.depth)._replace(row=0)
                 auxiliary = [crop(vertical[len(outputs)], here), *skip]
-            outputs.append(block(h, auxiliary, condition, region, cache, rngs))
+            outputs.append(materialise(block(h, auxiliary, condition, region, cache, rngs)))
             return outputs[-1]
 
         skips = [h]

@@ -24,9 +24,25 @@ def first_argmin(values: jax.Array) -> jax.Array:
     return jnp.where(least, jnp.arange(last + 1), last).min(-1)
 
 
+@jax.custom_vjp
 def materialise(x: jax.Array) -> jax.Array:
-    """Returns x, computed once: XLA may otherwise recompute it inside each of its uses."""
-    return jax.lax.optimization_barrier(x)
+    """Returns x, `[...]`; both x and its gradient are computed once.
+
+    XLA otherwise fuses what is cheap into each of its uses. For a chain of residual layers that means that the gradient
+    of every layer's output, a sum over all later layers, is summed anew in each kernel that reads it.
+    """
+    return _computed_once(x)
+
+
+def _computed_once(x: jax.Array) -> jax.Array:
+    if not on_cpu():
+        return jax.lax.optimization_barrier(x)
+    # XLA for CPUs drops barriers before it fuses. Nothing is fused across an update in place, here of nothing.
+    corner = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
+    return jax.lax.dynamic_update_slice(x, corner, (0,) * x.ndim)
+
+
+materialise.defvjp(lambda x: (_computed_once(x), None), lambda _, g: (_computed_once(g),))
 
 
 def map_in_cache(fn: Callable[..., Any], inputs: Any, rows: int) -> Any:

@@ -41,7 +41,7 @@ class OptimizerOptions:
     def direction(self) -> optax.GradientTransformation:
         """Returns the transformation of packed gradients into steps, without the factor `-learning_rate`."""
         clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
-        decay = optax.add_decayed_weights(self.weight_decay, mask=Packed(matrices=True, others=False))
+        decay = optax.add_decayed_weights(self.weight_decay, mask=Packed(matrices=True, vectors=False))
         return optax.chain(clip, optax.scale_by_adam(eps=self.eps), decay if self.weight_decay else optax.identity())
 
 

@@ -1,8 +1,7 @@
-"""Parameters as few arrays, for the optimiser.
+"""Parameters as two vectors, for the optimiser.
 
 An update treats all parameters alike. Array by array it takes several kernels each, thousands in a deep model, which
-cost more than their arithmetic. So matrices and convolution kernels are one long vector. Biases stay as they are: XLA
-would fuse their slices into whatever adds them, and compile each of those kernels by itself instead of once per shape.
+cost more than their arithmetic.
 """
 
 import dataclasses
@@ -16,10 +15,10 @@ from flax import nnx
 
 
 class Packed(NamedTuple):
-    """The values of many arrays."""
+    """The values of many arrays, one after another."""
 
-    matrices: Any  # of all arrays with two axes or more, one after another, `[number of values]`
-    others: Any  # a list of all other arrays, as they are
+    matrices: Any  # of all arrays with two axes or more, `[number of values]`
+    vectors: Any  # of all others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +35,42 @@ class Packing:
         assert all(leaf.dtype == np.float32 for leaf in leaves)
         return cls(structure, tuple(leaf.shape for leaf in leaves))
 
+    def starts(self) -> list[np.int32]:
+        """Where each array begins in its vector."""
+        ends = [0, 0]
+        starts = []
+        for shape in self.shapes:
+            starts.append(np.int32(ends[len(shape) >= 2]))
+            ends[len(shape) >= 2] += math.prod(shape)
+        return starts
+
     def pack(self, state: nnx.State) -> Packed:
-        """Copies a state into NumPy arrays."""
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-        matrices = [np.ravel(leaf) for leaf in leaves if leaf.ndim >= 2]
-        return Packed(np.concatenate([np.zeros(0, np.float32), *matrices]), [leaf for leaf in leaves if leaf.ndim < 2])
+        """Packs a state: into NumPy arrays, or into traced ones within a compiled function."""
+        leaves = jax.tree.leaves(state)
+        xp: Any = jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) else np
+
+        def vector(chosen: list[Any]) -> Any:
+            return xp.concatenate([np.zeros(0, np.float32), *(xp.ravel(leaf) for leaf in chosen)])
+
+        return Packed(vector([a for a in leaves if a.ndim >= 2]), vector([a for a in leaves if a.ndim < 2]))
 
     def unpack(self, packed: Packed) -> nnx.State:
-        """The state that was packed; views where it holds NumPy arrays."""
-        split: Any = jnp.split if isinstance(packed.matrices, jax.Array) else np.split
-        sizes = [math.prod(shape) for shape in self.shapes if len(shape) >= 2]
-        matrices, others = iter(split(packed.matrices, np.cumsum(sizes))), iter(packed.others)
-        leaves = [next(matrices).reshape(shape) if len(shape) >= 2 else next(others) for shape in self.shapes]
+        """The state that was packed into NumPy arrays; views of them."""
+        return self._split(packed, self.starts(), lambda vector, start, size: vector[start : start + size])
+
+    def unpack_traced(self, packed: Packed, starts: list[jax.Array]) -> nnx.State:
+        """The state that was packed, within a compiled function.
+
+        Args:
+            packed: The arrays.
+            starts: Those of `starts()`, as arguments of the compiled function. Were they constants, XLA would compile
+                every kernel that reads a parameter by itself, instead of one for all parameters of a shape.
+        """
+        return self._split(packed, starts, jax.lax.dynamic_slice_in_dim)
+
+    def _split(self, packed: Packed, starts: list[Any], piece: Any) -> nnx.State:
+        leaves = (
+            piece(packed.matrices if len(shape) >= 2 else packed.vectors, start, math.prod(shape)).reshape(shape)
+            for shape, start in zip(self.shapes, starts, strict=True)
+        )
         return jax.tree.unflatten(self.structure, leaves)

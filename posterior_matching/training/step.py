@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from posterior_matching import data, parallel
+from posterior_matching.numerics.random import wrap_key_data
 from posterior_matching.training.batching import Arrays, ValidationChunks
 from posterior_matching.training.experiment import Batch, Experiment, Loss, Phase
 from posterior_matching.training.optimizer import OptimizerOptions
@@ -42,6 +43,7 @@ class Constants(NamedTuple):
 
     frozen: nnx.State  # parameters
     key: Any  # the data of the run's random key, uint32; an argument, so that all seeds share a program
+    starts: Any  # of the packed parameters, see `Packing.unpack_traced`
 
 
 class CompiledPhase:
@@ -87,7 +89,7 @@ class CompiledPhase:
             skipped_in_a_row=np.int32(0),
         )
         key = np.asarray(jax.random.key_data(jax.random.key(self._options.seed)))
-        return state, Constants(frozen, key)
+        return state, Constants(frozen, key, self.packing.starts())
 
     def packed(self, state: TrainState) -> TrainState:
         """Packs every `nnx.State` of parameters."""
@@ -144,20 +146,22 @@ class Program:
         return jax.lax.scan(step, state, indices)
 
     def _train_step(self, constants: Constants, arrays, state: TrainState, rows):
-        key = jax.random.fold_in(jax.random.wrap_key_data(constants.key), state.step)
+        key = jax.random.fold_in(wrap_key_data(constants.key), state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
         step = state.step - self.first_step
         batch = self._batch(jax.tree.map(lambda a: a[rows], arrays), step)
 
-        def mean_loss(trainable):
-            model = nnx.merge(self.graphdef, self.packing.unpack(trainable), constants.frozen, state.mutable, copy=True)
+        def mean_loss(parameters):
+            model = nnx.merge(self.graphdef, parameters, constants.frozen, state.mutable, copy=True)
             terms = self.loss(model, batch, _streams(key))
             mutable = nnx.state(model, nnx.Not(nnx.Param))
             terms = jax.tree.map(jnp.mean, terms)  # over the batch
             return terms["loss"], (terms, mutable)
 
-        gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
-        gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)
+        assert isinstance(state.trainable, Packed)
+        parameters = self.packing.unpack_traced(state.trainable, constants.starts)
+        gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(parameters)
+        gradients, metrics = jax.lax.pmean((self.packing.pack(gradients), metrics), parallel.AXIS)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = learning_rate = self.optimizer.schedule()(step)
 
@@ -182,8 +186,9 @@ class Program:
 
     def validation_sums(self, weights, mutable, constants: Constants, arrays, example_weights, batch_index):
         """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
-        model = nnx.merge(self.graphdef, self.packing.unpack(weights), constants.frozen, mutable, copy=True)
-        key = jax.random.wrap_key_data(constants.key)
+        parameters = self.packing.unpack_traced(weights, constants.starts)
+        model = nnx.merge(self.graphdef, parameters, constants.frozen, mutable, copy=True)
+        key = wrap_key_data(constants.key)
         key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no training step's key
 
         def batch_sums(_, inputs):
