@@ -297,7 +297,7 @@ def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
 
 @pytest.mark.process
 def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopped(run, tmp_path):
-    options = ["--num_instances=80", "--num_samples=200", "--num_trials=1", "--batch_size=1"]
+    options = ["--num_instances=40", "--num_samples=100", "--num_trials=1", "--batch_size=1"]
     copies = [shutil.copytree(run, tmp_path / name) for name in ("whole", "stopped")]
     whole, stopped = (start("eval_pm_vdvae_likelihood", f"--run_dir={copy}", *options) for copy in copies)
     parts = copies[1] / "likelihood_results" / "parts" / "trial_1"
@@ -318,4 +318,4 @@ def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopp
     found = json.loads((copies[0] / "likelihood_results" / "results.json").read_text())["metrics"]
     difference = found["log_p_x_nats"]["mean"] - found["log_p_xo_nats"]["mean"]
     assert found["ac_ll_nats"]["mean"] == pytest.approx(difference, abs=1e-3)
-    assert found["non_finite_x"]["mean"] == 0 and 1 <= found["effective_sample_size_x"]["mean"] <= 200
+    assert found["non_finite_x"]["mean"] == 0 and 1 <= found["effective_sample_size_x"]["mean"] <= 100
