@@ -22,6 +22,7 @@ from posterior_matching.errors import UserError
 from posterior_matching.models import MODELS
 from posterior_matching.models.likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
+from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import progress_bar
 
 Kind = Literal["point", "draws"]
@@ -45,7 +46,7 @@ class Imputer:
 
     def __init__(self, model: Any, *, seed: int = 0, batch_size: int = 128, num_samples: int = 256):
         self._graphdef, self._state = nnx.split(model)
-        self._key, self._batch_size, self._num_samples = jax.random.key(seed), batch_size, num_samples
+        self._key, self._batch_size, self._num_samples = random_key(seed), batch_size, num_samples
 
     def point(self, x: np.ndarray) -> np.ndarray:
         """Returns rows `[N, d]` with NaN filled by point estimates: means, and the most likely categories."""
@@ -307,7 +308,7 @@ def impute_images(
     if not to_files and len({name.casefold() for name in names}) < len(names):
         twice = next(name for i, name in enumerate(names) if name.casefold() in {n.casefold() for n in names[:i]})
         raise UserError(f"two images of '{input}' are named '{twice}', up to suffix and case: rename one")
-    key = jax.random.key(seed)
+    key = random_key(seed)
     b = _image_masks(images, mask, mask_generator, options, description, key)
     if b.all():
         raise UserError("the masks have no holes: they are white or 1 everywhere, which means observed")

@@ -58,12 +58,13 @@ def test_what_is_materialised_is_not_fused_into_what_uses_it():
 @pytest.mark.parametrize("shape", [(), (5,), (0, 3), (3, 4, 7)])
 def test_flat_keys_draw_what_jax_draws(shape):
     key = jax.random.fold_in(jax.random.key(3), 7)
-    flat = jax.random.fold_in(random.wrap_key_data(jax.random.key_data(jax.random.key(3))), 7)
-    for draw in (jax.random.normal, jax.random.gumbel, jax.random.bits):
-        for a, b in zip(jax.random.split(key), jax.random.split(flat), strict=True):
-            np.testing.assert_array_equal(draw(a, shape), draw(b, shape))
-    chosen = [jax.random.choice(k, 9, (4,), replace=False) for k in (key, flat)]
-    np.testing.assert_array_equal(*chosen)
+    for same in (random.random_key(3), random.wrap_key_data(jax.random.key_data(jax.random.key(3)))):
+        flat = jax.random.fold_in(same, 7)
+        for draw in (jax.random.normal, jax.random.gumbel, jax.random.bits):
+            for a, b in zip(jax.random.split(key), jax.random.split(flat), strict=True):
+                np.testing.assert_array_equal(draw(a, shape), draw(b, shape))
+        chosen = [jax.random.choice(k, 9, (4,), replace=False) for k in (key, flat)]
+        np.testing.assert_array_equal(*chosen)
 
 
 def test_initial_keys_differ_and_depend_on_the_first_key():

@@ -17,6 +17,7 @@ from posterior_matching.errors import UserError, nearest
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
 from posterior_matching.evaluation.results import Arrays, Parts, Results
 from posterior_matching.models.lookahead import LookaheadPosterior
+from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import with_log
 
 # The numbers of acquisitions that results.json reports on; the arrays hold all.
@@ -93,7 +94,7 @@ def evaluate(
             return acquire(policy, model, key, x, available, **options)._asdict()
 
         acquire_all = ExampleMap(acquire_example, trained, run.dataset, batch_size)
-        return acquire_all(jax.random.key(seed), name, batches) | {"x": run.x}
+        return acquire_all(random_key(seed), name, batches) | {"x": run.x}
 
     for name in with_log(policies, "policy"):
         batches = trajectories.within(f"{name}.parts")

@@ -22,6 +22,7 @@ from posterior_matching.masking import MaskGenerator
 from posterior_matching.models.likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
+from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import progress_bar, with_log
 
 MODELS = ("pm_vdvae", "pm_vqvae")
@@ -92,7 +93,7 @@ def evaluate(
     def embed_example(embed: nnx.Module, _key: jax.Array, x: jax.Array, _available: jax.Array):
         return {"embedding": embed(x[None])[0]}
 
-    key = jax.random.key(seed)
+    key = random_key(seed)
     parts = {"model": model} | ({} if embed is None else {"embed": embed})
     impute_all = ExampleMap(impute_example, nnx.Dict(parts), run.dataset, batch_size)
     if embed is not None:

@@ -26,6 +26,11 @@ _FLAT = extend.define_prng_impl(
 )
 
 
+def random_key(seed: int | jax.Array) -> jax.Array:
+    """The key of a seed, `[]`; it draws what that of `jax.random.key` draws."""
+    return jax.random.key(seed, impl=_FLAT)
+
+
 def wrap_key_data(data: Any) -> jax.Array:
     """Keys, `[...]`, from their data, uint32 `[..., 2]`; they draw what those of `jax.random.wrap_key_data` draw."""
     return jax.random.wrap_key_data(data, impl=_FLAT)
