@@ -11,11 +11,13 @@ colon, as in `config.table`.
 Reported per method: NRMSE (root-mean-square error over the column's standard deviation) and MAE (in standard
 deviations) of real columns, accuracy of categorical ones; of 99 draws, CRPS (in standard deviations) and the share of
 true values in the central 90% interval; seconds of fitting. A method without draws is scored as a point mass.
-`posterior_matching` is `PosteriorMatchingImputer` with its defaults.
+`posterior_matching` is `PosteriorMatchingImputer` with its defaults. HyperImpute is compared, too, in an environment
+that has it: `python -m pip install hyperimpute "pandas<3"`.
 
 Every result is kept as a JSON file under `folder`; the same command runs what is missing.
 """
 
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -111,13 +113,54 @@ def of_baseline(name: str) -> Method:
     return method
 
 
+def hyperimpute(rows: Rows, train: np.ndarray, seed: int) -> Impute:
+    """HyperImpute (Jarrett et al. 2022, arXiv 2206.07769) with its defaults, without draws.
+
+    It keeps no model, so new rows are imputed together with the training rows.
+    """
+    from hyperimpute.plugins.imputers import Imputers
+
+    categories = np.array(rows.columns.cardinalities) > 0
+
+    def filled(x: np.ndarray) -> np.ndarray:
+        values = np.asarray(Imputers().get("hyperimpute", random_state=seed).fit_transform(pd.DataFrame(x)), float)
+        return np.where(categories, np.rint(values), values)
+
+    known = filled(train)
+
+    def impute(x: np.ndarray, _: int) -> Imputations:
+        if np.array_equal(x, train, equal_nan=True):
+            return Imputations(known, None)
+        return Imputations(filled(np.concatenate([train, x]))[len(train) :], None)
+
+    return impute
+
+
 METHODS: dict[str, Method] = {
     "posterior_matching": posterior_matching,
     "mean": of_baseline("mean"),
     "knn": of_baseline("knn"),
     "iterative": iterative,
     "forest": of_baseline("forest"),
+    "hyperimpute": hyperimpute,
 }
+# HyperImpute is not among the requirements, and 0.1.17 needs an environment of its own: it assigns to parts of a frame,
+# which pandas 3 ignores, so that it returns the means of the columns.
+_HYPERIMPUTE = importlib.util.find_spec("hyperimpute") and int(pd.__version__.split(".")[0]) < 3
+AVAILABLE = [name for name in METHODS if name != "hyperimpute" or _HYPERIMPUTE]
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Refuses methods that are not in `METHODS` or not available.
+
+    Raises:
+        UserError: There is one.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"--methods: unknown '{name}': {nearest(name, METHODS)}")
+        if name not in AVAILABLE:
+            raise UserError(f"--methods: {name} needs an environment with: python -m pip install {name} 'pandas<3'")
 
 
 def read(source: str, max_rows: int) -> Rows:
@@ -254,10 +297,10 @@ def main(
     Raises:
         UserError: A table, mechanism or method is unknown.
     """
-    for key, names, known in (("mechanisms", mechanisms, MECHANISMS), ("methods", methods, METHODS)):
-        for name in names:
-            if name not in known:
-                raise UserError(f"--{key}: unknown '{name}': {nearest(name, known)}")
+    check_methods(methods)
+    for name in mechanisms:
+        if name not in MECHANISMS:
+            raise UserError(f"--mechanisms: unknown '{name}': {nearest(name, MECHANISMS)}")
     if not tables:
         raise UserError("missing --table: a file, or the name of a built-in dataset")
     rows = {source: read(source, max_rows) for source in tables}
@@ -286,7 +329,7 @@ if __name__ == "__main__":
     _mechanisms = flags.DEFINE_list("mechanisms", list(MECHANISMS), "Mechanisms by which cells go missing.")
     _shares = flags.DEFINE_list("shares", ["0.1", "0.3", "0.5"], "Shares of missing cells.")
     _seeds = flags.DEFINE_integer("seeds", 1, "Number of seeds: 0, 1, ...", lower_bound=1)
-    _methods = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
+    _methods = flags.DEFINE_list("methods", AVAILABLE, "Methods to compare.")
     _max_rows = flags.DEFINE_integer("max_rows", 2000, "Rows of each table, drawn at random.", lower_bound=30)
     _folder = flags.DEFINE_string("folder", "runs/imputation", "Folder of the results.")
     cli.run(

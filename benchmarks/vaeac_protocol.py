@@ -18,9 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import numpy as np
 from absl import flags
 
-from benchmarks.imputation import METHODS, read, score
+from benchmarks.imputation import METHODS, check_methods, read, score
 from posterior_matching import cli
-from posterior_matching.errors import UserError, nearest
 
 SEED = 239
 
@@ -36,9 +35,7 @@ def main(source: str, methods: Sequence[str], seed: int = 0) -> dict[str, dict[s
     Raises:
         UserError: The table cannot be read, or a method is unknown.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise UserError(f"--methods: unknown '{name}': {nearest(name, METHODS)}")
+    check_methods(methods)
     rows = read(source, max_rows=sys.maxsize)
     hidden = 1 - np.random.RandomState(SEED).choice(2, size=rows.x.shape, p=[0.5, 0.5])
     incomplete = np.where(hidden == 1, np.nan, rows.x)

@@ -1,6 +1,8 @@
 """The comparison of imputers: its metrics against closed forms, and the whole of it on a small table."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -78,8 +80,36 @@ def test_posterior_matching_is_compared_as_users_have_it(table, monkeypatch):
         assert scores["nrmse"] < 1 and scores["accuracy"] > 0.6 and 0.7 < scores["coverage"] <= 1
 
 
-def test_wrong_input_is_refused_in_one_line(table, tmp_path):
+def test_hyperimpute_sees_new_rows_with_the_training_rows(table, monkeypatch):
+    """With a stand-in for the package, which the requirements do not install."""
+    seen = []
+
+    class Mean:
+        def __init__(self, random_state):
+            assert random_state == 3
+
+        def fit_transform(self, frame):
+            seen.append(frame.to_numpy())
+            return frame.fillna(frame.mean())
+
+    module = types.ModuleType("hyperimpute.plugins.imputers")
+    module.Imputers = lambda: types.SimpleNamespace(get=lambda name, **given: {"hyperimpute": Mean}[name](**given))
+    for name in ("hyperimpute", "hyperimpute.plugins", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    rows = imputation.read(str(table), 2000)
+    train, new = np.split(np.where(np.random.default_rng(0).random(rows.x.shape) < 0.3, np.nan, rows.x), [140])
+    impute = imputation.METHODS["hyperimpute"](rows, train, 3)
+    np.testing.assert_array_equal(impute(train, 0).point[:, 0], np.where(np.isnan(t := train[:, 0]), np.nanmean(t), t))
+    kinds = impute(new, 0).point[:, np.array(rows.columns.cardinalities) > 0]
+    assert set(np.unique(kinds)) <= {0.0, 1.0}
+    assert [len(x) for x in seen] == [140, 200]
+    np.testing.assert_array_equal(seen[1], np.concatenate([train, new]))
+
+
+def test_wrong_input_is_refused_in_one_line(table, tmp_path, monkeypatch):
     assert "'guess'" in refusal(compared, table, tmp_path, ["guess"])
+    monkeypatch.setattr(imputation, "AVAILABLE", ["mean"])
+    assert "pip install hyperimpute 'pandas<3'" in refusal(compared, table, tmp_path, ["hyperimpute"])
     assert "'MCARR': " in refusal(compared, table, tmp_path, ["mean"], ["MCARR"])
     assert "table.drop must be" in refusal(imputation.read, f"{table}:drop", 10)
     assert "dorp" in refusal(imputation.read, f"{table}:dorp=('kind',)", 10)
