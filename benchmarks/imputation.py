@@ -12,11 +12,12 @@ Reported per method: NRMSE (root-mean-square error over the column's standard de
 deviations) of real columns, accuracy of categorical ones; of 99 draws, CRPS (in standard deviations) and the share of
 true values in the central 90% interval; seconds of fitting. A method without draws is scored as a point mass.
 `posterior_matching` is `PosteriorMatchingImputer` with its defaults. HyperImpute is compared, too, in an environment
-that has it: `python -m pip install hyperimpute "pandas<3"`.
+that has it: `python -m pip install hyperimpute "pandas<3" "scikit-learn<1.8"` after the requirements.
 
 Every result is kept as a JSON file under `folder`; the same command runs what is missing.
 """
 
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -144,10 +145,22 @@ METHODS: dict[str, Method] = {
     "forest": of_baseline("forest"),
     "hyperimpute": hyperimpute,
 }
-# HyperImpute is not among the requirements, and 0.1.17 needs an environment of its own: it assigns to parts of a frame,
-# which pandas 3 ignores, so that it returns the means of the columns.
-_HYPERIMPUTE = importlib.util.find_spec("hyperimpute") and int(pd.__version__.split(".")[0]) < 3
-AVAILABLE = [name for name in METHODS if name != "hyperimpute" or _HYPERIMPUTE]
+
+
+def _hyperimpute_works() -> bool:
+    """Whether HyperImpute is installed, beside packages with which 0.1.17 works.
+
+    It assigns to parts of a frame, which pandas 3 ignores, so that it would return the means of the columns, and passes
+    an argument that scikit-learn 1.8 refuses.
+    """
+
+    def before(package: str, *version: int) -> bool:
+        return tuple(map(int, importlib.metadata.version(package).split(".")[:2])) < version
+
+    return bool(importlib.util.find_spec("hyperimpute")) and before("pandas", 3, 0) and before("scikit-learn", 1, 8)
+
+
+AVAILABLE = [name for name in METHODS if name != "hyperimpute" or _hyperimpute_works()]
 
 
 def check_methods(names: Sequence[str]) -> None:
@@ -160,7 +173,10 @@ def check_methods(names: Sequence[str]) -> None:
         if name not in METHODS:
             raise UserError(f"--methods: unknown '{name}': {nearest(name, METHODS)}")
         if name not in AVAILABLE:
-            raise UserError(f"--methods: {name} needs an environment with: python -m pip install {name} 'pandas<3'")
+            raise UserError(
+                f"--methods: {name} needs an environment with: python -m pip install {name} 'pandas<3' "
+                "'scikit-learn<1.8'"
+            )
 
 
 def read(source: str, max_rows: int) -> Rows:

@@ -106,10 +106,24 @@ def test_hyperimpute_sees_new_rows_with_the_training_rows(table, monkeypatch):
     np.testing.assert_array_equal(seen[1], np.concatenate([train, new]))
 
 
+@pytest.mark.parametrize(
+    "pandas, sklearn, works", [("2.3.3", "1.7.2", True), ("3.1.1", "1.7.2", False), ("2.3.3", "1.8.0", False)]
+)
+def test_hyperimpute_is_offered_beside_versions_with_which_it_works(pandas, sklearn, works, monkeypatch):
+    versions = {"pandas": pandas, "scikit-learn": sklearn}
+    monkeypatch.setattr(
+        imputation.importlib.util, "find_spec", lambda name: object() if name == "hyperimpute" else None
+    )
+    monkeypatch.setattr(imputation.importlib.metadata, "version", versions.__getitem__)
+    assert imputation._hyperimpute_works() == works
+
+
 def test_wrong_input_is_refused_in_one_line(table, tmp_path, monkeypatch):
     assert "'guess'" in refusal(compared, table, tmp_path, ["guess"])
     monkeypatch.setattr(imputation, "AVAILABLE", ["mean"])
-    assert "pip install hyperimpute 'pandas<3'" in refusal(compared, table, tmp_path, ["hyperimpute"])
+    assert "pip install hyperimpute 'pandas<3' 'scikit-learn<1.8'" in refusal(
+        compared, table, tmp_path, ["hyperimpute"]
+    )
     assert "'MCARR': " in refusal(compared, table, tmp_path, ["mean"], ["MCARR"])
     assert "table.drop must be" in refusal(imputation.read, f"{table}:drop", 10)
     assert "dorp" in refusal(imputation.read, f"{table}:dorp=('kind',)", 10)

@@ -26,7 +26,7 @@ def first_argmin(values: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def materialise(x: jax.Array) -> jax.Array:
-    """Returns x, `[...]`; both x and its gradient are computed once.
+    """Returns x, `[...]`, not empty; both x and its gradient are computed once.
 
     XLA otherwise fuses what is cheap into each of its uses. For a chain of residual layers that means that the gradient
     of every layer's output, a sum over all later layers, is summed anew in each kernel that reads it.
