@@ -78,10 +78,14 @@ class BottleneckBlock(nnx.Module):
         self.convs.append(Conv(middle, features, 1, 1, "SAME", kernel_scale=output_scale, rngs=rngs))
         self.compute_dtype = compute_dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[B, R, R, features_in]` to `[B, R, R, features]`."""
-        x = x.astype(self.compute_dtype)
-        for conv in self.convs:
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        """Maps `[B, R, R, features_in]`, or several arrays that have these channels together, to `[B, R, R, features]`.
+
+        The first GELU is of each input by itself: XLA computes it once for all blocks with this input.
+        """
+        x = jnp.concatenate([jax.nn.gelu(part.astype(self.compute_dtype)) for part in inputs], axis=-1)
+        x = self.convs[0](x)
+        for conv in self.convs[1:]:
             x = conv(jax.nn.gelu(x))
         return x.astype(jnp.float32)
 
@@ -147,13 +151,11 @@ class DecoderBlock(nnx.Module):
 
     def posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
         """Parameters of q(z_l | z_<l, x), a diagonal Gaussian."""
-        return self.posterior_head(jnp.concatenate([x, encoded[self.resolution]], axis=-1))
+        return self.posterior_head(x, encoded[self.resolution])
 
     def partial_posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
         """Parameters of q(z_l | z_<l, x_o), a full-covariance Gaussian. No gradient flows into the state."""
-        return self.partial_posterior_head(
-            jnp.concatenate([jax.lax.stop_gradient(x), encoded[self.resolution]], axis=-1)
-        )
+        return self.partial_posterior_head(jax.lax.stop_gradient(x), encoded[self.resolution])
 
     def advance(self, x: jax.Array, residual: jax.Array, z: jax.Array) -> jax.Array:
         """The state after the block."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from posterior_matching.numerics import on_cpu
+from posterior_matching.numerics import materialise, on_cpu
 
 
 def diagonal(matrices: jax.Array) -> jax.Array:
@@ -78,14 +78,14 @@ def inverse(tril: jax.Array) -> jax.Array:
     # The inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
     half = e // 2
     a, c = inverse(jnp.stack([tril[..., :half, :half], tril[..., half:, half:]]))
-    b = -_product(_product(c, tril[..., half:, :half]), a)
+    b = -_product(materialise(_product(c, tril[..., half:, :half])), a)
     upper, lower = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1), jnp.concatenate([b, c], axis=-1)
     return jnp.concatenate([upper, lower], axis=-2)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b; for very small matrices a sum of outer products, which XLA fuses and vectorises over the batch."""
-    if a.shape[-1] > 8:
+    """a @ b; for small matrices on CPUs a sum of outer products, which XLA vectorises."""
+    if a.shape[-1] > 24 or not on_cpu():
         return a @ b
     return functools.reduce(jnp.add, (a[..., :, k, None] * b[..., None, k, :] for k in range(a.shape[-1])))
 
@@ -96,8 +96,8 @@ def _inverse_forward(tril):
 
 
 def _inverse_backward(result, g):
-    transposed = result.swapaxes(-1, -2)
-    return (-jnp.tril(transposed @ g @ transposed),)
+    transposed = materialise(result.swapaxes(-1, -2))
+    return (materialise(-jnp.tril(_product(materialise(_product(transposed, g)), transposed))),)
 
 
 inverse.defvjp(_inverse_forward, _inverse_backward)
