@@ -7,17 +7,16 @@ with standard deviation 1 / sqrt(fan_in), biases with zeros.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
 from posterior_matching.config import Blocks, Dropout, Units
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.numerics.convolution import conv, conv_transpose
-from posterior_matching.numerics.initial import lecun_normal
+from posterior_matching.numerics.initial import lecun_normal, zeros
 
 Shape = tuple[int, ...]
 # (filters, kernel size, stride) of each layer.
@@ -29,10 +28,10 @@ _SMALLEST_SIDE = 8  # of the last feature map of networks that adapt to the imag
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear`, whose initial kernels are drawn faster."""
+    """`nnx.Linear`, which starts faster."""
 
     def __init__(self, features_in: int, features: int, *, rngs: nnx.Rngs):
-        super().__init__(features_in, features, kernel_init=lecun_normal, rngs=rngs)
+        super().__init__(features_in, features, kernel_init=lecun_normal, bias_init=_zeros, rngs=rngs)
 
 
 class ResidualMLP(nnx.Module):
@@ -85,6 +84,10 @@ class ResidualMLP(nnx.Module):
         return jax.nn.standardize(h, axis=-1) if self.layer_norm else h
 
 
+def _zeros(key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:  # noqa: ARG001 (an initialiser has a key)
+    return zeros(shape, dtype)
+
+
 class KeySource(Protocol):
     """A source of keys for initial weights: `nnx.Rngs`, `numerics.initial.InitialKeys`."""
 
@@ -116,8 +119,8 @@ class Conv(nnx.Module):
         kernel_scale: float = 1.0,
         rngs: KeySource,
     ):
-        self.kernel = nnx.Param(kernel_scale * lecun_normal(rngs.params(), (size, size, features_in, features)))
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.kernel = nnx.Param(lecun_normal(rngs.params(), (size, size, features_in, features), scale=kernel_scale))
+        self.bias = nnx.Param(zeros(features))
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -131,7 +134,7 @@ class ConvTranspose(nnx.Module):
     def __init__(self, features_in: int, features: int, size: int, stride: int, padding: str, *, rngs: nnx.Rngs):
         kernel = lecun_normal(rngs.params(), (size, size, features_in, features))
         self.kernel = nnx.Param(kernel.swapaxes(2, 3))  # `conv_transpose` takes [K, K, out, in]; fan_in counts `in`
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.bias = nnx.Param(zeros(features))
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: jax.Array) -> jax.Array:

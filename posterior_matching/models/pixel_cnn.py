@@ -21,7 +21,7 @@ from posterior_matching.config import Blocks, Dropout, Scale, Units
 from posterior_matching.errors import OptionError
 from posterior_matching.models.networks import Linear
 from posterior_matching.numerics import materialise
-from posterior_matching.numerics.initial import lecun_normal
+from posterior_matching.numerics.initial import lecun_normal, zeros
 
 # The input of every convolution at the positions computed so far, by the convolution's name, and under "embedding" the
 # embedded codes drawn so far: [ABOVE + H, SIDE + W + SIDE, B, C] at the depth of the input, with zeros elsewhere.
@@ -73,7 +73,7 @@ class CausalConv(nnx.Module):
     ):
         size = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         self.kernel = nnx.Param(lecun_normal(rngs.params(), (*size, features_in, features)))
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.bias = nnx.Param(zeros(features))
         self.rows, self.columns, self.stride, self.name = rows, columns, stride, ""
         self.depth, self.output_depth = depth, depth + (stride > 1)
 

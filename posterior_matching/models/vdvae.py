@@ -78,6 +78,7 @@ class BottleneckBlock(nnx.Module):
         self.convs.append(Conv(middle, features, 1, 1, "SAME", kernel_scale=output_scale, rngs=rngs))
         self.compute_dtype = compute_dtype
 
+    @jax.jit  # traced once for all blocks of equal shapes
     def __call__(self, *inputs: jax.Array) -> jax.Array:
         """Maps `[B, R, R, features_in]`, or several arrays that have these channels together, to `[B, R, R, features]`.
 

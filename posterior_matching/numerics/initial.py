@@ -14,19 +14,24 @@ _TRUNCATED_STD = 0.87962566103423978  # of a standard normal distribution trunca
 _SMALLEST_DRAW = 1024
 
 
-def lecun_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """`nnx.initializers.lecun_normal()`, without compiling a program for every shape.
+def lecun_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, scale: float = 1.0) -> jax.Array:
+    """`scale` times `nnx.initializers.lecun_normal()`, without compiling a program for every shape.
 
     JAX's random numbers are functions of the key and the position, so a larger draw begins with a smaller one. All
     shapes therefore share the programs of a few sizes, powers of four.
     """
     if isinstance(key, jax.core.Tracer):
-        return _flax_lecun_normal(key, shape, dtype)
+        return scale * _flax_lecun_normal(key, shape, dtype)
     size = math.prod(shape)
     drawn = max(_SMALLEST_DRAW, 4 ** (((size - 1).bit_length() + 1) // 2))  # the next power of four
     unit = np.asarray(jax.random.truncated_normal(key, -2, 2, (drawn,), dtype))[:size].reshape(shape)
     std = np.sqrt(np.asarray(1 / math.prod(shape[:-1]), dtype)) / np.asarray(_TRUNCATED_STD, dtype)  # fan-in
-    return jnp.asarray(unit * std)
+    return jnp.asarray(scale * (unit * std))
+
+
+def zeros(shape: int | Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """`jnp.zeros`, without compiling a program for every shape."""
+    return jnp.asarray(np.zeros(shape, dtype))
 
 
 class InitialKeys:
