@@ -203,6 +203,9 @@ def shallow(name):
         config.model.update(
             {key: re.sub(r"x\d+", "x1", config.model[key]) for key in ("encoder", "decoder") if config.model[key]}
         )
+    for network in config.model.values():
+        if isinstance(network, ConfigDict) and "residual_blocks" in network:
+            network.residual_blocks = 1
     return config
 
 
