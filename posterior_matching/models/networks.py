@@ -5,11 +5,14 @@ affine. `rngs` is passed only in training: without it, dropout is off. Kernels a
 with standard deviation 1 / sqrt(fan_in), biases with zeros.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from pydantic import Field
 
@@ -123,9 +126,12 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(zeros(features))
         self.stride, self.padding = stride, padding
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = (parameter[...].astype(x.dtype) for parameter in (self.kernel, self.bias))
-        return conv(x, kernel, self.stride, self.padding) + bias
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        """Convolves `[B, H, W, features_in]`, or arrays that have these channels together, without joining them."""
+        kernel, bias = (parameter[...].astype(inputs[0].dtype) for parameter in (self.kernel, self.bias))
+        kernels = jnp.split(kernel, np.cumsum([x.shape[-1] for x in inputs])[:-1], axis=2)
+        parts = (conv(x, part, self.stride, self.padding) for x, part in zip(inputs, kernels, strict=True))
+        return functools.reduce(jnp.add, parts) + bias
 
 
 class ConvTranspose(nnx.Module):

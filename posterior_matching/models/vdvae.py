@@ -50,6 +50,7 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
+from posterior_matching.numerics import materialise
 from posterior_matching.numerics.initial import InitialKeys
 
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -84,8 +85,7 @@ class BottleneckBlock(nnx.Module):
 
         The first GELU is of each input by itself: XLA computes it once for all blocks with this input.
         """
-        x = jnp.concatenate([jax.nn.gelu(part.astype(self.compute_dtype)) for part in inputs], axis=-1)
-        x = self.convs[0](x)
+        x = self.convs[0](*(jax.nn.gelu(part.astype(self.compute_dtype)) for part in inputs))
         for conv in self.convs[1:]:
             x = conv(jax.nn.gelu(x))
         return x.astype(jnp.float32)
@@ -147,7 +147,7 @@ class DecoderBlock(nnx.Module):
 
     def prior(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Parameters of p(z_l | z_<l), a diagonal Gaussian at each of `[B, R, R]`, and a residual for the state."""
-        parameters, residual = jnp.split(self.prior_head(x), [2 * self.latent_dim], axis=-1)
+        parameters, residual = jnp.split(materialise(self.prior_head(x)), [2 * self.latent_dim], axis=-1)
         return parameters, residual
 
     def posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
@@ -285,7 +285,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         p, collected = self._decode(step, key, len(x))
         # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
         prior, posterior, matched = (
-            jnp.concatenate([a.reshape(len(x), -1, a.shape[-1]) for a in parts], axis=1)
+            jnp.concatenate([materialise(a.reshape(len(x), -1, a.shape[-1])) for a in parts], axis=1)
             for parts in zip(*collected, strict=True)
         )
         q, matched = diagonal_gaussian(posterior), tril_gaussian(matched, self.latent_dim)
