@@ -8,7 +8,7 @@ from flax import nnx
 
 from helpers.arrays import filled
 from posterior_matching.errors import UserError
-from posterior_matching.models.networks import NETWORKS, ConvDecoder, ConvEncoder, ResidualMLP
+from posterior_matching.models.networks import NETWORKS, Conv, ConvDecoder, ConvEncoder, ResidualMLP
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -202,6 +202,12 @@ def test_conv_encoder_refuses_images_smaller_than_its_last_kernel():
     assert abstract_shapes(ConvEncoder, (8, 8, 1), ((4, 3, 2), (4, 4, 1)))[0] == (3, 1, 1, 4)
     with pytest.raises(UserError, match="5x5"):  # one side is large enough
         ConvEncoder((4, 9, 1), ((4, 5, 1),), rngs=nnx.Rngs(0))
+
+
+def test_a_convolution_of_several_arrays_is_that_of_all_their_channels():
+    layer = filled(lambda: Conv(5, 4, 3, 1, "SAME", rngs=nnx.Rngs(0)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 5)), jnp.float32)
+    np.testing.assert_allclose(layer(x[..., :2], x[..., 2:3], x[..., 3:]), layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_networks_are_listed_under_their_class_names():

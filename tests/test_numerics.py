@@ -1,5 +1,6 @@
 """The shortcuts that only speed asks for give what the plain computation gives."""
 
+import platform
 import sys
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 from flax import nnx
 
 from helpers.arrays import normal
+from helpers.configs import ROOT
+from helpers.scripts import finish, spawn
 from posterior_matching import numerics
 from posterior_matching.numerics import initial, memory, random
 
@@ -91,3 +94,24 @@ def test_programs_are_forgotten_near_the_limit_only():
     assert compiled._cache_size() == 1
     memory.forget_programs_near_the_limit(share=0.0)
     assert compiled._cache_size() == 0 and compiled(1.0) == 2.0
+
+
+TWICE = """
+import resource
+import numpy as np
+from posterior_matching.numerics.memory import keep_freed_memory
+
+keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**31 + 2**28, np.int8)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
+def test_freed_memory_is_kept_also_beyond_two_gigabytes():
+    """Page faults of allocating it once, and again."""
+    first, again = map(int, finish(spawn([sys.executable, "-c", TWICE], ROOT))[0].split())
+    assert again < first / 10
