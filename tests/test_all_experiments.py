@@ -21,9 +21,9 @@ EVALUATIONS = {
     "eval_greedy_acquisition.py": acquisition.evaluate,
 }
 OWN_DATA = ("_table", "_images")  # configs for the user's own data
-# Mixed columns, images, a base and two evaluations; test_readme.py rehearses a table from the command line, and
-# trains and evaluates the families whose compilation takes minutes. REHEARSE=1 rehearses all experiments.
-REHEARSED = ["pm_vae_adult", "pm_vae_digits_sparse", "lookahead_digits"]
+# Tables, mixed columns, images, a base and two evaluations; test_readme.py trains and evaluates the families whose
+# compilation takes minutes. REHEARSE=1 rehearses all experiments.
+REHEARSED = ["pm_vae_gas", "pm_vae_adult", "vqvae_mnist", "pm_vae_digits_sparse", "lookahead_digits"]
 
 
 def run(name, folder, scale=1.0):
@@ -151,6 +151,13 @@ def test_a_rehearsal_models_all_values_of_its_pixels(tmp_path):
 def test_means_have_the_standard_error_over_seeds_unless_all_agree():
     assert reproduce._mean_and_error([1.0, 2.0, 3.0]) == "2 ± 0.58"  # 1 / sqrt(3)
     assert reproduce._mean_and_error([0.7828]) == reproduce._mean_and_error([0.7828, 0.7828 + 1e-16]) == "0.7828"
+
+
+@pytest.mark.process
+def test_a_rehearsal_runs_from_one_command(tmp_path):
+    arguments = ["--scale=0.01", "--only=vqvae_digits", f"--folder={tmp_path}/runs"]
+    out, _ = run_script("benchmarks/reproduce", *arguments, cwd=tmp_path)
+    assert out.splitlines()[-1].split() == ["vqvae_digits_0", "done"]
 
 
 @pytest.mark.process

@@ -172,8 +172,6 @@ def test_the_commands_of_a_section_run(heading, checkout):
             out = "".join(finish(spawn(words, checkout)))
         if command.startswith("make"):
             assert "train_pm_vae.py" in out or "pytest" in out
-        elif "reproduce" in command:
-            assert ["pm_vae_mixture_0", "done"] in map(str.split, out.splitlines())
         elif command.startswith("tensorboard"):
             assert "loss" in out
         elif command.startswith("python impute"):
