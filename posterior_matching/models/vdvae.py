@@ -147,6 +147,7 @@ class DecoderBlock(nnx.Module):
 
     def prior(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Parameters of p(z_l | z_<l), a diagonal Gaussian at each of `[B, R, R]`, and a residual for the state."""
+        # Materialised, so that the gradients of the two parts are joined once.
         parameters, residual = jnp.split(materialise(self.prior_head(x)), [2 * self.latent_dim], axis=-1)
         return parameters, residual
 
@@ -284,6 +285,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
 
         p, collected = self._decode(step, key, len(x))
         # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
+        # Materialised, their gradients are slices that only one kernel reads, so equal blocks share all other kernels.
         prior, posterior, matched = (
             jnp.concatenate([materialise(a.reshape(len(x), -1, a.shape[-1])) for a in parts], axis=1)
             for parts in zip(*collected, strict=True)

@@ -96,6 +96,7 @@ def _inverse_forward(tril):
 
 
 def _inverse_backward(result, g):
+    # Materialised: XLA would compute a sum of outer products anew in every kernel that reads it.
     transposed = materialise(result.swapaxes(-1, -2))
     return (materialise(-jnp.tril(_product(materialise(_product(transposed, g)), transposed))),)
 
