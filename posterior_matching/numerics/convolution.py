@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from posterior_matching.numerics import materialise, on_cpu
+from posterior_matching.numerics import materialise, on_cpu, split
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -104,7 +104,7 @@ class _General:
         # On CPUs blocks of some 4,000 pixels are up to 4 times as fast as all images at once, except for few pixels.
         pixels = y.size // y.shape[-1]
         blocks = min(-(-pixels // 4096), 32, len(y)) if pixels > 8192 and on_cpu() else 1
-        return functools.reduce(jnp.add, map(one_block, jnp.array_split(x, blocks), jnp.array_split(y, blocks)))
+        return functools.reduce(jnp.add, map(one_block, split(x, blocks), split(y, blocks)))
 
     def _before(self) -> list[int]:
         """The number of zeros that `padding` adds before the first row and column of x."""
