@@ -1,5 +1,6 @@
 """Code that exists only for speed or for a backend. Nothing here changes a result beyond rounding."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ def _computed_once(x: jax.Array) -> jax.Array:
 materialise.defvjp(lambda x: (_computed_once(x), None), lambda _, g: (_computed_once(g),))
 
 
+@functools.partial(jax.jit, static_argnames="parts")  # traced once for each shape
 def split(x: jax.Array, parts: int) -> list[jax.Array]:
     """`jnp.array_split(x, parts)`, which XLA for CPUs compiles faster.
 
