@@ -35,6 +35,26 @@ def test_map_in_cache_maps(backend, rows, monkeypatch):
     np.testing.assert_array_equal(found, a * b[:, None, None])
 
 
+@pytest.mark.parametrize("parts", [1, 4, 5, 16])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_split_gives_the_parts_of_array_split(backend, parts, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = normal(0, 19, 3)
+    jax.clear_caches()  # split is jitted, and backends differ only here
+    found = numerics.split(x, parts)
+    jax.clear_caches()
+    for part, expected in zip(found, np.array_split(x, parts), strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="starts are data on CPUs only")
+def test_starts_of_a_split_stay_data_when_xla_compiles():
+    compiled = (
+        jax.jit(lambda x: [jnp.flip(part, 1) for part in numerics.split(x, 12)]).lower(normal(0, 24, 3)).compile()
+    )
+    assert compiled.as_text().count("dynamic-slice(") == 12
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_materialise_changes_neither_value_nor_gradient(backend, shape, monkeypatch):
