@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 _ROWS_IN_CACHE = 64  # rows of a batch whose activations fit into a CPU's cache, for networks of a few hundred units
 
@@ -49,17 +48,18 @@ materialise.defvjp(lambda x: (_computed_once(x), None), lambda _, g: (_computed_
 
 @functools.partial(jax.jit, static_argnames="parts")  # traced once for each shape
 def split(x: jax.Array, parts: int) -> list[jax.Array]:
-    """`jnp.array_split(x, parts)`, which XLA for CPUs compiles faster.
+    """`jnp.array_split(x, parts)` of x, `[B, ...]`; on CPUs one compiled kernel serves all parts of a size.
 
-    There it compiles the kernel that reads a part once for each constant at which a part starts. So the starts are
-    data, each computed from the one before.
+    XLA compiles what reads a part anew for every constant start, so on CPUs starts are data, each computed from the one
+    before.
     """
-    if not on_cpu():
+    if parts == 1 or not on_cpu():
         return jnp.array_split(x, parts)
-    start, out = _computed_once(jnp.arange(2)), []  # starts at its first element; XLA folds a single one
-    for size in (len(part) for part in np.array_split(np.empty(len(x)), parts)):
-        out.append(jax.lax.dynamic_slice_in_dim(x, start[0], size))
-        start = _computed_once(start + size)
+    size, larger = divmod(len(x), parts)
+    start, out = _computed_once(jnp.arange(2)), []  # the first is the start: XLA would fold an array of one
+    for length in [size + 1] * larger + [size] * (parts - larger):
+        out.append(jax.lax.dynamic_slice_in_dim(x, start[0], length))
+        start = _computed_once(start + length)
     return out
 
 
