@@ -141,6 +141,23 @@ def test_many_images_equal_few_at_a_time(fn, stride, images):
 
 
 @pytest.mark.parametrize("fn", [conv, conv_transpose])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("images", [2, 3, 8, 9])  # of 1,600 pixels; from 4,097 on in blocks of even numbers of images
+def test_the_kernel_gradient_of_large_images_is_the_sum_over_single_ones(fn, stride, images):
+    rng = np.random.default_rng(images)
+    size = 40 if fn is conv else 40 // stride
+    x, kernel = integers(rng, images, size, size, 3), integers(rng, 3, 3, 3, 3)
+
+    def run(x, w):
+        return fn(x, w, stride, "SAME")
+
+    g = integers(rng, *jax.eval_shape(run, x, kernel).shape)
+    kernel_gradient = value_and_gradients(run, g, x, kernel)[2]
+    single = (value_and_gradients(run, g[i : i + 1], x[i : i + 1], kernel)[2] for i in range(images))
+    np.testing.assert_array_equal(kernel_gradient, sum(single))
+
+
+@pytest.mark.parametrize("fn", [conv, conv_transpose])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_gradients_agree_with_finite_differences(fn, padding):
     rng = np.random.default_rng(0)
