@@ -105,10 +105,10 @@ class _General:
             return one_block(x, y)
         # On CPUs blocks of up to 4,096 pixels are up to 3 times as fast as all images at once, and odd numbers of
         # images take up to 5 times as long as even ones (docs/notes.md). An image of zeros adds nothing.
-        padding = ((0, len(x) % 2), (0, 0), (0, 0), (0, 0))
-        pairs = [jnp.pad(a, padding).reshape(-1, 2, *a.shape[1:]) for a in (x, y)]
+        to_even = ((0, len(x) % 2), (0, 0), (0, 0), (0, 0))
+        pairs = [jnp.pad(a, to_even).reshape(-1, 2, *a.shape[1:]) for a in (x, y)]
         pixels = y.size // y.shape[-1]
-        blocks = min(1 << ((pixels - 1) // 4096).bit_length(), 32, len(pairs[0]))  # a power of two, of equal parts
+        blocks = min(1 << ((pixels - 1) // 4096).bit_length(), 32, len(pairs[0]))  # powers of two are equal
         parts = ([part.reshape(-1, *part.shape[2:]) for part in split(a, blocks)] for a in pairs)
         return functools.reduce(jnp.add, map(one_block, *parts))
 
