@@ -4,7 +4,7 @@ import functools
 import importlib
 import pathlib
 import time
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -111,8 +111,8 @@ class TrainingStep:
         self._indices = np.broadcast_to(indices, (devices, *shape))
         self._metrics: Any = None
         start = time.perf_counter()
-        self._train = cast(Any, phase.train)  # a pmapped function
-        self.compiled = self._train.lower(self._state, self._constants, self._arrays, self._indices).compile()
+        self._train = phase.train
+        self.compiled = self._train.compiled(self._state, self._constants, self._arrays, self._indices)
         self.compile_seconds = time.perf_counter() - start
 
     def jaxpr(self) -> Any:

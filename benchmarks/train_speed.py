@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import psutil
 
@@ -127,7 +128,7 @@ def measure() -> None:
     first_step_seconds = time.time() - psutil.Process().create_time()
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the large arrays, as the next one
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    cost = step.compiled.cost_analysis()  # XLA counts the body of a loop over steps once
+    cost: Any = step.compiled.cost_analysis()  # XLA counts the body of a loop over steps once
     step_flops, step_bytes = cost["flops"], cost["bytes accessed"]
     bandwidth = timing.memory_bandwidth(4 * _MATRIX_SIZE.value**2)  # 256 MiB, beyond any cache
 

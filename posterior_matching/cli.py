@@ -22,6 +22,7 @@ from posterior_matching.errors import UserError, nearest
 from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 from posterior_matching.training.loop import InterruptedRunError
+from posterior_matching.training.program_cache import keep_programs_in
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags defined here count as the script's own, in --help too
@@ -205,6 +206,7 @@ def _use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_programs_in(cache.folder() / "programs")
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

@@ -220,6 +220,9 @@ class BoundLoss:
     loss: FamilyLoss
     options: Any = dataclasses.field(compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"loss": self.loss}  # pickles are compared, too, see `program_cache`
+
     def __call__(self, model: Any, batch: Batch, rngs: nnx.Rngs) -> Terms:
         """The loss and its terms, see `experiment`."""
         return self.loss(model, batch, rngs, self.options)

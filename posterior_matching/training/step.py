@@ -18,6 +18,7 @@ from posterior_matching.training.batching import Arrays, ValidationChunks
 from posterior_matching.training.experiment import Batch, Experiment, Loss, Phase
 from posterior_matching.training.optimizer import OptimizerOptions
 from posterior_matching.training.packing import Packed, Packing
+from posterior_matching.training.program_cache import CachedFunction
 
 # Each use of randomness in a training step has its own stream. Append only: the order determines the random numbers.
 STREAMS = ("noise", "mask", "sample", "dropout")
@@ -208,8 +209,9 @@ class Program:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(program: Program) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return parallel.pmap(program.train_steps, donate_argnums=0), parallel.pmap(program.validation_sums)
+def _compiled(program: Program) -> tuple[CachedFunction, CachedFunction]:
+    train = parallel.pmap(program.train_steps, donate_argnums=0)
+    return CachedFunction(train, program), CachedFunction(parallel.pmap(program.validation_sums), program)
 
 
 def _map_parameters(state: TrainState, kind: type, fn: Callable[[Any], Any]) -> TrainState:
