@@ -117,7 +117,7 @@ class TrainingStep:
 
     def jaxpr(self) -> Any:
         """The program of a dispatch, as traced."""
-        return jax.make_jaxpr(self._train)(self._state, self._constants, self._arrays, self._indices).jaxpr
+        return jax.make_jaxpr(self._train.fn)(self._state, self._constants, self._arrays, self._indices).jaxpr
 
     def dispatch(self) -> None:
         """Starts a dispatch once the one before has ended; as in training, one runs and one waits."""

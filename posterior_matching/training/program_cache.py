@@ -49,13 +49,13 @@ class CachedFunction:
     """
 
     def __init__(self, fn: Callable[..., Any], program: object):
-        self._fn, self._program = fn, program
+        self.fn, self._program = fn, program
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function."""
         if _folder is None or not on_cpu() or jax.process_count() > 1:
-            return self._fn(*args)
+            return self.fn(*args)
         return self.compiled(*args)(*args)
 
     def compiled(self, *args: Any) -> jax.stages.Compiled:
@@ -67,7 +67,7 @@ class CachedFunction:
         return self._compiled[shapes]
 
     def _find(self, args: tuple[Any, ...], shapes: tuple[Any, ...]) -> jax.stages.Compiled:
-        fn: Any = self._fn
+        fn: Any = self.fn
         if _folder is None:
             return fn.lower(*args).compile()
         description = _description(fn.__name__, self._program, shapes)
