@@ -147,6 +147,20 @@ def test_programs_of_every_family_are_known_by_their_config(folder, name):  # no
     assert description() != description(**{"optimizer.learning_rate": 0.5})
 
 
+def test_what_a_program_from_disk_tells_benchmarks(folder):  # noqa: ARG001
+    def measured():
+        _compiled.cache_clear()
+        devices = jax.device_count()
+        step = synthetic.TrainingStep("pm_vae_digits", small("pm_vae"), synthetic.dataset("digits", 16 * devices))
+        step.run()
+        step.run()
+        return step.compiled.cost_analysis()["flops"], str(step.jaxpr())
+
+    flops, text = measured()
+    assert flops > 0 and text.count("dot_general") > 0
+    assert measured() == (flops, text)
+
+
 @pytest.mark.process
 def test_a_script_finds_its_programs(tmp_path):
     def train(run, *changes):

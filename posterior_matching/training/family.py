@@ -221,7 +221,7 @@ class BoundLoss:
     options: Any = dataclasses.field(compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"loss": self.loss}  # pickles are compared, too, see `program_cache`
+        return {"loss": self.loss}  # for `program_cache`, which compares pickles and never reads them
 
     def __call__(self, model: Any, batch: Batch, rngs: nnx.Rngs) -> Terms:
         """The loss and its terms, see `experiment`."""
