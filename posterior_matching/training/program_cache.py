@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import platform
 import sys
+import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +27,8 @@ from posterior_matching.numerics import on_cpu
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _folder: pathlib.Path | None = None
-_code: list[Any] | None = None  # names, times and sizes of files; None: not known
+_code: list[Any] | None = None  # the loaded files and their states; None: not known
+_INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
 
 
 def keep_programs_in(folder: pathlib.Path | None) -> None:
@@ -39,7 +41,7 @@ def keep_programs_in(folder: pathlib.Path | None) -> None:
     _folder, _code = folder, None
     if hasattr(sys.modules["__main__"], "__file__"):  # else code has been typed in
         files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
-        _code = [(file, _modified(file)) for file in sorted(files | {str(path) for path in _PACKAGE.rglob("*.py")})]
+        _code = [(file, _state(file)) for file in sorted(files | {str(path) for path in _PACKAGE.rglob("*.py")})]
 
 
 class CachedFunction:
@@ -104,12 +106,15 @@ def _description(name: str, program: object, shapes: tuple[Any, ...]) -> bytes |
     return repr([name, _code, [str(shape) for shape in shapes], _surroundings()]).encode() + pickled
 
 
-def _modified(file: str) -> tuple[int, int] | None:
+def _state(file: str) -> Any:
+    """What a source file contains; of installed packages, which are large, when it changed and its size."""
     try:
+        if file.endswith(".py") and not file.startswith(_INSTALLED):
+            return _digest(pathlib.Path(file).read_bytes())
         status = os.stat(file)
+        return status.st_mtime_ns, status.st_size
     except OSError:  # built in, or within an archive
         return None
-    return status.st_mtime_ns, status.st_size
 
 
 def _surroundings() -> list[Any]:
