@@ -58,7 +58,7 @@ class CachedFunction:
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function."""
-        if _folder is None or not on_cpu() or jax.process_count() > 1:
+        if not _keeps():
             return self.fn(*args)
         return self.compiled(*args)(*args)
 
@@ -72,8 +72,9 @@ class CachedFunction:
 
     def _find(self, args: tuple[Any, ...], shapes: tuple[Any, ...]) -> jax.stages.Compiled:
         fn: Any = self.fn
-        if _folder is None:
+        if not _keeps():
             return fn.lower(*args).compile()
+        assert _folder is not None
         description = _description(fn.__name__, self._program, shapes)
         known_as = None if description is None else _folder / f"{_digest(description)}.txt"
         name = None if known_as is None else _read_text(known_as)
@@ -89,6 +90,10 @@ class CachedFunction:
             if known_as is not None:
                 _ignoring_problems(lambda: write_text(known_as, path.name))
         return program
+
+
+def _keeps() -> bool:
+    return _folder is not None and on_cpu() and jax.process_count() == 1
 
 
 def _digest(content: bytes) -> str:
