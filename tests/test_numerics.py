@@ -1,6 +1,7 @@
 """The shortcuts that only speed asks for give what the plain computation gives."""
 
 import platform
+import re
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from helpers.configs import ROOT
 from helpers.scripts import finish, spawn
 from posterior_matching import numerics
 from posterior_matching.numerics import initial, memory, random
+from posterior_matching.numerics.gelu import gelu
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -55,6 +57,28 @@ def test_starts_of_a_split_stay_data_when_xla_compiles():
     assert compiled.as_text().count("dynamic-slice(") == 12
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_concatenate_and_its_gradient_are_those_of_jax(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    parts = [normal(i, 2, n, 3) for i, n in enumerate((1, 4, 4, 2))]
+    np.testing.assert_array_equal(numerics.concatenate(parts), np.concatenate(parts, axis=1))
+    weights = normal(9, 2, 11, 3)
+    gradients = jax.jit(jax.grad(lambda parts: (weights * numerics.concatenate(parts)).sum()))(parts)
+    for found, expected in zip(gradients, np.split(weights, [1, 5, 9], axis=1), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="starts are data on CPUs only")
+def test_parts_of_a_size_share_the_kernel_that_concatenates_them():
+    def joined(parts):
+        return numerics.concatenate([jnp.sin(part) for part in parts])
+
+    text = jax.jit(joined).lower([jnp.ones((4, 5, 6))] * 8).compile().as_text()
+    kernels = re.findall(r"^%fused_computation\S* (.*?)^}", text, re.MULTILINE | re.DOTALL)
+    kernels = [re.sub(r"%[\w.-]+|\w+\.?\w*:|metadata=.*", "", kernel) for kernel in kernels if " sine(" in kernel]
+    assert len(kernels) == 8 and len(set(kernels)) <= 2  # the first start is not a sum
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_materialise_changes_neither_value_nor_gradient(backend, shape, monkeypatch):
@@ -88,6 +112,48 @@ def test_flat_keys_draw_what_jax_draws(shape):
                 np.testing.assert_array_equal(draw(a, shape), draw(b, shape))
         chosen = [jax.random.choice(k, 9, (4,), replace=False) for k in (key, flat)]
         np.testing.assert_array_equal(*chosen)
+
+
+@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize("size", [1, 1000, 1024, 1025, 4096, 5000])
+def test_keys_of_programs_draw_what_jax_draws_at_any_length(size, partitionable):
+    with jax.threefry_partitionable(partitionable):
+        keys = (
+            jax.random.wrap_key_data(jnp.asarray([1, 2], jnp.uint32)),
+            random.wrap_key_data(jnp.asarray([1, 2], jnp.uint32)),
+        )
+        np.testing.assert_array_equal(*(jax.random.uniform(key, (size,)) for key in keys))
+        np.testing.assert_array_equal(*(jax.random.bits(key, (size,), jnp.uint8) for key in keys))
+        np.testing.assert_array_equal(*(jax.random.key_data(jax.random.split(key, (size, 2))) for key in keys))
+
+
+def test_short_draws_of_programs_share_their_kernels():
+    def lengths(key):
+        text = jax.jit(lambda key: [jax.random.normal(key, (n,)) for n in (3, 70, 900)]).lower(key).as_text()
+        return {n for n in (3, 70, 900, 1024) if f"tensor<{n}xui32>" in text}
+
+    data = jnp.zeros(2, jnp.uint32)
+    assert lengths(random.random_key(0)) == {3, 70, 900}
+    assert 1024 in lengths(random.wrap_key_data(data))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_and_its_gradient_are_those_of_jax(dtype):
+    x = jnp.concatenate([jnp.linspace(-6, 6, 201), jnp.asarray([-1e4, -30.0, 30.0, 1e4])]).astype(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.03, "atol": 0.03}
+    for mine, theirs in (
+        (gelu, jax.nn.gelu),
+        (jax.grad(lambda x: gelu(x).sum()), jax.grad(lambda x: jax.nn.gelu(x).sum())),
+    ):
+        found, expected = mine(x), theirs(x.astype(jnp.float32))
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found, np.float32), expected, **tolerance)
+
+
+def test_the_gradient_of_gelu_is_its_slope():
+    x, step = np.linspace(-4, 4, 41), 1e-3
+    slope = (gelu(jnp.asarray(x + step, jnp.float32)) - gelu(jnp.asarray(x - step, jnp.float32))) / (2 * step)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(jnp.asarray(x, jnp.float32)), slope, atol=1e-3)
 
 
 def test_initial_keys_differ_and_depend_on_the_first_key():

@@ -109,6 +109,8 @@ def test_pooling_drops_what_fills_no_window_and_upsampling_repeats_the_nearest()
     small = x[:, :3, :3]
     index = [0, 0, 0, 1, 1, 2, 2]  # floor(i * 3 / 7)
     np.testing.assert_array_equal(vdvae._upsample(small, 7), np.asarray(small)[:, index][:, :, index])
+    index = [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(vdvae._upsample(small, 6), np.asarray(small)[:, index][:, :, index])
     np.testing.assert_array_equal(vdvae._with_channels(x, 2), x[..., :2])
     np.testing.assert_array_equal(vdvae._with_channels(x, 4), np.pad(x, ((0, 0),) * 3 + ((0, 1),)))
 

@@ -50,8 +50,9 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
-from posterior_matching.numerics import materialise
-from posterior_matching.numerics.initial import InitialKeys
+from posterior_matching.numerics import concatenate, materialise
+from posterior_matching.numerics.gelu import gelu
+from posterior_matching.numerics.initial import InitialKeys, zeros
 
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -85,9 +86,9 @@ class BottleneckBlock(nnx.Module):
 
         The first GELU is of each input by itself: XLA computes it once for all blocks with this input.
         """
-        x = self.convs[0](*(jax.nn.gelu(part.astype(self.compute_dtype)) for part in inputs))
+        x = self.convs[0](*(gelu(part.astype(self.compute_dtype)) for part in inputs))
         for conv in self.convs[1:]:
-            x = conv(jax.nn.gelu(x))
+            x = conv(gelu(x))
         return x.astype(jnp.float32)
 
 
@@ -249,13 +250,13 @@ class PosteriorMatchingVDVAE(nnx.Module):
         )
         self.biases = nnx.Dict(
             {
-                str(r): nnx.Param(jnp.zeros((r, r, widths[r])))
+                str(r): nnx.Param(zeros((r, r, widths[r])))
                 for r in {layer.resolution for layer in decoder_layers}
                 if r <= no_bias_above
             }
         )
         self.gain = nnx.Param(jnp.ones(widths[size]))
-        self.bias = nnx.Param(jnp.zeros(widths[size]))
+        self.bias = nnx.Param(zeros(widths[size]))
         outputs = logistic_mixture_parameters(self.channels, num_components)
         self.conv_out = Conv(widths[size], outputs, 1, 1, "SAME", rngs=rngs)
 
@@ -287,7 +288,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
         # Materialised, their gradients are slices that only one kernel reads, so equal blocks share all other kernels.
         prior, posterior, matched = (
-            jnp.concatenate([materialise(a.reshape(len(x), -1, a.shape[-1])) for a in parts], axis=1)
+            concatenate([materialise(a.reshape(len(x), -1, a.shape[-1])) for a in parts])
             for parts in zip(*collected, strict=True)
         )
         q, matched = diagonal_gaussian(posterior), tril_gaussian(matched, self.latent_dim)
@@ -473,6 +474,9 @@ def _average_pool(x: jax.Array, k: int) -> jax.Array:
 
 def _upsample(x: jax.Array, size: int) -> jax.Array:
     """Nearest-neighbour upsampling: pixel i of `size` is pixel floor(i * small / size) of `[B, small, small, C]`."""
+    factor, rest = divmod(size, x.shape[1])
+    if rest == 0:  # the gradient is a sum; that of indexing is a scatter, which is slow on CPUs
+        return x.repeat(factor, 1).repeat(factor, 2)
     index = jnp.arange(size) * x.shape[1] // size
     return x[:, index][:, :, index]
 

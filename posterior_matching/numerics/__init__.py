@@ -58,9 +58,27 @@ def split(x: jax.Array, parts: int) -> list[jax.Array]:
     size, larger = divmod(len(x), parts)
     start, out = _computed_once(jnp.arange(2)), []  # the first is the start: XLA would fold an array of one
     for length in [size + 1] * larger + [size] * (parts - larger):
-        out.append(jax.lax.dynamic_slice_in_dim(x, start[0], length))
+        starts = (start[0],) + (0,) * (x.ndim - 1)
+        out.append(jax.lax.dynamic_slice(x, starts, (length, *x.shape[1:]), allow_negative_indices=False))
         start = _computed_once(start + length)
     return out
+
+
+def concatenate(parts: list[jax.Array]) -> jax.Array:
+    """`jnp.concatenate(parts, axis=1)` of parts, `[B, N_i, C]`; on CPUs one compiled kernel writes all parts of a size.
+
+    The counterpart of `split`: starts are data. The gradients of the parts, slices of one array, share kernels, too.
+    """
+    if not on_cpu():
+        return jnp.concatenate(parts, axis=1)
+    batch, _, channels = parts[0].shape
+    out = jnp.zeros((batch, sum(part.shape[1] for part in parts), channels), parts[0].dtype)
+    start = _computed_once(jnp.arange(2))
+    zero = jnp.zeros((), start.dtype)
+    for part in parts:
+        out = jax.lax.dynamic_update_slice(out, part, (zero, start[0], zero), allow_negative_indices=False)
+        start = _computed_once(start + part.shape[1])
+    return materialise(out)
 
 
 def map_in_cache(fn: Callable[..., Any], inputs: Any, rows: int) -> Any:

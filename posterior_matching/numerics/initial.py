@@ -26,12 +26,12 @@ def lecun_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32,
     drawn = max(_SMALLEST_DRAW, 4 ** (((size - 1).bit_length() + 1) // 2))  # the next power of four
     unit = np.asarray(jax.random.truncated_normal(key, -2, 2, (drawn,), dtype))[:size].reshape(shape)
     std = np.sqrt(np.asarray(1 / math.prod(shape[:-1]), dtype)) / np.asarray(_TRUNCATED_STD, dtype)  # fan-in
-    return jnp.asarray(scale * (unit * std))
+    return jax.device_put(scale * (unit * std))  # jnp.asarray compiles a copy for every shape
 
 
 def zeros(shape: int | Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """`jnp.zeros`, without compiling a program for every shape."""
-    return jnp.asarray(np.zeros(shape, dtype))
+    return jax.device_put(np.zeros(shape, dtype))
 
 
 class InitialKeys:

@@ -66,7 +66,11 @@ class Packing:
             starts: Those of `starts()`, as arguments of the compiled function. Were they constants, XLA would compile
                 every kernel that reads a parameter by itself, instead of one for all parameters of a shape.
         """
-        return self._split(packed, starts, jax.lax.dynamic_slice_in_dim)
+
+        def piece(vector: jax.Array, start: jax.Array, size: int) -> jax.Array:
+            return jax.lax.dynamic_slice(vector, (start,), (size,), allow_negative_indices=False)
+
+        return self._split(packed, starts, piece)
 
     def _split(self, packed: Packed, starts: list[Any], piece: Any) -> nnx.State:
         leaves = (
