@@ -8,7 +8,7 @@ import sys
 import jax
 
 # Parameters of glibc's mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
@@ -17,6 +17,8 @@ def keep_freed_memory() -> None:
     On CPUs XLA allocates new buffers for every training step. By default glibc gets blocks of this size from the kernel
     each time and returns them afterwards, and the kernel fills every page with zeros, which takes a fifth of the time
     of a step of `configs/pm_vae_gas.py` and two fifths of one of `configs/pm_vdvae_mnist.py`.
+
+    JAX's programs for CPUs then run in the thread that calls them, and a call returns when its program has ended.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -26,7 +28,19 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, -1)  # never; 2**31 - 1, the largest int, is less than what deep models allocate
-    mallopt(_M_ARENA_MAX, 1)
+    # Only the main thread keeps blocks of more than 64 MB, so it has to run the programs. Were all threads to share its
+    # memory (M_ARENA_MAX), the pieces that compiling leaves there would slow down every small product (docs/notes.md).
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def collect_garbage_rarely() -> None:
+    """Makes Python look for garbage after 100,000 new containers in place of 700, and never among those of now.
+
+    Tracing a deep model makes hundreds of thousands of containers that stay: of the time from the start of
+    `configs/pm_vdvae_digits.py` to its lowered program, a seventh went to looking through them.
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def forget_programs_near_the_limit(share: float = 0.5) -> None:
