@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.numerics.memory import collect_garbage_rarely, keep_freed_memory
+from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 from posterior_matching.training.loop import InterruptedRunError
 from posterior_matching.training.program_cache import keep_programs_in
@@ -80,7 +80,6 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
             keep_freed_memory()  # before JAX's backend starts its threads, after which it has no effect
-            collect_garbage_rarely()
             join()
             if exact and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
                 jax.config.update("jax_default_matmul_precision", "highest")

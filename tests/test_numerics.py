@@ -1,5 +1,6 @@
 """The shortcuts that only speed asks for give what the plain computation gives."""
 
+import gc
 import platform
 import re
 import sys
@@ -180,6 +181,19 @@ def test_programs_are_forgotten_near_the_limit_only():
     assert compiled._cache_size() == 1
     memory.forget_programs_near_the_limit(share=0.0)
     assert compiled._cache_size() == 0 and compiled(1.0) == 2.0
+
+
+def test_garbage_is_not_collected_for_a_while_unless_it_never_is():
+    with memory.without_garbage_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with memory.without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 TWICE = """

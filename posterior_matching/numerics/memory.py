@@ -1,9 +1,11 @@
 """Memory allocation in this process."""
 
+import contextlib
 import ctypes
 import gc
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import jax
 
@@ -33,14 +35,20 @@ def keep_freed_memory() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def collect_garbage_rarely() -> None:
-    """Makes Python look for garbage after 100,000 new containers in place of 700, and never among those of now.
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Python does not look for garbage within this context.
 
-    Tracing a deep model makes hundreds of thousands of containers that stay: of the time from the start of
-    `configs/pm_vdvae_digits.py` to its lowered program, a seventh went to looking through them.
+    Tracing a deep model makes hundreds of thousands of objects that stay. Looking through them again and again takes a
+    fifth of the time in which `configs/pm_vdvae_digits.py` is traced and lowered.
     """
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def forget_programs_near_the_limit(share: float = 0.5) -> None:

@@ -24,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from posterior_matching.atomic import replacing, write_text
 from posterior_matching.numerics import on_cpu
+from posterior_matching.numerics.memory import without_garbage_collection
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _folder: pathlib.Path | None = None
@@ -73,14 +74,14 @@ class CachedFunction:
     def _find(self, args: tuple[Any, ...], shapes: tuple[Any, ...]) -> jax.stages.Compiled:
         fn: Any = self.fn
         if not _keeps():
-            return fn.lower(*args).compile()
+            return _lower(fn, args).compile()
         assert _folder is not None
         description = _description(fn.__name__, self._program, shapes)
         known_as = None if description is None else _folder / f"{_digest(description)}.txt"
         name = None if known_as is None else _read_text(known_as)
         program = None if name is None else _load(_folder / name)
         if program is None:
-            lowered = fn.lower(*args)
+            lowered = _lower(fn, args)
             path = _folder / _digest(repr(_surroundings()).encode() + lowered.as_text().encode())
             program = _load(path)
             if program is None:
@@ -90,6 +91,11 @@ class CachedFunction:
             if known_as is not None:
                 _ignoring_problems(lambda: write_text(known_as, path.name))
         return program
+
+
+def _lower(fn: Any, args: tuple[Any, ...]) -> jax.stages.Lowered:
+    with without_garbage_collection():
+        return fn.lower(*args)
 
 
 def _keeps() -> bool:
