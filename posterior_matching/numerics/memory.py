@@ -39,8 +39,8 @@ def keep_freed_memory() -> None:
 def without_garbage_collection() -> Iterator[None]:
     """Python does not look for garbage within this context.
 
-    Tracing a deep model makes hundreds of thousands of objects that stay. Looking through them again and again takes a
-    fifth of the time in which `configs/pm_vdvae_digits.py` is traced and lowered.
+    Tracing a deep model makes hundreds of thousands of objects that stay, and Python would look through them again and
+    again.
     """
     enabled = gc.isenabled()
     gc.disable()
