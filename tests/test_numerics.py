@@ -183,7 +183,7 @@ def test_programs_are_forgotten_near_the_limit_only():
     assert compiled._cache_size() == 0 and compiled(1.0) == 2.0
 
 
-def test_garbage_is_not_collected_for_a_while_unless_it_never_is():
+def test_garbage_collection_pauses_and_stays_off_where_it_was_off():
     with memory.without_garbage_collection():
         assert not gc.isenabled()
     assert gc.isenabled()
