@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
+from posterior_matching.numerics.compilation import compile_without_unrolling
 from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 from posterior_matching.training.loop import InterruptedRunError
@@ -79,7 +80,8 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
-            keep_freed_memory()  # before JAX's backend starts its threads, after which it has no effect
+            keep_freed_memory()  # these two before JAX's backend starts, after which they have no effect
+            compile_without_unrolling()
             join()
             if exact and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
                 jax.config.update("jax_default_matmul_precision", "highest")

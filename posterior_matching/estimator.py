@@ -37,7 +37,7 @@ from posterior_matching.imputation import (
     impute_images,
     output_files,
 )
-from posterior_matching.numerics.memory import forget_programs_near_the_limit
+from posterior_matching.numerics.compilation import forget_programs_near_the_limit
 from posterior_matching.training import loop
 from posterior_matching.training.batching import default_batch_size
 from posterior_matching.training.pm_vae import FAMILY

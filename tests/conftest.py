@@ -32,7 +32,7 @@ def pytest_addoption(parser):
 def pytest_runtest_teardown():
     """Keeps the process below the number of memory maps at which it would crash; each compiled program has some."""
     if "jax" in sys.modules:
-        from posterior_matching.numerics.memory import forget_programs_near_the_limit
+        from posterior_matching.numerics.compilation import forget_programs_near_the_limit
 
         forget_programs_near_the_limit()
 

@@ -15,7 +15,7 @@ from helpers.arrays import normal
 from helpers.configs import ROOT
 from helpers.scripts import finish, spawn
 from posterior_matching import numerics
-from posterior_matching.numerics import initial, memory, random
+from posterior_matching.numerics import compilation, initial, random
 from posterior_matching.numerics.gelu import gelu
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -177,23 +177,51 @@ def test_initial_kernels_are_those_of_flax_drawn_eagerly_or_not(shape):
 def test_programs_are_forgotten_near_the_limit_only():
     compiled = jax.jit(lambda x: 2 * x)
     compiled(1.0)
-    memory.forget_programs_near_the_limit(share=1.0)
+    compilation.forget_programs_near_the_limit(share=1.0)
     assert compiled._cache_size() == 1
-    memory.forget_programs_near_the_limit(share=0.0)
+    compilation.forget_programs_near_the_limit(share=0.0)
     assert compiled._cache_size() == 0 and compiled(1.0) == 2.0
 
 
 def test_garbage_collection_pauses_and_stays_off_where_it_was_off():
-    with memory.without_garbage_collection():
+    with compilation.without_garbage_collection():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with memory.without_garbage_collection():
+        with compilation.without_garbage_collection():
             pass
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+CODE_SIZE = """
+import os
+from posterior_matching.numerics.compilation import compile_without_unrolling
+if "unrolled" not in os.environ:
+    compile_without_unrolling()
+    compile_without_unrolling()
+import jax
+import jax.numpy as jnp
+
+compiled = jax.jit(lambda x: 2 * jnp.tanh(x)).lower(jnp.ones((32, 8, 8, 16))).compile()
+print(len(compiled.runtime_executable().serialize()), *os.environ["XLA_FLAGS"].split())
+"""
+
+
+@pytest.mark.process
+def test_loops_are_not_unrolled_and_options_of_the_user_stay():
+    def size_and_options(**variables):
+        size, *options = finish(spawn([sys.executable, "-c", CODE_SIZE], ROOT, **variables))[0].split()
+        return int(size), options
+
+    unrolled = size_and_options(XLA_FLAGS="", unrolled="1")[0]
+    size, options = size_and_options(XLA_FLAGS="")
+    assert size < 0.8 * unrolled and len(options) == 1
+    users = "--xla_backend_extra_options=xla_cpu_optimize_for_size"
+    smaller, both = size_and_options(XLA_FLAGS=users)
+    assert smaller < size and both == [*options, users]
 
 
 TWICE = """

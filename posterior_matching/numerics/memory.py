@@ -1,11 +1,7 @@
 """Memory allocation in this process."""
 
-import contextlib
 import ctypes
-import gc
-import pathlib
 import sys
-from collections.abc import Iterator
 
 import jax
 
@@ -33,36 +29,3 @@ def keep_freed_memory() -> None:
     # Only the main thread keeps blocks of more than 64 MB, so it has to run the programs. Were all threads to share its
     # memory (M_ARENA_MAX), the pieces that compiling leaves there would slow down every small product (docs/notes.md).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-@contextlib.contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Python does not look for garbage within this context.
-
-    Tracing a deep model makes hundreds of thousands of objects that stay, and Python would look through them again and
-    again.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def forget_programs_near_the_limit(share: float = 0.5) -> None:
-    """Drops all compiled programs if the process has this share of the memory maps that Linux allows it.
-
-    XLA's programs for CPUs have maps of their own, and JAX keeps the programs. A process that compiles without end, as
-    one that fits a hundred models does, would crash at the limit.
-    """
-    try:
-        allowed = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
-        with open("/proc/self/maps", "rb") as maps:
-            used = sum(1 for _ in maps)
-    except (OSError, ValueError):
-        return
-    if used > share * allowed:
-        jax.clear_caches()
-        gc.collect()

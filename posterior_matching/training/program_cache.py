@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from posterior_matching.atomic import replacing, write_text
 from posterior_matching.numerics import on_cpu
-from posterior_matching.numerics.memory import without_garbage_collection
+from posterior_matching.numerics.compilation import without_garbage_collection
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _folder: pathlib.Path | None = None
