@@ -286,10 +286,8 @@ class PosteriorMatchingVDVAE(nnx.Module):
 
         p, collected = self._decode(step, key, len(x))
         # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
-        # Materialised, their gradients are slices that only one kernel reads, so equal blocks share all other kernels.
         prior, posterior, matched = (
-            concatenate([materialise(a.reshape(len(x), -1, a.shape[-1])) for a in parts])
-            for parts in zip(*collected, strict=True)
+            concatenate([a.reshape(len(x), -1, a.shape[-1]) for a in parts]) for parts in zip(*collected, strict=True)
         )
         q, matched = diagonal_gaussian(posterior), tril_gaussian(matched, self.latent_dim)
         return VDVAETerms(
