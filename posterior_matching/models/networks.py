@@ -131,7 +131,8 @@ class Conv(nnx.Module):
         kernel, bias = (parameter[...].astype(inputs[0].dtype) for parameter in (self.kernel, self.bias))
         kernels = jnp.split(kernel, np.cumsum([x.shape[-1] for x in inputs])[:-1], axis=2)
         parts = (conv(x, part, self.stride, self.padding) for x, part in zip(inputs, kernels, strict=True))
-        return functools.reduce(jnp.add, parts) + bias
+        out = functools.reduce(jnp.add, parts)
+        return out + jnp.broadcast_to(bias, out.shape)  # in one operation; its gradient, too, is one sum
 
 
 class ConvTranspose(nnx.Module):
