@@ -17,6 +17,7 @@ from posterior_matching.models.distributions import (
     IdentityGaussian,
     SharedScaleGaussian,
     diagonal_gaussian,
+    diagonal_gaussian_sample,
     entropy,
     kl_divergence,
     kl_to_standard_normal,
@@ -96,6 +97,13 @@ def test_diagonal_gaussian_is_mean_and_softplus_scale_of_one_linear_layer():
     np.testing.assert_allclose(q.variance, scale**2, rtol=1e-4)
     expected = scipy.stats.norm.logpdf(z, mean, scale).sum(-1)
     np.testing.assert_allclose(q.log_prob(jnp.asarray(z)), expected, rtol=1e-4)
+
+
+def test_diagonal_gaussian_sample_is_mean_plus_scale_times_noise():
+    parameters, noise = normal(7, 3, 2, 8), normal(8, 24)
+    mean, scale = parameters[..., :4], softplus(parameters[..., 4:]) + 1e-5
+    z = diagonal_gaussian_sample(jnp.asarray(parameters), jnp.asarray(noise))
+    np.testing.assert_allclose(z, mean + scale * noise.reshape(3, 2, 4), rtol=1e-5, atol=1e-6)
 
 
 def test_tril_gaussian_log_prob_equals_scipy_and_its_cholesky_factor_is_one():

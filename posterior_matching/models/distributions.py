@@ -105,6 +105,12 @@ def diagonal_gaussian(parameters: jax.Array) -> dist.Distribution:
     return _diagonal(loc, jax.nn.softplus(scale) + _MIN_SCALE)
 
 
+def diagonal_gaussian_sample(parameters: jax.Array, noise: jax.Array) -> jax.Array:
+    """The draw mean + scale * noise from `diagonal_gaussian(parameters)`, `[..., e]`, for as many values of N(0, 1)."""
+    q = diagonal_gaussian(parameters).base_dist
+    return q.loc + q.scale * noise.reshape(q.loc.shape)
+
+
 def tril_gaussian_parameters(event_size: int) -> int:
     """The number of parameters of `tril_gaussian`: e means and the e (e + 1) / 2 entries of a triangle."""
     return event_size + event_size * (event_size + 1) // 2

@@ -13,7 +13,7 @@ Pixels are integers 0, ..., L - 1 (255 for 8 bits), not in [0, 1].
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from posterior_matching.models.distributions import (
     Distribution,
     ExplicitDistribution,
     diagonal_gaussian,
+    diagonal_gaussian_sample,
     kl_divergence,
     sample_and_log_prob,
     tril_gaussian,
@@ -50,7 +51,7 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
-from posterior_matching.numerics import concatenate, materialise
+from posterior_matching.numerics import concatenate, materialise, split_at
 from posterior_matching.numerics.gelu import gelu
 from posterior_matching.numerics.initial import InitialKeys, zeros
 
@@ -166,7 +167,7 @@ class DecoderBlock(nnx.Module):
         return x + self.resnet(x)
 
 
-# What happens at a decoder block: (block, key, state) -> (residual from the prior, z, terms to collect).
+# What happens at a decoder block: (block, key or noise, state) -> (residual from the prior, z, terms to collect).
 Step = Callable[[DecoderBlock, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
 # (block, state, encoded) -> q(z_l | z_<l, ...)
 Posterior = Callable[[DecoderBlock, jax.Array, dict[int, jax.Array]], Distribution]
@@ -278,13 +279,16 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """
         encoded, partially_encoded = self._encode(x), self._encode_observed(x, b)
 
-        def step(block, key, state):
+        def step(block, noise, state):
             prior, residual = block.prior(state)
             posterior = block.posterior(state, encoded)
             matched = block.partial_posterior(state, partially_encoded)
-            return residual, diagonal_gaussian(posterior).sample(key), (prior, posterior, matched)
+            z = diagonal_gaussian_sample(posterior, noise)
+            return residual, z, (prior, posterior, matched)
 
-        p, collected = self._decode(step, key, len(x))
+        # The noise of all blocks in one draw, too.
+        sizes = tuple(len(x) * block.resolution**2 * self.latent_dim for block in self.blocks)
+        p, collected = self._decode(step, split_at(jax.random.normal(key, (sum(sizes),)), sizes), len(x))
         # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
         prior, posterior, matched = (
             concatenate([a.reshape(len(x), -1, a.shape[-1]) for a in parts]) for parts in zip(*collected, strict=True)
@@ -304,7 +308,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
             return residual, diagonal_gaussian(prior).sample(key), None
 
         key_z, key_x = jax.random.split(key)
-        p, _ = self._decode(step, key_z, num_samples)
+        p, _ = self._decode(step, self._keys(key_z), num_samples)
         return p.mean if mean else p.sample(key_x)
 
     def reconstruct(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
@@ -398,22 +402,27 @@ class PosteriorMatchingVDVAE(nnx.Module):
     ) -> ExplicitDistribution:
         return tril_gaussian(block.partial_posterior(state, encoded), self.latent_dim)
 
-    def _decode(self, step: Step, key: jax.Array, batch: int) -> tuple[DiscretisedLogisticMixture, list[Any]]:
-        """Runs all blocks; returns p(x | z) and what `step` collected at each."""
+    def _keys(self, key: jax.Array) -> jax.Array:
+        return jax.random.split(key, len(self.blocks))
 
-        def run_block(block, key, state):
-            residual, z, collected = step(block, key, state)
+    def _decode(
+        self, step: Step, randomness: Iterable[jax.Array], batch: int
+    ) -> tuple[DiscretisedLogisticMixture, list[Any]]:
+        """Runs all blocks, each with its randomness; returns p(x | z) and what `step` collected at each."""
+
+        def run_block(block, randomness, state):
+            residual, z, collected = step(block, randomness, state)
             return block.advance(state, residual, z), collected
 
         states: dict[int, jax.Array] = {}
         collected = []
-        for block, block_key in zip(self.blocks, jax.random.split(key, len(self.blocks)), strict=True):
+        for block, of_block in zip(self.blocks, randomness, strict=True):
             state = states[block.resolution] if block.resolution in states else self._initial_state(block, batch)
             if block.lower_resolution is not None:
                 lower = _with_channels(states[block.lower_resolution], block.width)
                 state = state + _upsample(lower, block.resolution)
             run = _checkpointed(functools.partial(run_block, block), self.rematerialise)
-            state, terms = run(block_key, state)
+            state, terms = run(of_block, state)
             states[block.resolution] = state
             collected.append(terms)
         parameters = self.conv_out(state * self.gain[...] + self.bias[...])
@@ -430,7 +439,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
             log_prior = diagonal_gaussian(prior).log_prob(z)
             return residual, z, (log_prior - log_q).sum((1, 2))  # over positions
 
-        p, log_ratios = self._decode(step, key, batch)
+        p, log_ratios = self._decode(step, self._keys(key), batch)
         return p, sum(log_ratios[1:], log_ratios[0])  # over blocks
 
     def _initial_state(self, block: DecoderBlock, batch: int) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _ROWS_IN_CACHE = 64  # rows of a batch whose activations fit into a CPU's cache, for networks of a few hundred units
 
@@ -46,28 +47,33 @@ def _computed_once(x: jax.Array) -> jax.Array:
 materialise.defvjp(lambda x: (_computed_once(x), None), lambda _, g: (_computed_once(g),))
 
 
-@functools.partial(jax.jit, static_argnames="parts")  # traced once for each shape
 def split(x: jax.Array, parts: int) -> list[jax.Array]:
-    """`jnp.array_split(x, parts)` of x, `[B, ...]`; on CPUs one compiled kernel serves all parts of a size.
+    """`jnp.array_split(x, parts)` of x, `[B, ...]`; see `split_at`."""
+    size, larger = divmod(len(x), parts)
+    return split_at(x, (size + 1,) * larger + (size,) * (parts - larger))
+
+
+@functools.partial(jax.jit, static_argnames="sizes")  # traced once for each shape
+def split_at(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """Splits x, `[N, ...]`, into parts of these sizes; on CPUs one compiled kernel serves all parts of a size.
 
     XLA compiles what reads a part anew for every constant start, so on CPUs starts are data, each computed from the one
     before.
     """
-    if parts == 1 or not on_cpu():
-        return jnp.array_split(x, parts)
-    size, larger = divmod(len(x), parts)
+    if len(sizes) == 1 or not on_cpu():
+        return jnp.split(x, np.cumsum(sizes)[:-1])
     start, out = _computed_once(jnp.arange(2)), []  # the first is the start: XLA would fold an array of one
-    for length in [size + 1] * larger + [size] * (parts - larger):
+    for size in sizes:
         starts = (start[0],) + (0,) * (x.ndim - 1)
-        out.append(jax.lax.dynamic_slice(x, starts, (length, *x.shape[1:]), allow_negative_indices=False))
-        start = _computed_once(start + length)
+        out.append(jax.lax.dynamic_slice(x, starts, (size, *x.shape[1:]), allow_negative_indices=False))
+        start = _computed_once(start + size)
     return out
 
 
 def concatenate(parts: list[jax.Array]) -> jax.Array:
     """`jnp.concatenate(parts, axis=1)` of parts, `[B, N_i, C]`; on CPUs one compiled kernel writes all parts of a size.
 
-    The counterpart of `split`: starts are data. The gradients of the parts, slices of one array, share kernels, too.
+    The counterpart of `split_at`: starts are data. The gradients of the parts, slices of one array, share kernels, too.
     """
     if not on_cpu():
         return jnp.concatenate(parts, axis=1)

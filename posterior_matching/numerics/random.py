@@ -41,7 +41,7 @@ def _generator(name: str, length: Callable[[int], int]) -> Any:
 
 _EXACT = _generator("flat_threefry2x32", lambda size: size)
 # XLA compiles the kernels of a draw for every length: short draws share them if they are of one length.
-_SHARED = _generator("shared_threefry2x32", lambda size: 1024 if size <= 1024 else 4096 if size <= 4096 else size)
+_SHARED = _generator("shared_threefry2x32", lambda size: max(size, 2048))
 
 
 def random_key(seed: int | jax.Array) -> jax.Array:
@@ -52,7 +52,7 @@ def random_key(seed: int | jax.Array) -> jax.Array:
 def wrap_key_data(data: Any) -> jax.Array:
     """Keys, `[...]`, from their data, uint32 `[..., 2]`; they draw what those of `jax.random.wrap_key_data` draw.
 
-    They are for large programs, such as training steps: short draws are of 1,024 or 4,096 values, whose kernels they
-    share, so that there is less to compile. Under `vmap` each of many short draws costs as much.
+    They are for large programs, such as training steps: short draws are of 2,048 values, whose kernels they share, so
+    that there is less to compile. Under `vmap` each of many short draws costs as much.
     """
     return jax.random.wrap_key_data(data, impl=_SHARED)
