@@ -41,6 +41,7 @@ from absl import flags
 from benchmarks import synthetic, timing
 from posterior_matching import cli
 from posterior_matching.errors import UserError
+from posterior_matching.numerics.compilation import compile_without_unrolling
 
 _CONFIG = cli.config_flag("the experiment to measure")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
@@ -117,6 +118,7 @@ def steps_per_second(checkout: pathlib.Path, command: Sequence[str]) -> float:
 
 def measure() -> None:
     """Measures this checkout and prints."""
+    compile_without_unrolling()  # as training does
     config = _CONFIG.value
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")

@@ -54,7 +54,11 @@ def train_main(family: Family) -> None:
                 raise UserError(f"--process_id={process_id.value} must be below --num_processes={num_processes.value}")
             parallel.initialize(coordinator.value, num_processes.value, process_id.value)
 
-    run(lambda: family.train(config.value, run_dir.value), join=join)
+    def train() -> None:
+        compile_without_unrolling()
+        family.train(config.value, run_dir.value)
+
+    run(train, join=join)
 
 
 def config_flag(meaning: str) -> flags.FlagHolder:
@@ -80,8 +84,7 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument '{arguments[1]}': options are written --name=value")
-            keep_freed_memory()  # these two before JAX's backend starts, after which they have no effect
-            compile_without_unrolling()
+            keep_freed_memory()  # before JAX's backend starts its threads, after which it has no effect
             join()
             if exact and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
                 jax.config.update("jax_default_matmul_precision", "highest")

@@ -14,8 +14,9 @@ _OPTIONS = ("xla_cpu_disable_loop_unrolling", "xla_cpu_disable_slp_vectorizer")
 def compile_without_unrolling() -> None:
     """Makes XLA compile for CPUs without LLVM's unrolling of loops, and without SLP vectorisation after it.
 
-    Compiling takes a quarter less time, and training steps are as fast (docs/notes.md). Loops are vectorised as before.
-    To be called before JAX's backend starts. Sets XLA_FLAGS; options that the user gives there come last, and win.
+    For training: compiling takes a quarter less time, and steps are as fast (docs/notes.md). Products with single rows,
+    as in some evaluations, would be slower. To be called before JAX's backend starts. Sets XLA_FLAGS; options that the
+    user gives there come last, and win.
     """
     flag = "--xla_backend_extra_options=" + ",".join(_OPTIONS)
     given = os.environ.get("XLA_FLAGS", "").split()
