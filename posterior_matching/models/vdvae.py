@@ -286,7 +286,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
             z = diagonal_gaussian_sample(posterior, noise)
             return residual, z, (prior, posterior, matched)
 
-        # The noise of all blocks in one draw, too.
+        # The noise of all blocks is one draw, which compiles to fewer kernels.
         sizes = tuple(len(x) * block.resolution**2 * self.latent_dim for block in self.blocks)
         p, collected = self._decode(step, split_at(jax.random.normal(key, (sum(sizes),)), sizes), len(x))
         # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
