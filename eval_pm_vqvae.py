@@ -7,11 +7,11 @@ recall), 1001], `f_scores.npy` [trials, 2 (F_1/8, F_8)], `results.json` and `imp
 """
 
 from posterior_matching import cli
-from posterior_matching.evaluation import imputation
+from posterior_matching.evaluation import inpainting
 
 if __name__ == "__main__":
     cli.evaluation_main(
-        imputation.evaluate,
+        inpainting.evaluate,
         run_dir="Evaluate the run in this directory, made by train_pm_vqvae.py (required).",
         num_samples="Draw this many imputations of each image.",
         baselines="Also compute the PSNR of mean and k-nearest-neighbour imputation on the same masks.",

@@ -8,7 +8,8 @@ All other cells and pixels are unchanged.
 """
 
 from configs import pm_vae_table
-from posterior_matching import cli, estimator
+from posterior_matching import cli
+from posterior_matching.impute import estimator
 
 if __name__ == "__main__":
     cli.evaluation_main(

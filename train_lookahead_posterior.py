@@ -12,9 +12,9 @@ from posterior_matching import cli
 from posterior_matching.config import Count
 from posterior_matching.data import Dataset
 from posterior_matching.errors import OptionError
-from posterior_matching.masking import MaskOption
+from posterior_matching.mask_generators import MaskOption
 from posterior_matching.models.lookahead import LookaheadPosterior
-from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.family import Batch, Family, Metrics
 from posterior_matching.training.pretrained import Base
 
 
@@ -29,7 +29,7 @@ class Options:
     RENAMED: ClassVar = {"spread": "'target', with 'conditional' for 'remaining' and 'marginal' for 'total'"}
 
 
-def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def loss(model: LookaheadPosterior, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """Negative log-probability under the lookahead posteriors, at samples of the posteriors they approximate."""
     lookahead_ll = model.log_prob_of_samples(
         batch.x,

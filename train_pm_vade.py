@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 
 from posterior_matching import cli
-from posterior_matching.evaluation.clustering import SAMPLES, contingency, summarise_contingency
 from posterior_matching.evaluation.pictures import imputation_grid
-from posterior_matching.masking import MaskOption
+from posterior_matching.mask_generators import MaskOption
 from posterior_matching.models.vade import PosteriorMatchingVADE
+from posterior_matching.training.clustering import SAMPLES, contingency, summarise_contingency
 from posterior_matching.training.corruption import CorruptionOptions
-from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.family import Batch, Family, Metrics
 from posterior_matching.training.pretrained import Base
 
 
@@ -28,7 +28,7 @@ class Options(CorruptionOptions):
     mask_generator: MaskOption
 
 
-def loss(model: PosteriorMatchingVADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def loss(model: PosteriorMatchingVADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """The Posterior Matching loss; the VaDE is frozen."""
     x = options.corrupt(batch, rngs, model.vade.cardinalities)  # the same for both posteriors
     b = options.mask_generator(rngs.mask(), batch.available.shape) * batch.available

@@ -14,9 +14,9 @@ from posterior_matching import cli
 from posterior_matching.data import Dataset
 from posterior_matching.errors import OptionError
 from posterior_matching.evaluation.pictures import image_columns, image_square, imputation_grid
-from posterior_matching.masking import MaskOption
+from posterior_matching.mask_generators import MaskOption
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
-from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.family import Batch, Family, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
     mask_generator: MaskOption
 
 
-def loss(model: PosteriorMatchingVDVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def loss(model: PosteriorMatchingVDVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """Negative ELBO plus the Posterior Matching loss."""
     x = model.to_levels(batch.x)
     b = options.mask_generator(rngs.mask(), batch.available.shape)

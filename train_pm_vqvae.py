@@ -13,10 +13,10 @@ from flax import nnx
 
 from posterior_matching import cli
 from posterior_matching.evaluation.pictures import imputation_grid
-from posterior_matching.masking import MaskOption
+from posterior_matching.mask_generators import MaskOption
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
 from posterior_matching.training.corruption import CorruptionOptions
-from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.family import Batch, Family, Metrics
 from posterior_matching.training.pretrained import Base
 
 
@@ -27,7 +27,7 @@ class Options(CorruptionOptions):
     mask_generator: MaskOption
 
 
-def loss(model: PosteriorMatchingVQVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def loss(model: PosteriorMatchingVQVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """The Posterior Matching loss; the VQ-VAE is frozen."""
     x = options.corrupt(batch, rngs)
     b = options.mask_generator(rngs.mask(), batch.available.shape)

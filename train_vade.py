@@ -15,13 +15,13 @@ from pydantic import Field, PlainValidator
 from posterior_matching import cli
 from posterior_matching.config import Count, call
 from posterior_matching.errors import OptionError
-from posterior_matching.evaluation.clustering import SAMPLES, contingency, mixture_accuracy, summarise_contingency
 from posterior_matching.models.vade import VADE
-from posterior_matching.models.vade_initialisation import Restarts, choose
+from posterior_matching.training.clustering import SAMPLES, contingency, mixture_accuracy, summarise_contingency
 from posterior_matching.training.corruption import CorruptionOptions
 from posterior_matching.training.experiment import Phase
-from posterior_matching.training.family import Batch, Family, Setup, Terms
+from posterior_matching.training.family import Batch, Family, Metrics, Setup
 from posterior_matching.training.optimizer import OptimizerOption
+from posterior_matching.training.vade_initialisation import Restarts, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options(CorruptionOptions):
     pretraining: Annotated[Pretraining, PlainValidator(functools.partial(call, Pretraining))]
 
 
-def autoencoder_loss(restarts: Restarts, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def autoencoder_loss(restarts: Restarts, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """Negative log p(x | z) of all restarts, with z the posterior mean."""
     corrupted_x = options.corrupt(batch, rngs, restarts.models[0].cardinalities)
     dropout = rngs.dropout() if batch.training else None
@@ -50,7 +50,7 @@ def autoencoder_loss(restarts: Restarts, batch: Batch, rngs: nnx.Rngs, options: 
     return {"loss": -ll.sum(0), "reconstruction_ll_nats": ll.mean(0)}
 
 
-def loss(model: VADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def loss(model: VADE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """Negative ELBO."""
     corrupted_x = options.corrupt(batch, rngs, model.cardinalities)
     dropout = rngs if batch.training else None

@@ -15,7 +15,7 @@ from posterior_matching import cli, parallel
 from posterior_matching.evaluation.pictures import image_columns
 from posterior_matching.models.vqvae import VQVAE
 from posterior_matching.training.corruption import CorruptionOptions
-from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.family import Batch, Family, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Options(CorruptionOptions):
     """The keys specific to VQ-VAE configs, documented in `configs/common.py`."""
 
 
-def loss(model: VQVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def loss(model: VQVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """Negative log-likelihood plus the quantiser loss."""
     x = options.corrupt(batch, rngs)
     terms = model.terms(x, update_codebook=batch.training, axis_name=parallel.AXIS)

@@ -25,9 +25,9 @@ from sklearn.mixture import GaussianMixture
 import train_pm_vade
 import train_vade
 from posterior_matching import cli, data, masking, runs
-from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.models.vade import PosteriorMatchingVADE
+from posterior_matching.training.clustering import clustering_scores
 
 _DATASET = flags.DEFINE_string("dataset", "digits", "A labelled dataset that has both configs.")
 _SEEDS = flags.DEFINE_integer("num_seeds", 5, "Number of seeds: 0, 1, ...", lower_bound=1)

@@ -28,9 +28,10 @@ from absl import flags
 from flax import nnx
 
 from benchmarks import synthetic, timing
-from posterior_matching import acquisition, cli, data, masking
+from posterior_matching import cli, data, mask_generators
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.metrics import precision_recall
+from posterior_matching.models import greedy
 from posterior_matching.models.pixel_cnn import PixelCNN
 from posterior_matching.numerics.random import random_key
 
@@ -82,14 +83,14 @@ def of_pm_vdvae(count: int, samples: int) -> Evaluations:
 def of_lookahead(count: int, samples: int) -> Evaluations:
     """Decisions of both policies."""
 
-    def decide(policy: acquisition.Policy) -> Callable[..., Any]:
+    def decide(policy: greedy.Policy) -> Callable[..., Any]:
         def action(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
             gains = jax.vmap(lambda x, b, key: policy(model, x, b, samples, key))(x, b, keys)
-            return jax.vmap(acquisition.greedy_action)(gains)
+            return jax.vmap(greedy.greedy_action)(gains)
 
         return action
 
-    return {f"decisions by {name}": (decide(acquisition.POLICIES[name]), count) for name in ("sampling", "lookahead")}
+    return {f"decisions by {name}": (decide(greedy.POLICIES[name]), count) for name in ("sampling", "lookahead")}
 
 
 EVALUATIONS: dict[str, Callable[[int, int], Evaluations]] = {
@@ -123,7 +124,7 @@ def main() -> None:
     rows = synthetic.dataset(synthetic.dataset_of(name, config), _BATCH_SIZE.value)
     model: Any = synthetic.experiment(name, config, rows).phases[-1].model
     x, available = data.decode(rows.x, rows.max_value)
-    mask_generator = masking.build_mask_generator(config.mask_generator)
+    mask_generator = mask_generators.build_mask_generator(config.mask_generator)
     b = mask_generator(random_key(0), available.shape)
     keys = jax.random.split(random_key(1), len(x))
     print(f"device                               {jax.devices()[0].device_kind}, jax {jax.__version__}")

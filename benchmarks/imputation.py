@@ -34,14 +34,14 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
+from benchmarks.missingness import MECHANISMS
 from posterior_matching import cli, data
 from posterior_matching.atomic import write_text
 from posterior_matching.config import call, read_options
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.estimator import PosteriorMatchingImputer
 from posterior_matching.evaluation import baselines
 from posterior_matching.evaluation.metrics import category_accuracy, crps, interval_coverage, nrmse
-from posterior_matching.missingness import MECHANISMS
+from posterior_matching.impute.estimator import PosteriorMatchingImputer
 
 NUM_DRAWS = 99  # between the 5th smallest and the 5th largest lies a new draw with probability 0.9
 METRICS = ("nrmse", "accuracy", "mae", "crps", "coverage", "seconds")
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
     name: str
     x: np.ndarray  # [N, d]
-    columns: data.Columns
+    columns: data.TableSchema
 
 
 class Imputations(NamedTuple):
@@ -193,7 +193,7 @@ def read(source: str, max_rows: int) -> Rows:
         table = data.read_table(pd.DataFrame(x).add_prefix("x"))  # names, by which constant columns may be left out
     else:
         table = data.read_table(path, call(data.TableOptions, options, "table"))
-    columns = data.Columns.fit(table)
+    columns = data.TableSchema.fit(table)
     x = columns.encode(table)
     chosen = np.random.default_rng(0).permutation(len(x))[:max_rows]
     return Rows(pathlib.Path(path).stem, x[np.sort(chosen)].astype(np.float64), columns)

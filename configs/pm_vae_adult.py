@@ -4,7 +4,7 @@ python train_pm_vae.py --config configs/pm_vae_adult.py
 """
 
 from configs import common
-from posterior_matching.estimator import table_config
+from posterior_matching.impute.defaults import table_config
 
 
 def get_config():

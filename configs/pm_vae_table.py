@@ -6,7 +6,7 @@ python train_pm_vae.py --config configs/pm_vae_table.py --config.dataset=mine.cs
 from ml_collections import config_dict
 
 from configs import common
-from posterior_matching.estimator import table_config
+from posterior_matching.impute.defaults import table_config
 
 
 def get_config():

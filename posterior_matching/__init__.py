@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posterior_matching.estimator import PosteriorMatchingImputer
+    from posterior_matching.impute.estimator import PosteriorMatchingImputer
     from posterior_matching.runs import load_model
 
 __all__ = ["PosteriorMatchingImputer", "load_model"]
 
-_HOMES = {"PosteriorMatchingImputer": "posterior_matching.estimator", "load_model": "posterior_matching.runs"}
+_HOMES = {"PosteriorMatchingImputer": "posterior_matching.impute.estimator", "load_model": "posterior_matching.runs"}
 
 
 def __getattr__(name: str) -> Any:

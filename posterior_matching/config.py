@@ -27,7 +27,7 @@ Config = Mapping[str, Any]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Steps = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**31)]
-Units = Annotated[int, Field(ge=1, le=65_536)]  # of a layer: channels, hidden units, dimensions of z
+Width = Annotated[int, Field(ge=1, le=65_536)]  # of a layer: channels, hidden units, dimensions of z
 Blocks = Annotated[int, Field(ge=0, le=1000)]  # stacked layers
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -34,7 +34,7 @@ from flax import nnx
 
 from posterior_matching import atomic, models, parallel
 from posterior_matching.config import call, flatten, naming, plain
-from posterior_matching.data import Columns, ImageFormat, ImageOptions, TableOptions
+from posterior_matching.data import ImageFormat, ImageOptions, TableOptions, TableSchema
 from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
@@ -214,7 +214,7 @@ def open_run(
     model: str,
     config: Mapping[str, Any],
     input_shape: tuple[int, ...],
-    columns: Columns | None = None,
+    columns: TableSchema | None = None,
     fingerprint: str | None = None,
     image_format: ImageFormat | None = None,
 ) -> Run:
@@ -307,10 +307,10 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
     return description
 
 
-def saved_columns(description: Mapping[str, Any]) -> Columns | None:
+def saved_columns(description: Mapping[str, Any]) -> TableSchema | None:
     """Returns the columns of the table that a run was trained on, from its `config.json`; None for other data."""
     saved = description.get("columns") or description.get("standardisation")  # the latter in runs of version 0.1
-    return Columns.from_json(saved) if saved else None
+    return TableSchema.from_json(saved) if saved else None
 
 
 def saved_table_options(description: Mapping[str, Any]) -> TableOptions:

@@ -14,11 +14,12 @@ from helpers.pm_vae import ALIGNED as EXACT
 from helpers.pm_vae import lookahead_on, masks_and_data, mutual_information
 from helpers.runs import contents, refusal, untrained_run
 from helpers.scripts import execute
-from posterior_matching import acquisition, data, models
-from posterior_matching.acquisition import POLICIES, acquire, greedy_action
+from posterior_matching import data, models
 from posterior_matching.evaluation.acquisition import evaluate
 from posterior_matching.evaluation.examples import ExampleMap
 from posterior_matching.evaluation.results import load_npz
+from posterior_matching.models import greedy
+from posterior_matching.models.greedy import POLICIES, acquire, greedy_action
 
 KEY = jax.random.key(0)
 NAMES = ["sampling", "lookahead", "random"]
@@ -195,8 +196,8 @@ def test_the_notebook_executes(run_dir):
 def test_a_memory_budget_decides_how_many_features_are_looked_at_together():
     model = models.build("lookahead", CONFIG, (9,), nnx.Rngs(1))
     x, b = jnp.zeros((4, 9)), jnp.ones((4, 9)).at[:, ::2].set(0.0)
-    fit = [acquisition.features_that_fit(model, x, b, 8, budget) for budget in (0.0, 1e3)]
+    fit = [greedy.features_that_fit(model, x, b, 8, budget) for budget in (0.0, 1e3)]
     assert fit == [1, 9]
-    gains = [acquisition.sampling_policy(model, x[0], b[0], 8, KEY, features_at_once=n) for n in (1, 4, 9)]
+    gains = [greedy.sampling_policy(model, x[0], b[0], 8, KEY, features_at_once=n) for n in (1, 4, 9)]
     for found in gains[1:]:
         np.testing.assert_allclose(found, gains[0], rtol=1e-5, atol=1e-5)

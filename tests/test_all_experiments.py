@@ -10,13 +10,13 @@ import pytest
 from benchmarks import reproduce
 from helpers.configs import CONFIGS, ROOT, load
 from helpers.scripts import run_script
-from posterior_matching.evaluation import acquisition, imputation, likelihood, uci
+from posterior_matching.evaluation import acquisition, inpainting, likelihood, uci
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS
 
 EVALUATIONS = {
     "eval_pm_vae_uci.py": uci.evaluate,
-    "eval_pm_vqvae.py": imputation.evaluate,
-    "eval_pm_vdvae_imputation.py": imputation.evaluate,
+    "eval_pm_vqvae.py": inpainting.evaluate,
+    "eval_pm_vdvae_imputation.py": inpainting.evaluate,
     "eval_pm_vdvae_likelihood.py": likelihood.evaluate,
     "eval_greedy_acquisition.py": acquisition.evaluate,
 }

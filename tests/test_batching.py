@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from posterior_matching.data.batches import padded_batches
+from posterior_matching.data.dataset import padded_batches
 from posterior_matching.training.batching import EpochOrder, TrainingFeed, evaluation_chunks
 
 DEVICES = 4

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from helpers.configs import SHARED, needs_shared
-from posterior_matching.data.columns import Columns
-from posterior_matching.data.tables import TableOptions, read_table
+from posterior_matching.data.tables.read import TableOptions, read_table
+from posterior_matching.data.tables.schema import TableSchema
 from posterior_matching.errors import UserError
 
 
@@ -17,11 +17,11 @@ def read(source, **options):
 
 
 def fit(frame, **options):
-    return Columns.fit(read(frame, **options))
+    return TableSchema.fit(read(frame, **options))
 
 
 def restored(columns):
-    return Columns.from_json(json.loads(json.dumps(columns.to_json(), allow_nan=False)))
+    return TableSchema.from_json(json.loads(json.dumps(columns.to_json(), allow_nan=False)))
 
 
 def fails(columns, source, **options):
@@ -61,7 +61,7 @@ def test_round_trip_of_random_frames(seed, tmp_path):
     holes = rng.uniform(size=frame.shape) < 0.2
     holes[:20] = False
     table = read(frame.astype({"flag": "boolean", "count": "Int64", "code": "Int64"}).mask(holes), **MIXED)
-    columns = Columns.fit(table)
+    columns = TableSchema.fit(table)
     assert restored(columns) == columns
     x = restored(columns).encode(table)
     assert x.shape == frame.shape and x.dtype == np.float32
@@ -81,7 +81,7 @@ def test_round_trip_of_random_frames(seed, tmp_path):
     # The same from a text file, whose observed cells leave as the very text.
     table.frame.to_csv(tmp_path / "t.csv", index=False)
     text = read(tmp_path / "t.csv", **MIXED)
-    np.testing.assert_array_equal(Columns.fit(text).encode(text), x)
+    np.testing.assert_array_equal(TableSchema.fit(text).encode(text), x)
     filled = columns.fill(text, np.nan_to_num(x)).frame
     assert filled.mask(holes).equals(text.frame.mask(holes)) and not (filled == "").any(axis=None)
 
@@ -89,11 +89,11 @@ def test_round_trip_of_random_frames(seed, tmp_path):
 def test_rows_are_standardised_by_the_training_rows_alone():
     frame = mixed()
     rows = np.arange(150)
-    columns = Columns.fit(read(frame), rows)
+    columns = TableSchema.fit(read(frame), rows)
     np.testing.assert_allclose(columns.columns[0].mean, frame["real"][:150].mean())
     np.testing.assert_allclose(columns.columns[0].std, frame["real"][:150].std(ddof=0))
     late = pd.DataFrame({"word": ["x"] * 15 + ["y"] * 4 + ["z"], "b": range(5, 25)})  # all categories of the file
-    assert Columns.fit(read(late), np.arange(10)).cardinalities == (3, 0)
+    assert TableSchema.fit(read(late), np.arange(10)).cardinalities == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_density_in_the_units_of_the_file_integrates_to_one(options):
 @needs_shared
 def test_case_of_units():
     folder = SHARED / "cases" / "f20_log_prob_units"
-    columns = [Columns.fit(read(folder / name)) for name in ("A.csv", "A_scaled.csv")]
+    columns = [TableSchema.fit(read(folder / name)) for name in ("A.csv", "A_scaled.csv")]
     x = [c.encode(read(folder / name)) for c, name in zip(columns, ("A.csv", "A_scaled.csv"), strict=True)]
     np.testing.assert_allclose(x[0], x[1], atol=0.01)
     units = [c.log_det_jacobian(x).sum(1) for c, x in zip(columns, x, strict=True)]
@@ -196,7 +196,7 @@ def test_case_of_units():
 @needs_shared
 def test_case_of_a_new_file_with_an_empty_column():
     folder = SHARED / "cases" / "f01_new_file_wanted_column_empty"
-    columns = Columns.fit(read(folder / "A.csv"))
+    columns = TableSchema.fit(read(folder / "A.csv"))
     for name, rows in (("new.csv", 3), ("new_one_row.csv", 1)):
         table = read(folder / name)
         x = columns.encode(table)
@@ -209,7 +209,7 @@ def test_case_of_a_new_file_with_an_empty_column():
 @needs_shared
 def test_case_of_permuted_columns():
     folder = SHARED / "cases" / "f03_columns_permuted_evaluation"
-    columns = Columns.fit(read(folder / "train.csv"))
+    columns = TableSchema.fit(read(folder / "train.csv"))
     x = columns.encode(read(folder / "train.csv"))
     np.testing.assert_array_equal(columns.encode(read(folder / "same_rows_reordered.csv")), x)
 
@@ -280,8 +280,8 @@ def test_quantities_that_look_like_codes(tmp_path):
 
 
 def test_runs_without_names():
-    columns = Columns.from_json({"mean": [1.0, 2.0], "std": [0.5, 4.0]})
-    assert columns.cardinalities == (0, 0) and columns == Columns.from_standardisation([1, 2], [0.5, 4])
+    columns = TableSchema.from_json({"mean": [1.0, 2.0], "std": [0.5, 4.0]})
+    assert columns.cardinalities == (0, 0) and columns == TableSchema.from_standardisation([1, 2], [0.5, 4])
     assert restored(columns) == columns
     rows = pd.DataFrame({"x": [1.5, np.nan], "y": [2, 10]})
     np.testing.assert_array_equal(columns.encode(read(rows)), np.array([[1, 0], [np.nan, 2]], np.float32))
@@ -317,7 +317,7 @@ def test_frames_keep_their_types():
     )
     before = frame.copy()
     table = read(frame)
-    columns = Columns.fit(table)
+    columns = TableSchema.fit(table)
     filled = columns.fill(table, np.nan_to_num(columns.encode(table))).frame
     assert not filled.isna().any(axis=None) and filled.dtypes.equals(frame.dtypes)
     observed = frame.notna()

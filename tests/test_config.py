@@ -18,7 +18,7 @@ from benchmarks import synthetic
 from helpers.configs import CONFIGS, FAMILIES, leaves, load
 from helpers.runs import refusal
 from posterior_matching import models
-from posterior_matching.config import Config, Count, Dropout, Units, build, call, naming, parse, plain
+from posterior_matching.config import Config, Count, Dropout, Width, build, call, naming, parse, plain
 from posterior_matching.errors import OptionError, UserError, nearest
 
 
@@ -52,7 +52,7 @@ class Options:
     a: int
     b: Annotated[float, Field(ge=0, lt=1)] = 0.5
     kind: Literal["mean", "sum"] = "mean"
-    pair: tuple[Units, Units] = (1, 1)
+    pair: tuple[Width, Width] = (1, 1)
     inner: Annotated[Inner, PlainValidator(functools.partial(call, Inner))] | None = None
 
 

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 
 from posterior_matching import data
-from posterior_matching.data import builtin, cache, tables, tfds_reader
+from posterior_matching.data import builtin, cache, tfds
+from posterior_matching.data.tables import read as tables
 from posterior_matching.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +183,7 @@ def idx(array):
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_mnist_is_prepared_without_tensorflow(tmp_path, monkeypatch, compress, name):
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
     from tensorflow_datasets.image_classification import mnist
 
     rng = np.random.default_rng(0)
@@ -197,7 +198,7 @@ def test_mnist_is_prepared_without_tensorflow(tmp_path, monkeypatch, compress, n
             path.write_bytes(compress(idx(images if "data" in key else labels)))
         return paths
 
-    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
+    monkeypatch.setattr(tensorflow_datasets.download.DownloadManager, "download_and_extract", download)
     monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 20)
     monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 20)
     dataset = data.load(name, "train")
@@ -206,18 +207,18 @@ def test_mnist_is_prepared_without_tensorflow(tmp_path, monkeypatch, compress, n
     np.testing.assert_array_equal(dataset.label, labels[order])
     assert len(asked) == 4
     # Where TFDS itself looks for it, and readable by its own builder.
-    assert len(tfds.builder(name, data_dir=tmp_path / "tfds").as_data_source("test")) == 20
+    assert len(tensorflow_datasets.builder(name, data_dir=tmp_path / "tfds").as_data_source("test")) == 20
     assert "tensorflow" not in sys.modules
 
 
 def test_malformed_idx_file(tmp_path, monkeypatch):
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
     def download(_, urls):
         (tmp_path / "page").write_text("<html>gone</html>")
         return dict.fromkeys(urls, tmp_path / "page")
 
-    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
+    monkeypatch.setattr(tensorflow_datasets.download.DownloadManager, "download_and_extract", download)
     assert "not an idx file" in fails("mnist")
     assert not (tmp_path / "tfds" / "mnist" / "3.0.1").exists()
 
@@ -233,19 +234,21 @@ def png(image):
 def test_celeb_a_is_cropped_and_halved(monkeypatch):
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (5, 8, 8, 3)).repeat(30, 1).repeat(30, 2)[:, :218, :178].astype(np.uint8)
-    faces = tfds_reader._crop_faces(smooth)
+    faces = tfds._crop_faces(smooth)
     crop = smooth[:, 45:173, 25:153].astype(float)
     halved = (crop[:, ::2, ::2] + crop[:, 1::2, ::2] + crop[:, ::2, 1::2] + crop[:, 1::2, 1::2]) / 4
     assert faces.shape == (5, 64, 64, 3) and faces.dtype == np.uint8
     assert np.abs(faces - halved).max() <= 0.5
 
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
-    builder, image = tfds.builder_cls("celeb_a"), tfds.features.Image(shape=(218, 178, 3))
+    builder, image = tensorflow_datasets.builder_cls("celeb_a"), tensorflow_datasets.features.Image(shape=(218, 178, 3))
     monkeypatch.setattr(
         builder,
         "_info",
-        lambda self: tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"image": image})),
+        lambda self: tensorflow_datasets.core.DatasetInfo(
+            builder=self, features=tensorflow_datasets.features.FeaturesDict({"image": image})
+        ),
     )
     examples = [(i, {"image": io.BytesIO(png(x))}) for i, x in enumerate(smooth)]
     monkeypatch.setattr(builder, "_split_generators", lambda *_: {"validation": iter(examples)})
@@ -256,22 +259,22 @@ def test_celeb_a_is_cropped_and_halved(monkeypatch):
 
 def test_bilinear_resize_by_hand():
     ramp = np.arange(28, dtype=np.uint8)[None, :, None, None] * np.ones((1, 1, 28, 1), np.uint8)
-    out = tfds_reader.resize_bilinear(ramp, 16)[0, :, 0, 0]
+    out = tfds.resize_bilinear(ramp, 16)[0, :, 0, 0]
     np.testing.assert_allclose(out, (np.arange(16) + 0.5) * 28 / 16 - 0.5, atol=1e-5)  # linear, half-pixel centres
     impulse = np.zeros((1, 28, 28, 1))
     impulse[0, 2, 2] = 1  # between the samples at 0.375, 2.125 and 3.875
-    np.testing.assert_allclose(tfds_reader.resize_bilinear(impulse, 16)[0, :3, 1, 0], np.array([0, 0.875, 0]) * 0.875)
-    np.testing.assert_array_equal(tfds_reader.resize_bilinear(ramp, 28), ramp)
+    np.testing.assert_allclose(tfds.resize_bilinear(impulse, 16)[0, :3, 1, 0], np.array([0, 0.875, 0]) * 0.875)
+    np.testing.assert_array_equal(tfds.resize_bilinear(ramp, 28), ramp)
 
 
 def test_no_network(monkeypatch, tmp_path):
     import requests
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
     def download(*_):
         raise requests.exceptions.ConnectionError("HTTPSConnectionPool ... " * 20)
 
-    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
+    monkeypatch.setattr(tensorflow_datasets.download.DownloadManager, "download_and_extract", download)
     message = fails("cifar10")
     assert "no network" in message and str(tmp_path / "tfds" / "cifar10") in message
 
@@ -281,7 +284,7 @@ def test_names():
     assert "digits" in fails("digit")
     assert "own data" in fails("zzzzzzzz")
     assert "no file" in fails("table.parquet")
-    columns = data.Columns.from_standardisation([0] * 8, [1] * 8)
+    columns = data.TableSchema.from_standardisation([0] * 8, [1] * 8)
     assert "pass a file" in fails("mixture", columns=columns)
 
 

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from helpers.configs import ROOT, SMALL, load, untrained
 from helpers.runs import rows
 from helpers.scripts import finish, free_port, start, write_config
-from posterior_matching import data, masking, runs
+from posterior_matching import data, mask_generators, runs
 from posterior_matching.evaluation import uci
 from posterior_matching.training.experiment import Batch
 
@@ -198,7 +198,7 @@ def test_evaluation_writes_its_results_and_the_exact_likelihood(undisturbed):
     for trial, found in enumerate(metrics["ac_ll_exact_nats"]["trials"]):
         key = jax.random.fold_in(jax.random.key(4), trial)
         mask_keys = [jax.random.split(jax.random.fold_in(key, i), 3)[0] for i in range(50)]
-        b = np.stack([masking.BernoulliMaskGenerator()(k, (1, 8))[0] for k in mask_keys])
+        b = np.stack([mask_generators.BernoulliMaskGenerator()(k, (1, 8))[0] for k in mask_keys])
         exact = data.mixture_log_prob(x, np.ones_like(x)) - data.mixture_log_prob(x, b)
         np.testing.assert_allclose(found, exact.mean(), rtol=1e-5)
         # The model knows less than the truth, and importance sampling errs low.

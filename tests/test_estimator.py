@@ -14,9 +14,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 
 from posterior_matching import runs
-from posterior_matching.estimator import PosteriorMatchingImputer, table_config
 from posterior_matching.evaluation import uci
-from posterior_matching.imputation import impute_file
+from posterior_matching.impute.estimator import PosteriorMatchingImputer, table_config
+from posterior_matching.impute.imputer import impute_file
 
 pytestmark = pytest.mark.slow
 

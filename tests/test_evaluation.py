@@ -14,11 +14,11 @@ from PIL import Image
 
 from helpers.configs import LEAST
 from helpers.runs import untrained_run
-from posterior_matching import data, masking, models, progress
+from posterior_matching import data, mask_generators, models, progress
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import pictures, uci
 from posterior_matching.evaluation.examples import ExampleMap, load_dataset, open_run
-from posterior_matching.evaluation.results import Parts, Results
+from posterior_matching.evaluation.results import PartialResults, Results
 
 NUM_ROWS, DIM = 1797, 5
 
@@ -99,7 +99,7 @@ def counted(calls):
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "one bit", "foreign"])
 def test_a_damaged_or_foreign_part_is_computed_again(damage, tmp_path):
-    parts, calls, path = Parts.open(tmp_path, SETTINGS), [], tmp_path / "one.npz"
+    parts, calls, path = PartialResults.open(tmp_path, SETTINGS), [], tmp_path / "one.npz"
     parts.get("one", counted(calls))
     content = path.read_bytes()
     if damage == "foreign":
@@ -115,27 +115,27 @@ def test_a_damaged_or_foreign_part_is_computed_again(damage, tmp_path):
 
 def test_a_part_of_other_settings_or_of_another_place_is_computed_again(tmp_path):
     calls = []
-    Parts(tmp_path, SETTINGS).within("trial_1").get("one", counted(calls))
-    Parts(tmp_path, SETTINGS | {"num_samples": 20}).within("trial_1").get("one", counted(calls))
+    PartialResults(tmp_path, SETTINGS).within("trial_1").get("one", counted(calls))
+    PartialResults(tmp_path, SETTINGS | {"num_samples": 20}).within("trial_1").get("one", counted(calls))
     (tmp_path / "trial_2").mkdir()
     (tmp_path / "trial_1" / "one.npz").rename(tmp_path / "trial_2" / "one.npz")
-    Parts(tmp_path, SETTINGS | {"num_samples": 20}).within("trial_2").get("one", counted(calls))
+    PartialResults(tmp_path, SETTINGS | {"num_samples": 20}).within("trial_2").get("one", counted(calls))
     assert len(calls) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b'{"num_samples": 1', b"[1]", b"\xff\x00"])
 def test_damaged_settings_are_written_again_and_what_was_computed_with_others_is_not_used(content, tmp_path):
     calls = []
-    Parts.open(tmp_path, SETTINGS).get("one", counted(calls))
+    PartialResults.open(tmp_path, SETTINGS).get("one", counted(calls))
     for settings in (SETTINGS, SETTINGS | {"num_samples": 20}):
         (tmp_path / "settings.json").write_bytes(content)
-        Parts.open(tmp_path, settings).get("one", counted(calls))
+        PartialResults.open(tmp_path, settings).get("one", counted(calls))
         assert json.loads((tmp_path / "settings.json").read_text()) == settings
     assert len(calls) == 2
 
 
 def test_the_end_of_one_evaluation_does_not_disturb_another_of_the_same(tmp_path):
-    first, second = (Parts.open(tmp_path / "parts", SETTINGS) for _ in range(2))
+    first, second = (PartialResults.open(tmp_path / "parts", SETTINGS) for _ in range(2))
 
     def compute():
         second.remove()
@@ -259,7 +259,7 @@ def columns(path):
         ("BernoulliMaskGenerator:p=0.0", 0),
         ("BernoulliMaskGenerator:p=1.0", 1),
         ("config", 0),
-        (masking.BernoulliMaskGenerator(0.0), 0),
+        (mask_generators.BernoulliMaskGenerator(0.0), 0),
     ],
 )
 def test_an_evaluation_is_a_function_and_its_picture_has_its_masks(masks, p, run_dir, capsys):

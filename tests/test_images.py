@@ -19,13 +19,14 @@ from helpers.configs import FAMILIES, SHARED, changed, load, needs_shared, small
 from helpers.runs import contents, refusal, rows
 from posterior_matching import data, models, runs
 from posterior_matching.config import plain
-from posterior_matching.data import ImageFormat, ImageOptions, image_files
-from posterior_matching.data.images import as_stored, fingerprint, is_images, read_images
+from posterior_matching.data import ImageFormat, ImageOptions
+from posterior_matching.data.images import files as image_files
+from posterior_matching.data.images.source import as_stored, fingerprint, is_images, read_images
 from posterior_matching.errors import UserError
-from posterior_matching.estimator import impute
 from posterior_matching.evaluation import uci
-from posterior_matching.imputation import Imputer
-from posterior_matching.models.likelihood import tempered_weights, weighted_mean
+from posterior_matching.impute.estimator import impute
+from posterior_matching.impute.imputer import RowImputer
+from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import UnitRange
 
 RNG = np.random.default_rng(0)
@@ -628,7 +629,7 @@ def test_a_point_estimate_is_the_weighted_mean_of_draws(run):
     variance = weighted_mean(np.square(draws - expected), weights)
     effective = (1 / np.square(weights).sum(0)).reshape(2, 1, 1, 1)
     error = np.sqrt(2 * variance / effective)
-    found = Imputer(model, batch_size=2, num_samples=n).image(x, b)
+    found = RowImputer(model, batch_size=2, num_samples=n).image(x, b)
     assert (np.abs(found - expected) < 5 * error + 1e-5).all() and error.max() > 1e-4
     assert np.abs(found - draws.mean(0)).max() > 10 * error.max()  # weights do matter
 
@@ -727,7 +728,7 @@ def test_the_imputers_of_other_families(name):
     config, base = plain(small(name).model), FAMILIES[name].base
     config |= {base.part: plain(small(base.model).model)} if base else {}
     model = models.build(name, config, (8, 8, 1), nnx.Rngs(0))
-    imputer = Imputer(UnitRange(model) if name == "pm_vdvae" else model, batch_size=2, num_samples=1)
+    imputer = RowImputer(UnitRange(model) if name == "pm_vdvae" else model, batch_size=2, num_samples=1)
     x = RNG.uniform(size=(3, 8, 8, 1)).astype(np.float32)
     x = np.rint(x * 16) / np.float32(16)
     b = (RNG.uniform(size=x.shape) < 0.5).astype(np.float32)

@@ -15,11 +15,11 @@ from flax import nnx
 
 from helpers.configs import SHARED, needs_shared
 from helpers.scripts import run_script
-from posterior_matching import imputation
 from posterior_matching.data import TableOptions, read_table
 from posterior_matching.errors import UserError
-from posterior_matching.estimator import impute, table_config
-from posterior_matching.imputation import Imputer, impute_file
+from posterior_matching.impute import imputer as imputation
+from posterior_matching.impute.estimator import impute, table_config
+from posterior_matching.impute.imputer import RowImputer, impute_file
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
 pytestmark = pytest.mark.slow
@@ -53,9 +53,11 @@ def rows():
     return x
 
 
-@pytest.mark.parametrize("fill", [Imputer.point, lambda imputer, x: next(imputer.draws(x, 1))], ids=["point", "draws"])
+@pytest.mark.parametrize(
+    "fill", [RowImputer.point, lambda imputer, x: next(imputer.draws(x, 1))], ids=["point", "draws"]
+)
 def test_a_row_is_filled_the_same_whatever_rows_are_around_it(fill, model, rows):
-    imputer = Imputer(model, batch_size=8, num_samples=4)
+    imputer = RowImputer(model, batch_size=8, num_samples=4)
     filled = fill(imputer, rows)
     order = np.random.default_rng(1).permutation(len(rows))
     np.testing.assert_array_equal(fill(imputer, rows[order]), filled[order])
@@ -63,12 +65,12 @@ def test_a_row_is_filled_the_same_whatever_rows_are_around_it(fill, model, rows)
     observed = ~np.isnan(rows)
     np.testing.assert_array_equal(filled[observed], rows[observed])
     assert np.isfinite(filled).all() and set(filled[:, 3]) <= {0.0, 1.0, 2.0}
-    other_seed = fill(Imputer(model, batch_size=8, num_samples=4, seed=1), rows)
+    other_seed = fill(RowImputer(model, batch_size=8, num_samples=4, seed=1), rows)
     assert (other_seed[:, :3] != filled[:, :3])[~observed[:, :3]].all()
 
 
 def test_copies_differ_and_do_not_depend_on_their_number(model, rows):
-    imputer, holes = Imputer(model, batch_size=8), np.isnan(rows)[:, :3]
+    imputer, holes = RowImputer(model, batch_size=8), np.isnan(rows)[:, :3]
     copies = list(imputer.draws(rows, 3))
     assert all((a[:, :3] != b[:, :3])[holes].all() for a, b in itertools.pairwise(copies))
     np.testing.assert_array_equal(next(imputer.draws(rows, 1)), copies[0])
@@ -79,13 +81,13 @@ def test_rows_without_holes_are_not_computed(rows):
         """A model that cannot do anything."""
 
     whole = np.nan_to_num(rows)
-    np.testing.assert_array_equal(Imputer(Untouchable()).point(whole), whole)
+    np.testing.assert_array_equal(RowImputer(Untouchable()).point(whole), whole)
 
 
 def test_draws_are_those_of_the_model(model):
     """Given the same cells, as `model.draw` has them: the quartiles agree up to sampling error."""
     row, n, candidates = np.array([[0.3, np.nan, -1.0, np.nan]], np.float32), 2000, 160_000
-    copies = np.concatenate(list(Imputer(model, batch_size=1, num_samples=candidates).draws(row, n)))
+    copies = np.concatenate(list(RowImputer(model, batch_size=1, num_samples=candidates).draws(row, n)))
     draw = jax.jit(lambda x, b: model.draw(x, b, n, key=jax.random.key(1), candidates=candidates))
     expected = np.asarray(draw(np.nan_to_num(row), 1.0 - np.isnan(row)))[:, 0]
     variance = 2 * (1 / n + 10 / candidates)  # of a share p, over p (1 - p): at least a tenth of them is effective

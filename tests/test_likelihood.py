@@ -10,7 +10,7 @@ from scipy.special import logsumexp, softmax
 
 from helpers.arrays import normal
 from posterior_matching.masking import mask_shape
-from posterior_matching.models.likelihood import importance_log_prob, log_prob_of_observed, tempered_weights
+from posterior_matching.models.marginal_likelihood import importance_log_prob, log_prob_of_observed, tempered_weights
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -16,9 +16,9 @@ from helpers.arrays import by_path, filled
 from helpers.configs import small
 from helpers.pm_vae import ALIGNED as EXACT
 from helpers.pm_vae import KINDS, each_kind, example, lookahead_on, masks_and_data, mutual_information
-from posterior_matching import acquisition, runs
+from posterior_matching import runs
 from posterior_matching.errors import UserError
-from posterior_matching.models import build, distributions
+from posterior_matching.models import build, distributions, greedy
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def test_one_gaussian_per_mask_entry_and_any_selection_of_them(kind):
     np.testing.assert_array_equal(np.isneginf(gains), observed)
     assert np.isfinite(np.asarray(gains)[~observed]).all()
     # The policy leaves out what is the same for all features.
-    policy = np.stack([acquisition.lookahead_policy(model, *row, 4, KEY) for row in zip(x, b, strict=True)])
+    policy = np.stack([greedy.lookahead_policy(model, *row, 4, KEY) for row in zip(x, b, strict=True)])
     np.testing.assert_array_equal(np.isneginf(policy), observed)
     entropy = np.asarray(distributions.entropy(model.pm_vae.partial_posterior(x, b), KEY, 4))
     for row, free in enumerate(~observed):

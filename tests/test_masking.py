@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from posterior_matching import masking
+from posterior_matching import mask_generators, masking
 from posterior_matching.errors import UserError
-from posterior_matching.masking import (
+from posterior_matching.mask_generators import (
     BernoulliMaskGenerator,
     CelebAMaskGenerator,
     Cifar10MaskGenerator,
@@ -30,8 +30,8 @@ from posterior_matching.masking import (
     SquareMaskGenerator,
     UniformMaskGenerator,
     build_mask_generator,
-    mask_shape,
 )
+from posterior_matching.masking import mask_shape
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -245,7 +245,7 @@ def test_cubic_weights_equal_image_resize(cells, size):
     pattern = np.asarray(jax.image.resize(noise, (size,), method="cubic"))
     length = min(size, 9)
     starts = jnp.arange(size - length + 1)  # All windows, those at the border included.
-    weights = masking._cubic_weights(starts, length, cells, size)
+    weights = mask_generators._cubic_weights(starts, length, cells, size)
     # In float32 as there: a centre that falls on a cell may round to either side, whose weights differ in alignment.
     first = np.floor((np.arange(size - length + 1, dtype=np.float32) + 0.5) * np.float32(cells / size) - 0.5) - 1
     index = first[:, None].astype(int) + np.arange(weights.shape[2])
@@ -294,7 +294,7 @@ def test_random_pattern_share():
 
 
 def test_every_generator_is_registered_and_tested():
-    assert set(masking.MASK_GENERATORS.values()) == {type(generator) for generator, _ in EVERY_GENERATOR}
+    assert set(mask_generators.MASK_GENERATORS.values()) == {type(generator) for generator, _ in EVERY_GENERATOR}
 
 
 @each_generator
@@ -449,19 +449,19 @@ def test_build_errors(config, message):
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("BernoulliMaskGenerator", masking.BernoulliMaskGenerator()),
-        ("BernoulliMaskGenerator:p=0.2", masking.BernoulliMaskGenerator(0.2)),
-        ("UniformMaskGenerator:bounds=0.0,0.2", masking.UniformMaskGenerator((0.0, 0.2))),
-        ("UniformMaskGenerator:bounds=(0.0, 0.2)", masking.UniformMaskGenerator((0.0, 0.2))),
-        ("FixedRectangleMaskGenerator:y1=0,x1=1, y2=4,x2=5", masking.FixedRectangleMaskGenerator(0, 1, 4, 5)),
+        ("BernoulliMaskGenerator", mask_generators.BernoulliMaskGenerator()),
+        ("BernoulliMaskGenerator:p=0.2", mask_generators.BernoulliMaskGenerator(0.2)),
+        ("UniformMaskGenerator:bounds=0.0,0.2", mask_generators.UniformMaskGenerator((0.0, 0.2))),
+        ("UniformMaskGenerator:bounds=(0.0, 0.2)", mask_generators.UniformMaskGenerator((0.0, 0.2))),
+        ("FixedRectangleMaskGenerator:y1=0,x1=1, y2=4,x2=5", mask_generators.FixedRectangleMaskGenerator(0, 1, 4, 5)),
         (
             "MixtureMaskGenerator:generators=[{'name': 'SquareMaskGenerator', 'size': 4}],weights=[2]",
-            masking.MixtureMaskGenerator((masking.SquareMaskGenerator(4),), (2,)),
+            mask_generators.MixtureMaskGenerator((mask_generators.SquareMaskGenerator(4),), (2,)),
         ),
     ],
 )
 def test_a_specification_names_a_generator_and_its_options(spec, expected):
-    assert masking.mask_generator_from_spec(spec) == expected
+    assert mask_generators.mask_generator_from_spec(spec) == expected
 
 
 @pytest.mark.parametrize(
@@ -485,5 +485,5 @@ def test_a_specification_names_a_generator_and_its_options(spec, expected):
 )
 def test_a_wrong_specification_is_refused_in_one_line(spec, message):
     with pytest.raises(UserError, match=message) as caught:
-        masking.mask_generator_from_spec(spec)
+        mask_generators.mask_generator_from_spec(spec)
     assert "\n" not in str(caught.value)

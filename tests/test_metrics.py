@@ -10,10 +10,10 @@ from PIL import Image
 
 from helpers.runs import refusal
 from posterior_matching.evaluation import baselines, metrics
-from posterior_matching.evaluation.clustering import clustering_scores
 from posterior_matching.evaluation.metrics import finite_mean, nrmse
 from posterior_matching.evaluation.pictures import image_square, imputation_grid, save_png
 from posterior_matching.training import optimizer
+from posterior_matching.training.clustering import clustering_scores
 from posterior_matching.training.corruption import distort
 
 # NRMSE

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from posterior_matching.missingness import MECHANISMS, mar, mnar
+from benchmarks.missingness import MECHANISMS, mar, mnar
 
 N, CARDINALITIES = 4000, (0, 3, 0, 0, 4, 0, 0, 0, 2, 0)
 

@@ -17,12 +17,12 @@ import train_pm_vae
 import train_vade
 from configs import common
 from helpers.runs import refusal
-from posterior_matching import acquisition, data, runs
+from posterior_matching import data, runs
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.evaluation import baselines, metrics, uci
-from posterior_matching.masking import BernoulliMaskGenerator
-from posterior_matching.models import build, distributions
-from posterior_matching.models.likelihood import tempered_weights, weighted_mean
+from posterior_matching.mask_generators import BernoulliMaskGenerator
+from posterior_matching.models import build, distributions, greedy
+from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
 from posterior_matching.training.corruption import add_noise
 
 pytestmark = pytest.mark.slow
@@ -240,12 +240,10 @@ def test_greedy_acquisition_scores_categories_by_whether_they_are_right():
     model, available = model_of("lookahead"), np.array([1, 1, 1, 0], np.float32)
     x = X[1] * available
     run = jax.jit(
-        lambda key, policy: acquisition.acquire(
-            policy, model, key, x, jnp.asarray(available), num_steps=4, num_samples=7
-        ),
+        lambda key, policy: greedy.acquire(policy, model, key, x, jnp.asarray(available), num_steps=4, num_samples=7),
         static_argnums=1,
     )
-    for policy in (acquisition.sampling_policy, acquisition.lookahead_policy):
+    for policy in (greedy.sampling_policy, greedy.lookahead_policy):
         found = jax.tree.map(np.asarray, run(KEY, policy))
         assert sorted(found.action[:3]) == [0, 1, 2] and found.action[3] == -1
         for t, key in enumerate(jax.random.split(KEY, 4)):

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 from helpers.arrays import Z_LIMIT, assert_mean, assert_moments, normal, standard_errors
 from helpers.pm_vae import Exact
 from posterior_matching.models.distributions import diagonal_gaussian
-from posterior_matching.models.likelihood import importance_log_prob
+from posterior_matching.models.marginal_likelihood import importance_log_prob
 from posterior_matching.models.proposals import Annealing, DefensiveMixture, GaussianMixture
 
 KEY = jax.random.key(0)

@@ -18,7 +18,7 @@ from scipy.stats import multivariate_normal
 
 from helpers.configs import DIAGONAL, MLP
 from posterior_matching import data
-from posterior_matching.data import download, gaussian, sources
+from posterior_matching.data import download, gaussian, maf
 from posterior_matching.data.builders import tabular
 from posterior_matching.data.builders.bsds import Bsds
 from posterior_matching.data.builders.gas import Gas
@@ -208,7 +208,7 @@ def expected_power():
 
 def test_power():
     write("power", "old")
-    parts = sources.power([manual("power") / "household_power_consumption.zip"])
+    parts = maf.power([manual("power") / "household_power_consumption.zip"])
     x = expected_power()
     assert [part.shape for part in parts] == [(232, 6), (25, 6), (28, 6)] and parts[0].dtype == np.float32
     fitted = np.concatenate(parts[:2])
@@ -224,7 +224,7 @@ def test_power():
 
 def test_gas():
     write("gas", "old")
-    parts = sources.gas([manual("gas") / "data.zip"])
+    parts = maf.gas([manual("gas") / "data.zip"])
     sensors = gas_text()[1]
     left = list(range(16))
     while True:
@@ -259,7 +259,7 @@ def nearest_rows(x, raw):
 @pytest.mark.parametrize("form", ["text", "old", "new"])
 def test_hepmass(form):
     folder = write("hepmass", form)
-    train, val, test = sources.hepmass(sorted(path for path in folder.iterdir() if path.suffix != ".sha256"))
+    train, val, test = maf.hepmass(sorted(path for path in folder.iterdir() if path.suffix != ".sha256"))
     rows = [hepmass_text(*arguments)[1] for arguments in ((600, 3), (200, 4))]
     x, held_out = (part[part[:, 0] == 1][:, 1:27] for part in rows)  # neither the label nor the last feature
     kept = [column for column in range(26) if column + 1 not in DISCRETE]
@@ -272,22 +272,22 @@ def test_hepmass(form):
 
 
 def test_hepmass_reads_the_first_tenth(monkeypatch):
-    read, asked = sources.pd.read_csv, []
+    read, asked = maf.pd.read_csv, []
 
     def read_less(*arguments, nrows, **options):
         asked.append(nrows)
         return read(*arguments, nrows=90, **options)
 
-    monkeypatch.setattr(sources.pd, "read_csv", read_less)
+    monkeypatch.setattr(maf.pd, "read_csv", read_less)
     folder = write("hepmass", "old")
-    parts = sources.hepmass(sorted(folder.iterdir()))
+    parts = maf.hepmass(sorted(folder.iterdir()))
     assert asked == [700_000, 350_000]
     assert len(parts[0]) + len(parts[1]) == (hepmass_text(600, 3)[1][:90, 0] == 1).sum()
 
 
 def test_miniboone():
     write("miniboone", "old")
-    parts = sources.miniboone([manual("miniboone") / "MiniBooNE_PID.txt"])
+    parts = maf.miniboone([manual("miniboone") / "MiniBooNE_PID.txt"])
     x = miniboone_text()[1][:200]
     x = np.delete(x, [5, 17, 150], axis=0)
     x = x[:, [column for column in range(50) if not many(x[:, column])]]
@@ -299,7 +299,7 @@ def test_miniboone():
 
 def test_bsds():
     folder = write("bsds", "")
-    parts = sources.bsds([folder / "BSDS300-images.tgz"], (1000, 50, 80))
+    parts = maf.bsds([folder / "BSDS300-images.tgz"], (1000, 50, 80))
     assert [part.shape for part in parts] == [(1000, 63), (50, 63), (80, 63)]
     grey = {}
     with tarfile.open(folder / "BSDS300-images.tgz") as archive:
@@ -328,7 +328,7 @@ def test_bsds():
 
 def test_the_published_numbers_of_rows_follow_from_those_of_the_archives():
     def sizes(num_rows):
-        return tuple(len(part) for part in sources._last_tenths(np.empty((num_rows, 0))))
+        return tuple(len(part) for part in maf._last_tenths(np.empty((num_rows, 0))))
 
     assert sizes(2_049_280) == Power.ROWS  # complete rows
     assert sizes(round(4_208_261 / 4)) == Gas.ROWS

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.configs import SHARED, needs_shared
-from posterior_matching.data import tables
-from posterior_matching.data.columns import Columns
-from posterior_matching.data.tables import TableOptions, iter_chunks, read_table, table_writer, write_table
+from posterior_matching.data.tables import read as tables
+from posterior_matching.data.tables.read import TableOptions, iter_chunks, read_table, table_writer, write_table
+from posterior_matching.data.tables.schema import TableSchema
 from posterior_matching.errors import UserError
 
 
@@ -47,7 +47,7 @@ def values(table):
 def fails(path, **options):
     """Returns the one-line message with which a table is refused, read or understood."""
     with pytest.raises(UserError) as error:
-        Columns.fit(read(path, **options))
+        TableSchema.fit(read(path, **options))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -76,9 +76,9 @@ def test_cases_are_the_same_table(case, rows, names):
     # All of these hold the numbers of this one, written in another way.
     plain = read(SHARED / "cases" / "f11_small_file_default_config" / "plain.csv")
     table = read(SHARED / "cases" / case)
-    columns = Columns.fit(table)
+    columns = TableSchema.fit(table)
     assert len(table) == rows and [column.name for column in columns.columns] == list(names)
-    np.testing.assert_array_equal(columns.encode(table), Columns.fit(plain).encode(plain))
+    np.testing.assert_array_equal(columns.encode(table), TableSchema.fit(plain).encode(plain))
     assert np.isnan(columns.encode(table)).sum() == 19
 
 
@@ -86,19 +86,19 @@ def test_cases_are_the_same_table(case, rows, names):
 def test_case_of_a_sentinel(caplog):
     path = SHARED / "cases" / "f06_sentinel_minus200" / "air.csv"
     with caplog.at_level("WARNING", logger="absl"):
-        Columns.fit(read(path))
+        TableSchema.fit(read(path))
     assert "-200 repeats in 'no2', 'nox', 'co', 'o3'" in caplog.text
     assert "config.table.missing_values=(-200,)" in caplog.text
     caplog.clear()
     table = read(path, missing_values=(-200,))
-    assert np.isnan(Columns.fit(table).encode(table)).sum() == 50 and "repeats" not in caplog.text
+    assert np.isnan(TableSchema.fit(table).encode(table)).sum() == 50 and "repeats" not in caplog.text
 
 
 @needs_shared
 def test_case_of_observed_cells(tmp_path):
     path = SHARED / "cases" / "f07_observed_cells_changed_skewed" / "money.csv"
     table = read(path)
-    columns = Columns.fit(table)
+    columns = TableSchema.fit(table)
     write_table(tmp_path / "out.csv", columns.fill(table, columns.encode(table)))
     assert (tmp_path / "out.csv").read_bytes() == path.read_bytes()
 
@@ -112,7 +112,7 @@ def test_cases_that_are_refused():
 
 @needs_shared
 def test_case_of_booleans():
-    columns = Columns.fit(read(SHARED / "cases" / "f13_booleans" / "bools.csv"))
+    columns = TableSchema.fit(read(SHARED / "cases" / "f13_booleans" / "bools.csv"))
     assert columns.columns[0].values == ("False", "True") and columns.cardinalities == (2, 0, 0, 0, 0)
 
 
@@ -139,7 +139,7 @@ TABLES = {  # file: keys, rows, (real, integer, categorical), missing cells in t
 def test_public_tables_from_file_to_filled_file(tmp_path, name):
     keys, rows, kinds, missing = TABLES[name]
     table = read(SHARED / "tables" / name, **keys)
-    columns = Columns.fit(table)
+    columns = TableSchema.fit(table)
     found = tuple(sum(c.kind == kind for c in columns.columns) for kind in ("real", "integer", "categorical"))
     x = columns.encode(table)
     assert (len(table), found, int(np.isnan(x).sum())) == (rows, kinds, missing)
@@ -160,7 +160,7 @@ def test_public_tables_from_file_to_filled_file(tmp_path, name):
 
 @needs_shared
 def test_published_split_of_adult():
-    columns = Columns.fit(read(SHARED / "tables" / "adult.data"))
+    columns = TableSchema.fit(read(SHARED / "tables" / "adult.data"))
     table = read_table(SHARED / "tables" / "adult.test", known_names=columns.names)
     with pytest.raises(UserError, match=r"'<=50K\.' in column 15 .*line 1\).*--unknown_categories=missing"):
         columns.encode(table)
@@ -308,7 +308,7 @@ def test_usual_spellings_between_numbers(write, spelling):
 def test_words_that_may_mean_missing(write, caplog):
     path = write("a,b\nNone,1\nbrick,2\nNA,3\nbrick,4\nNone,5\n")
     with caplog.at_level("WARNING", logger="absl"):
-        columns = Columns.fit(read(path))
+        columns = TableSchema.fit(read(path))
     assert columns.columns[0].values == ("None", "brick")
     assert "'None' is a category in column 1 ('a')" in caplog.text
     assert values(read(path, missing_values=("None",)))["a"] == [None, "brick", None, "brick", None]
@@ -328,7 +328,7 @@ def test_a_repeated_value_far_outside_is_reported(write, caplog, code, shown):
     numbers = np.random.default_rng(0).normal(50, 5, 60).round(2)
     numbers[::12] = code
     with caplog.at_level("WARNING", logger="absl"):
-        Columns.fit(read(write("a\n" + "\n".join(map(str, numbers)))))
+        TableSchema.fit(read(write("a\n" + "\n".join(map(str, numbers)))))
     assert f"{shown} repeats in 'a'" in caplog.text
 
 
@@ -344,7 +344,7 @@ def test_a_repeated_value_far_outside_is_reported(write, caplog, code, shown):
 )
 def test_usual_columns_are_not_reported(write, caplog, numbers):
     with caplog.at_level("WARNING", logger="absl"):
-        Columns.fit(read(write("a\n" + "\n".join(map(str, numbers)))))
+        TableSchema.fit(read(write("a\n" + "\n".join(map(str, numbers)))))
     assert "repeats" not in caplog.text
 
 
@@ -401,7 +401,7 @@ def test_many_categories(write):
     assert "10,000 categories, more than the maximum of 1,000" in fails(path, categorical=("b",))
     path = write("a,b\n" + "\n".join(f"{i % 7},word {i % 400}" for i in range(1000)))
     assert "'b' holds 400 texts" in fails(path)
-    assert Columns.fit(read(path, categorical=("b",))).cardinalities == (0, 400)
+    assert TableSchema.fit(read(path, categorical=("b",))).cardinalities == (0, 400)
 
 
 def test_options_that_do_not_fit(write):
@@ -476,9 +476,9 @@ def test_formats_hold_the_same(tmp_path, frame, ending):
         frame.to_parquet(path)
     else:
         frame.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
-    columns = Columns.fit(read(path, drop=("day",)))
+    columns = TableSchema.fit(read(path, drop=("day",)))
     np.testing.assert_array_equal(
-        columns.encode(read(path)), Columns.fit(read(frame, drop=("day",))).encode(read(frame))
+        columns.encode(read(path)), TableSchema.fit(read(frame, drop=("day",))).encode(read(frame))
     )
     assert columns.cardinalities == (0, 0, 2, 2, 2)
     # Written again, with its holes filled.
@@ -533,12 +533,12 @@ def test_decimals_and_large_integers(tmp_path, write):
     frame = pd.DataFrame({"price": [Decimal("1.50"), None, Decimal("3.25")], "b": [1, 2, 4]})
     frame.to_parquet(tmp_path / "t.parquet")
     table = read(tmp_path / "t.parquet")
-    columns = Columns.fit(table)
+    columns = TableSchema.fit(table)
     write_table(tmp_path / "out.parquet", columns.fill(table, np.nan_to_num(columns.encode(table))))
     filled = pq.read_table(tmp_path / "out.parquet")
     assert filled["price"].to_pylist() == [Decimal("1.50"), Decimal("2.38"), Decimal("3.25")]
     table = read(write("a,b\n12345678901234567890,1\n,2\n5,4\n"))
-    columns = Columns.fit(table)
+    columns = TableSchema.fit(table)
     filled = columns.fill(table, np.nan_to_num(columns.encode(table))).frame["a"]
     assert filled[0] == "12345678901234567890" and float(filled[1]) == pytest.approx(columns.columns[0].mean)
 
@@ -614,7 +614,7 @@ def test_chunks_are_the_whole(tmp_path, ending):
 def test_the_decimal_mark_of_later_chunks(write):
     path = write("a;b\n" + "1;2\n" * 5 + "1,5;2\n")
     chunks = list(iter_chunks(path, rows=5))
-    columns = Columns.fit(read(write("a;b\n1;2\n2;3\n", "train.csv")))
+    columns = TableSchema.fit(read(write("a;b\n1;2\n2;3\n", "train.csv")))
     with pytest.raises(UserError, match=r"'1,5' \(line 7\).*config.table.decimal"):
         [columns.encode(chunk) for chunk in chunks]
 

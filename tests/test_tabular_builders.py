@@ -208,10 +208,10 @@ data.load("gas", "train")
 def test_cache_is_used_follows_its_sources_and_is_optional(folders, monkeypatch):
     rows = write_files("gas", 8)
     data.load("gas", "train")
-    from posterior_matching.data import tfds_reader
+    from posterior_matching.data import tfds
 
     with monkeypatch.context() as patch:
-        patch.setattr(tfds_reader, "_decode_all", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(tfds, "_decode_all", lambda *_: pytest.fail("decoded again"))
         np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
     shutil.rmtree(folders / "tfds" / "gas")  # prepared anew from other files
     rows = write_files("gas", 8, seed=1)

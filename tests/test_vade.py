@@ -23,8 +23,9 @@ from helpers.runs import rows
 from helpers.scripts import execute
 from posterior_matching import data, runs
 from posterior_matching.errors import UserError
-from posterior_matching.models import build, vade_initialisation
-from posterior_matching.models.vade_initialisation import Restarts
+from posterior_matching.models import build
+from posterior_matching.training import vade_initialisation
+from posterior_matching.training.vade_initialisation import Restarts
 
 pytestmark = pytest.mark.slow
 

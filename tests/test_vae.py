@@ -17,7 +17,7 @@ from helpers.configs import CONFIGS, load
 from helpers.pm_vae import KINDS, MLP, Exact, each_kind, example
 from posterior_matching.config import plain
 from posterior_matching.models import build
-from posterior_matching.models.vae import VAETerms
+from posterior_matching.models.vae import LossTerms
 
 KEY = jax.random.key(0)
 
@@ -240,7 +240,7 @@ def test_gradients_are_finite_with_everything_and_with_nothing_observed(kind, ob
 
 
 def test_loss_is_the_negative_elbo_plus_the_matching_loss():
-    terms = VAETerms(*(jnp.asarray(a) for a in ([-10.0, -4.0], [2.0, 3.0], [-5.0, 1.0])))
+    terms = LossTerms(*(jnp.asarray(a) for a in ([-10.0, -4.0], [2.0, 3.0], [-5.0, 1.0])))
     np.testing.assert_allclose(terms.elbo(), [-12.0, -7.0])
     np.testing.assert_allclose(terms.loss(1.0, 1.0), [12.0 + 5.0, 7.0 - 1.0])
     np.testing.assert_allclose(terms.loss(0.5, 3.0), [10.0 + 1.0 + 15.0, 4.0 + 1.5 - 3.0])

@@ -24,7 +24,7 @@ from helpers.runs import rows
 from helpers.scripts import finish, start
 from posterior_matching import models
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import imputation
+from posterior_matching.evaluation import inpainting
 from posterior_matching.models import vdvae
 from posterior_matching.models.vdvae import BlockOptions, DecoderBlock, VDVAETerms
 from posterior_matching.models.vdvae_layout import (
@@ -292,7 +292,7 @@ def test_the_logged_terms_fit_together(run):
 
 
 def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
-    imputation.evaluate(run, embedding="pixels", num_instances=30, num_samples=2, num_trials=1, baselines=True)
+    inpainting.evaluate(run, embedding="pixels", num_instances=30, num_samples=2, num_trials=1, baselines=True)
     found = json.loads((run / "imputation_results" / "results.json").read_text())["metrics"]
     assert 5 < found["psnr_db"]["mean"] < 40 and 5 < found["psnr_mean_db"]["mean"] < 40
 

@@ -24,7 +24,7 @@ from helpers.configs import FAMILIES, load, small, untrained
 from helpers.runs import contents, refusal, rows, weights
 from posterior_matching import runs
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation import imputation
+from posterior_matching.evaluation import inpainting
 from posterior_matching.models import build
 from posterior_matching.models.vqvae import VectorQuantizer
 from posterior_matching.training.step import CompiledPhase
@@ -251,7 +251,7 @@ def test_a_run_of_a_version_with_one_more_convolution_is_refused(run_dir, tmp_pa
 
 def test_the_evaluation_writes_what_it_says(run_dir):
     options = {"embedding": "pixels", "num_instances": 30, "num_samples": 2, "num_trials": 2, "baselines": True}
-    imputation.evaluate(run_dir, **options)
+    inpainting.evaluate(run_dir, **options)
     results = run_dir / "imputation_results"
     found = json.loads((results / "results.json").read_text())
     assert found["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall", "f_1_8", "f_8"}
@@ -266,18 +266,18 @@ def test_the_evaluation_writes_what_it_says(run_dir):
             )
     assert 5 < found["metrics"]["psnr_mean_db"]["mean"] < found["metrics"]["psnr_knn_db"]["mean"] < 40
     assert (results / "imputations.png").exists()
-    weighted = imputation.evaluate(run_dir, **options, weighted=True)  # the same draws
+    weighted = inpainting.evaluate(run_dir, **options, weighted=True)  # the same draws
     np.testing.assert_array_equal(weighted.trials("f_8"), found["metrics"]["f_8"]["trials"])
     assert (weighted.trials("psnr_db") != found["metrics"]["psnr_db"]["trials"]).all()
     few = {"embedding": "none", "num_instances": 12, "num_samples": 2, "num_trials": 1}  # too few for clusters
-    assert imputation.evaluate(run_dir, **few).metrics.keys() == {"psnr_db"}
+    assert inpainting.evaluate(run_dir, **few).metrics.keys() == {"psnr_db"}
     assert {path.stem for path in results.glob("*.npy")} == {"psnrs"}
 
 
 def test_without_network_the_default_embedding_fails_in_one_line(run_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://localhost:9")  # nothing listens there
-    message = refusal(imputation.evaluate, run_dir, num_instances=30)
+    message = refusal(inpainting.evaluate, run_dir, num_instances=30)
     assert message.startswith("cannot download the Inception weights") and message.endswith("embedding=pixels or none")
 
 

@@ -14,7 +14,6 @@
 | a path to a folder or `.zip` of images, `.npy` of 3 or 4 axes | [H, W, C] images | your own images, `images` |
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,18 +22,20 @@ import numpy as np
 from absl import logging
 
 from posterior_matching.config import call
-from posterior_matching.data import adult, builtin, images, tables, tfds_reader
+from posterior_matching.data import adult, builtin, tfds
 from posterior_matching.data.builtin import mixture_log_prob
-from posterior_matching.data.columns import Columns
+from posterior_matching.data.cache import file_fingerprint
+from posterior_matching.data.dataset import Dataset, decode, resolve_split, unknown_split
 from posterior_matching.data.gaussian import GaussianCheck
-from posterior_matching.data.images import ImageFormat, ImageOption, ImageOptions, Images, read_images
-from posterior_matching.data.splits import resolve_split, unknown_split
-from posterior_matching.data.tables import Table, TableOption, TableOptions, read_table
-from posterior_matching.data.tfds_reader import gaussian_check
+from posterior_matching.data.images import source as images
+from posterior_matching.data.images.source import ImageFormat, ImageOption, ImageOptions, Images, read_images
+from posterior_matching.data.tables import read as tables
+from posterior_matching.data.tables.read import Table, TableOption, TableOptions, read_table
+from posterior_matching.data.tables.schema import TableSchema
+from posterior_matching.data.tfds import gaussian_check
 from posterior_matching.errors import UserError
 
 if TYPE_CHECKING:
-    import jax
     import pandas as pd
 
 __all__ = [
@@ -64,45 +65,11 @@ __all__ = [
 _TABLES = {"adult": adult.read}  # built in, with named columns of several kinds
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """One split, in host memory, as stored; `decode` turns rows of `x` into model input.
-
-    Attributes:
-        name: The name or path given to `load`.
-        split: The dataset's own name for the split.
-        x: [N, H, W, C] uint8 or float32 images in [0, `max_value`], or [N, d] float32 features with NaN = missing.
-        label: [N] int32 class labels, or None.
-        max_value: The pixel value that means 1: 255 for uint8 images, 16 for `digits`; 1 for images already in [0, 1]
-            and for features.
-        columns: Descriptions of the d features of the user's own table or `adult`; None for every other dataset.
-        image_format: The format of the user's own images; None for every other dataset.
-        fingerprint: SHA-256 of the user's own file, folder or frame; None for every other dataset.
-    """
-
-    name: str
-    split: str
-    x: np.ndarray
-    label: np.ndarray | None = None
-    max_value: float = 1.0
-    columns: Columns | None = None
-    image_format: ImageFormat | None = None
-    fingerprint: str | None = None
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one example: (H, W, C) or (d,)."""
-        return self.x.shape[1:]
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-
 def load(
     name: "str | pd.DataFrame",
     split: str,
     *,
-    columns: Columns | None = None,
+    columns: TableSchema | None = None,
     table: TableOptions = TableOptions(),  # noqa: B008
     unknown_categories: Literal["error", "missing"] = "error",
     image_options: ImageOptions = ImageOptions(),  # noqa: B008
@@ -138,7 +105,7 @@ def load(
     if columns is not None:
         raise UserError(f"dataset '{name}' has its own units, but this run was trained on a table: pass a file")
     if name not in builtin.DATASETS:
-        split, x, label = tfds_reader.read(name, split)
+        split, x, label = tfds.read(name, split)
         return Dataset(name, split, x, label, max_value=255.0 if x.dtype == np.uint8 else 1.0)
     parts, max_value = builtin.DATASETS[name]()
     split = resolve_split(split, parts)
@@ -152,11 +119,11 @@ def fingerprint(name: str | None) -> str | None:
     path = Path(name or "")
     if name and path.exists() and _is_images(name):
         return images.fingerprint(path)
-    return tables.file_fingerprint(path) if name and tables.is_table(name) and path.is_file() else None
+    return file_fingerprint(path) if name and tables.is_table(name) and path.is_file() else None
 
 
 def load_for_training(
-    config: Mapping[str, Any], columns: Columns | None = None, image_format: ImageFormat | None = None
+    config: Mapping[str, Any], columns: TableSchema | None = None, image_format: ImageFormat | None = None
 ) -> tuple[Dataset, Dataset]:
     """Loads the training and validation splits that an experiment's config names, reading a file only once.
 
@@ -193,7 +160,9 @@ def _has_columns(source: "str | pd.DataFrame") -> bool:
     return tables.is_table(source) or source in _TABLES
 
 
-def _read(source: "str | pd.DataFrame", options: TableOptions, columns: Columns | None) -> tuple[Table, Columns | None]:
+def _read(
+    source: "str | pd.DataFrame", options: TableOptions, columns: TableSchema | None
+) -> tuple[Table, TableSchema | None]:
     """Reads a table of the user's own, or one that is built in together with its columns."""
     if columns is not None:
         options = columns.reading(options)
@@ -205,7 +174,7 @@ def _read(source: "str | pd.DataFrame", options: TableOptions, columns: Columns 
 def split_table(
     table: Table,
     splits: tuple[str, ...],
-    columns: Columns | None = None,
+    columns: TableSchema | None = None,
     unknown_categories: Literal["error", "missing"] = "error",
 ) -> tuple[Dataset, ...]:
     """Turns a table into datasets, one per split: 80/10/10 with a fixed seed, unless the file has its own parts.
@@ -214,10 +183,10 @@ def split_table(
         table: The rows.
         splits: Any of `train`, `validation` (`val`), `test` and `all`.
         columns: The columns of a run; None: inferred from the table, and standardised on its training part.
-        unknown_categories: See `Columns.encode`.
+        unknown_categories: See `TableSchema.encode`.
 
     Raises:
-        UserError: A split is unknown or empty; or see `Columns`.
+        UserError: A split is unknown or empty; or see `TableSchema`.
     """
     parts = dict(table.parts or _split(len(table))) | {"all": np.arange(len(table))}
     for split in splits:
@@ -225,7 +194,7 @@ def split_table(
             raise unknown_split(table.source, split, parts)
         if len(parts[resolve_split(split, parts)]) == 0:
             raise UserError(f"'{table.source}' has {len(table)} rows, too few for a '{split}' part: give at least 10")
-    columns = columns or Columns.fit(table, parts["train"])
+    columns = columns or TableSchema.fit(table, parts["train"])
     x = columns.encode(table, unknown_categories)
     names = (resolve_split(split, parts) for split in splits)
     return tuple(
@@ -273,7 +242,7 @@ def _is_images(name: Any) -> bool:
     if not images.is_images(name):
         return False
     plain = str(name) == Path(name).name and Path(name).is_dir()
-    if not plain or not (name in builtin.DATASETS or tfds_reader.is_known(str(name))):
+    if not plain or not (name in builtin.DATASETS or tfds.is_known(str(name))):
         return True
     logging.warning("'%s' is taken as the dataset of this name, not as the folder: write ./%s for that", name, name)
     return False
@@ -283,23 +252,3 @@ def _split(size: int) -> dict[str, np.ndarray]:
     order = np.random.default_rng(0).permutation(size)
     test, val, train = np.split(order, [size // 10, 2 * (size // 10)])
     return {"train": train, "val": val, "test": test}
-
-
-def decode(x: "np.ndarray | jax.Array", max_value: float) -> tuple["jax.Array", "jax.Array"]:
-    """Turns stored rows into model input; jit-able.
-
-    Args:
-        x: [B, H, W, C] images or [B, d] features, as in `Dataset.x`.
-        max_value: `Dataset.max_value`.
-
-    Returns:
-        Model input, float32: images [B, H, W, C] in [0, 1], or features [B, d] with 0 where missing; and the mask of
-        available values, float32: 1 where the value is known, 0 where it is missing, [B, H, W, 1] or [B, d].
-    """
-    import jax.numpy as jnp
-
-    x = jnp.asarray(x, jnp.float32)
-    if x.ndim == 4:
-        return x / max_value, jnp.ones((*x.shape[:3], 1), jnp.float32)
-    missing = jnp.isnan(x)
-    return jnp.where(missing, 0.0, x), 1.0 - missing.astype(jnp.float32)

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import requests
 
-from posterior_matching.data.columns import Columns
 from posterior_matching.data.download import fetch
-from posterior_matching.data.tables import Table, TableOptions, read_table
+from posterior_matching.data.tables.read import Table, TableOptions, read_table
+from posterior_matching.data.tables.schema import TableSchema
 from posterior_matching.errors import UserError, first_line
 
 URL = "https://archive.ics.uci.edu/static/public/2/adult.zip"
@@ -23,7 +23,7 @@ NAMES += ["race", "sex", "capital-gain", "capital-loss", "hours-per-week", "nati
 _REAL = ("age", "fnlwgt", "education-num", "capital-gain", "capital-loss", "hours-per-week")
 
 
-def read(options: TableOptions = TableOptions()) -> tuple[Table, Columns]:  # noqa: B008
+def read(options: TableOptions = TableOptions()) -> tuple[Table, TableSchema]:  # noqa: B008
     """Six real and eight categorical columns of people in the United States.
 
     Rows with missing values are dropped, real columns are standardised by all remaining rows of `adult.data`, then the
@@ -47,7 +47,7 @@ def read(options: TableOptions = TableOptions()) -> tuple[Table, Columns]:  # no
     val, train = np.split(train, [len(train) // 5])
     real = tuple(name for name in _REAL if name not in (*options.categorical, *options.drop))
     table = read_table(frame, dataclasses.replace(options, real=(*real, *options.real)))
-    columns = Columns.fit(table, np.flatnonzero(published))
+    columns = TableSchema.fit(table, np.flatnonzero(published))
     parts = {"train": train, "val": val, "test": np.flatnonzero(american & ~published)}
     return Table(table.frame, "adult", table.options, parts=parts), columns
 

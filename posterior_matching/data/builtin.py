@@ -4,10 +4,10 @@ import functools
 
 import numpy as np
 
-Parts = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (x, label)
+Splits = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (x, label)
 
 
-def digits() -> tuple[Parts, float]:
+def digits() -> tuple[Splits, float]:
     """scikit-learn's 1,797 handwritten digits, split 70/10/20 and stratified by class.
 
     Returns:
@@ -40,14 +40,14 @@ def _mixture_parameters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return weights, means, factors @ factors.transpose(0, 2, 1) + _NOISE_VARIANCE * np.eye(_DIM)
 
 
-def mixture() -> tuple[Parts, float]:
+def mixture() -> tuple[Splits, float]:
     """54,000 samples of a known mixture of 6 Gaussians with full covariances, whose density is `mixture_log_prob`.
 
     Returns:
         Split -> ([N, 8] float32 features, None); and the maximum value, 1.
     """
     weights, means, covariances = _mixture_parameters()
-    parts: Parts = {}
+    parts: Splits = {}
     for seed, (name, size) in enumerate({"train": 50_000, "val": 2_000, "test": 2_000}.items()):
         rng = np.random.default_rng(seed)
         component = rng.choice(_COMPONENTS, size=size, p=weights)
@@ -85,7 +85,7 @@ def mixture_log_prob(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return logsumexp(terms, axis=0) - 0.5 * np.log(2 * np.pi) * observed.sum(-1)
 
 
-def patches() -> tuple[Parts, float]:
+def patches() -> tuple[Splits, float]:
     """Natural 8x8 grey patches as `patch_features`, cut from scikit-learn's two sample photographs.
 
     Train, val and test come from disjoint strips of the photographs.
@@ -99,7 +99,7 @@ def patches() -> tuple[Parts, float]:
     strips = {"train": [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18], "val": [4, 14], "test": [9, 19]}
     sizes = {"train": 25_000, "val": 2_500, "test": 2_500}  # per photograph
     rng = np.random.default_rng(0)
-    parts: Parts = {}
+    parts: Splits = {}
     for name, size in sizes.items():
         cut = []
         for image in load_sample_images().images:

@@ -58,3 +58,9 @@ def cached(key: str, sources: Iterable[Path], compute: Callable[[], dict[str, np
     except OSError as error:
         logging.warning("not caching decoded data: %s", error)
     return arrays
+
+
+def file_fingerprint(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ import requests
 from absl import logging
 
 from posterior_matching import atomic
-from posterior_matching.data.tables import file_fingerprint
+from posterior_matching.data.cache import file_fingerprint
 from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
 

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from pydantic import Field
 
-from posterior_matching.acquisition import POLICIES, Policy, acquire, features_that_fit, sampling_policy
 from posterior_matching.config import Count, NonNegative, Seed, check
 from posterior_matching.data import decode
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
-from posterior_matching.evaluation.results import Arrays, Parts, Results
+from posterior_matching.evaluation.results import Arrays, PartialResults, Results
+from posterior_matching.models.greedy import POLICIES, Policy, acquire, features_that_fit, sampling_policy
 from posterior_matching.models.lookahead import LookaheadPosterior
 from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import with_log
@@ -79,10 +79,10 @@ def evaluate(
     trained: LookaheadPosterior = run.model
     settings = run.settings(batch_size=batch_size, num_samples=num_samples, num_steps=num_steps, seed=seed)
     folder = run.path / "trajectories"
-    trajectories = Parts.open(folder, settings)
+    trajectories = PartialResults.open(folder, settings)
     results = Results(folder, len(run.dataset), arguments)
 
-    def trajectories_of(name: str, batches: Parts) -> Arrays:
+    def trajectories_of(name: str, batches: PartialResults) -> Arrays:
         policy: Policy = POLICIES[name]
         if name == "sampling":
             rows = decode(np.resize(run.dataset.x, (batch_size, *run.dataset.input_shape)), run.dataset.max_value)

@@ -6,9 +6,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from posterior_matching.data.columns import one_hot
+from posterior_matching.data.tables.schema import one_hot
 
-Imputer = Callable[[np.ndarray], np.ndarray]
+BaselineFn = Callable[[np.ndarray], np.ndarray]
 
 
 def fit(
@@ -16,7 +16,7 @@ def fit(
     names: Sequence[str] = ("mean", "knn", "iterative"),
     max_rows: int = 10_000,
     cardinalities: Sequence[int] = (),
-) -> dict[str, Imputer]:
+) -> dict[str, BaselineFn]:
     """Fits imputers.
 
     `mean`, with the mode of categories; `knn`, 5 neighbours with categories one-hot; `iterative`, regressions on the
@@ -38,7 +38,7 @@ def fit(
     from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 
     some = train[:: -(-len(train) // max_rows)]
-    fitted: dict[str, Imputer] = {}
+    fitted: dict[str, BaselineFn] = {}
     for name in names:
         if name == "mean":
             fitted[name] = _fit_one_hot(SimpleImputer(keep_empty_features=True), train, cardinalities)
@@ -143,7 +143,7 @@ def _center(values: np.ndarray, cardinality: int) -> float:
     return float(np.bincount(values.astype(int)).argmax() if cardinality else values.mean())
 
 
-def _fit_one_hot(imputer: Any, train: np.ndarray, cardinalities: Sequence[int]) -> Imputer:
+def _fit_one_hot(imputer: Any, train: np.ndarray, cardinalities: Sequence[int]) -> BaselineFn:
     """Fits an imputer of scikit-learn to one-hot categories; of an imputed category, the largest column is chosen."""
     if not any(cardinalities):
         return imputer.fit(train).transform
@@ -151,7 +151,7 @@ def _fit_one_hot(imputer: Any, train: np.ndarray, cardinalities: Sequence[int]) 
     return functools.partial(_through_one_hot, transform, cardinalities)
 
 
-def impute(imputers: Mapping[str, Imputer], x: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def impute(imputers: Mapping[str, BaselineFn], x: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name of every imputer and its imputation of `x`, in the shape of `x`.
 
     Args:
@@ -164,7 +164,7 @@ def impute(imputers: Mapping[str, Imputer], x: np.ndarray, b: np.ndarray) -> Ite
         yield name, imputer(rows).reshape(x.shape)
 
 
-def _through_one_hot(imputer: Imputer, cardinalities: Sequence[int], x: np.ndarray) -> np.ndarray:
+def _through_one_hot(imputer: BaselineFn, cardinalities: Sequence[int], x: np.ndarray) -> np.ndarray:
     parts = np.split(
         imputer(one_hot(x, cardinalities)), np.cumsum([count or 1 for count in cardinalities])[:-1], axis=1
     )

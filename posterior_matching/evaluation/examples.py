@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from posterior_matching import data, masking, parallel, runs
-from posterior_matching.data.batches import padded_batches
+from posterior_matching import data, mask_generators, masking, parallel, runs
+from posterior_matching.data.dataset import padded_batches
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation.results import Arrays, Parts
+from posterior_matching.evaluation.results import Arrays, PartialResults
 from posterior_matching.progress import progress_bar
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -55,20 +55,20 @@ class Evaluation:
         """The shape of the mask of one example."""
         return masking.mask_shape(self.dataset.input_shape)
 
-    def masks(self, mask_generator: str | masking.MaskGenerator) -> masking.MaskGenerator:
+    def masks(self, mask_generator: str | mask_generators.MaskGenerator) -> mask_generators.MaskGenerator:
         """Returns a mask generator that fits the data.
 
         Args:
-            mask_generator: The generator, or its specification (`masking.mask_generator_from_spec`), or "config" for
-                the one that the run was trained with.
+            mask_generator: The generator, its specification (`mask_generators.mask_generator_from_spec`), or "config"
+                for the one that the run was trained with.
 
         Raises:
             UserError: The specification is wrong, or the generator does not fit the data.
         """
         if mask_generator == "config":
-            mask_generator = masking.build_mask_generator(self.description["config"]["mask_generator"])
+            mask_generator = mask_generators.build_mask_generator(self.description["config"]["mask_generator"])
         elif isinstance(mask_generator, str):
-            mask_generator = masking.mask_generator_from_spec(mask_generator)
+            mask_generator = mask_generators.mask_generator_from_spec(mask_generator)
         mask_generator.check(self.mask_shape)
         return mask_generator
 
@@ -197,7 +197,7 @@ class ExampleMap:
 
         self._run_batch = parallel.pmap(run_batch, in_axes=(0, None, 0, 0))
 
-    def __call__(self, key: jax.Array, description: str = "", parts: Parts | None = None) -> Arrays:
+    def __call__(self, key: jax.Array, description: str = "", parts: PartialResults | None = None) -> Arrays:
         """Returns the results of all examples in order, `{name: [N, ...]}`.
 
         Args:

@@ -9,8 +9,8 @@ import numpy as np
 from posterior_matching.config import Count, Seed, check
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
 from posterior_matching.evaluation.metrics import finite_mean
-from posterior_matching.evaluation.results import Parts, Results
-from posterior_matching.masking import MaskGenerator
+from posterior_matching.evaluation.results import PartialResults, Results
+from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
 from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import with_log
@@ -92,7 +92,7 @@ def evaluate(
         gaps=True,  # earlier versions kept parts without them
     )
     folder = run.path / "likelihood_results"
-    parts = Parts.open(folder / "parts", settings)
+    parts = PartialResults.open(folder / "parts", settings)
     results = Results(folder, len(run.dataset), arguments)
     trials = []
 

@@ -18,7 +18,8 @@ from posterior_matching.atomic import replacing, write_text
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.pictures import imputation_grid, save_png
-from posterior_matching.masking import MaskGenerator, mask_shape
+from posterior_matching.mask_generators import MaskGenerator
+from posterior_matching.masking import mask_shape
 from posterior_matching.numerics.random import random_key
 
 Arrays = dict[str, np.ndarray]
@@ -140,7 +141,7 @@ class Results:
         print(f"original, observed part, six imputations: {path}")
 
 
-class Parts:
+class PartialResults:
     """Parts of a long evaluation, one `.npz` each, kept so that an interrupted evaluation can resume.
 
     Every part stores the settings it was computed with. It is recomputed if it is damaged or its settings differ.
@@ -155,7 +156,7 @@ class Parts:
         self.folder, self._settings, self._prefix = folder, dict(settings), prefix
 
     @classmethod
-    def open(cls, folder: pathlib.Path, settings: Mapping[str, Any]) -> "Parts":
+    def open(cls, folder: pathlib.Path, settings: Mapping[str, Any]) -> "PartialResults":
         """Opens a folder, new or left by an earlier evaluation, and writes `settings.json` there.
 
         Raises:
@@ -173,9 +174,9 @@ class Parts:
             write_text(path, json.dumps(dict(settings), indent=2) + "\n")
         return cls(folder, settings)
 
-    def within(self, name: str) -> "Parts":
+    def within(self, name: str) -> "PartialResults":
         """Returns the parts in a subfolder of this one."""
-        return Parts(self.folder / name, self._settings, f"{self._prefix}{name}/")
+        return PartialResults(self.folder / name, self._settings, f"{self._prefix}{name}/")
 
     def get(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
         """Returns the arrays of a part: those kept earlier, or the result of `compute`, which is then kept.

@@ -12,7 +12,7 @@ from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, first_examples, open_run
 from posterior_matching.evaluation.metrics import category_accuracy, nrmse
 from posterior_matching.evaluation.results import Results
-from posterior_matching.masking import MaskGenerator
+from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import with_log
@@ -63,7 +63,7 @@ def evaluate(
         annealing_steps: Transitions of annealed importance sampling for each sample of the likelihoods.
         num_trials: Trials, each with its own masks.
         seed: Random seed of masks and samples.
-        weighted: Weigh the draws of the imputations, see `Imputing.point`; as published, they are not.
+        weighted: Weigh the draws of the imputations, see `ImputationMixin.point`; as published, they are not.
         baselines: Also score mean, kNN and iterative imputation on the same masks.
 
     Raises:

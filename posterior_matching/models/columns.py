@@ -100,7 +100,7 @@ def _in_order(parts: Sequence[jax.Array], indices: Sequence[np.ndarray]) -> jax.
     return jnp.concatenate(parts, axis=-1)[..., np.argsort(np.concatenate(indices))]
 
 
-class Columns(nnx.Module):
+class ColumnsLikelihood(nnx.Module):
     """Features -> independent columns: a Gaussian or a mixture of Gaussians for real ones, a softmax for categories.
 
     Args:
@@ -185,7 +185,7 @@ def _spread(num_components: int, num_columns: int, shared_scales: bool) -> np.nd
 
 
 class IndependentColumns:
-    """p(x | z) over rows `x: [..., B, d]`, one independent entry per column; what `Columns` returns.
+    """p(x | z) over rows `x: [..., B, d]`, one independent entry per column; what `ColumnsLikelihood` returns.
 
     Args:
         cardinalities: One per column.

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from numpyro import distributions as dist
 
-from posterior_matching.config import Blocks, Units
+from posterior_matching.config import Blocks, Width
 from posterior_matching.errors import UserError
-from posterior_matching.models.columns import Columns
+from posterior_matching.models.columns import ColumnsLikelihood
 from posterior_matching.models.networks import Linear, ResidualMLP, Shape
 from posterior_matching.numerics import materialise, triangular
 
@@ -141,9 +141,9 @@ class AutoregressiveGMM(nnx.Module):
         self,
         features_shape: Shape,
         event_size: int,
-        num_components: Units = 10,
+        num_components: Width = 10,
         residual_blocks: Blocks = 2,
-        hidden_units: Units = 256,
+        hidden_units: Width = 256,
         *,
         rngs: nnx.Rngs,
     ):
@@ -419,5 +419,5 @@ LIKELIHOOD_HEADS = {
     "IdentityGaussian": IdentityGaussian,
     "SharedScaleGaussian": SharedScaleGaussian,
     "Bernoulli": Bernoulli,
-    "Columns": Columns,
+    "Columns": ColumnsLikelihood,
 }

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from pydantic import Field
 
-from posterior_matching.config import Blocks, Dropout, Units
+from posterior_matching.config import Blocks, Dropout, Width
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.numerics.convolution import conv, conv_transpose
 from posterior_matching.numerics.initial import lecun_normal, zeros
@@ -24,7 +24,7 @@ from posterior_matching.numerics.initial import lecun_normal, zeros
 Shape = tuple[int, ...]
 # (filters, kernel size, stride) of each layer.
 ConvLayers = Annotated[
-    Sequence[tuple[Units, Annotated[int, Field(ge=1, le=256)], Annotated[int, Field(ge=1, le=64)]]], Field(min_length=1)
+    Sequence[tuple[Width, Annotated[int, Field(ge=1, le=256)], Annotated[int, Field(ge=1, le=64)]]], Field(min_length=1)
 ]
 
 _SMALLEST_SIDE = 8  # of the last feature map of networks that adapt to the image
@@ -52,7 +52,7 @@ class ResidualMLP(nnx.Module):
         self,
         input_shape: Shape,
         residual_blocks: Blocks = 2,
-        hidden_units: Units = 256,
+        hidden_units: Width = 256,
         layer_norm: bool = False,
         dropout: Dropout = 0.0,
         *,

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from pydantic import Field
 
-from posterior_matching.config import Blocks, Dropout, Scale, Units
+from posterior_matching.config import Blocks, Dropout, Scale, Width
 from posterior_matching.errors import OptionError
 from posterior_matching.models.networks import Linear
 from posterior_matching.numerics import materialise
@@ -301,7 +301,7 @@ class PixelCNN(nnx.Module):
         codebook_size: int,
         conditional_dim: int,
         num_resnet: Annotated[Blocks, Field(ge=1)],
-        num_filters: Units,
+        num_filters: Width,
         num_hierarchies: Annotated[int, Field(ge=1, le=16)] = 1,
         dropout: Dropout = 0.5,
         embedding_std: Scale | None = None,

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching.config import Config, Count, Units, call
+from posterior_matching.config import Config, Count, Width, call
 from posterior_matching.errors import OptionError
 from posterior_matching.masking import checked, existing, observed_only
 from posterior_matching.models import distributions
 from posterior_matching.models.columns import Cardinalities
 from posterior_matching.models.distributions import ExplicitDistribution, Mixture
-from posterior_matching.models.likelihood import log_prob_of_observed
+from posterior_matching.models.marginal_likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Shape
-from posterior_matching.models.vae import VAE, Imputing, PartialPosterior
+from posterior_matching.models.vae import VAE, ImputationMixin, PartialPosterior
 
 
 class VaDETerms(NamedTuple):
@@ -51,7 +51,7 @@ class VADE(VAE):
         self,
         *,
         input_shape: Shape,
-        latent_dim: Units,
+        latent_dim: Width,
         num_clusters: Count,
         encoder: Config,
         posterior: Config,
@@ -166,7 +166,7 @@ class VADE(VAE):
         return log_prob_of_observed(self.decode(z, rngs), x, everywhere)
 
 
-class PosteriorMatchingVADE(Imputing):
+class PosteriorMatchingVADE(ImputationMixin):
     """A VaDE that also clusters and imputes partially observed examples, through z ~ q(z | x_o).
 
     Args:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from posterior_matching.config import Config, Units, build
+from posterior_matching.config import Config, Width, build
 from posterior_matching.errors import OptionError
 from posterior_matching.masking import checked, existing, mask_shape, observed_only, partial_input
 from posterior_matching.models import distributions
@@ -29,7 +29,7 @@ from posterior_matching.models.distributions import (
     ExplicitDistribution,
     sample_and_log_prob,
 )
-from posterior_matching.models.likelihood import (
+from posterior_matching.models.marginal_likelihood import (
     ConditionalLogProb,
     ImportanceEstimate,
     importance_log_prob,
@@ -63,7 +63,7 @@ class VAE(nnx.Module):
         self,
         *,
         input_shape: Shape,
-        latent_dim: Units,
+        latent_dim: Width,
         encoder: Config,
         posterior: Config,
         decoder: Config,
@@ -250,7 +250,7 @@ class PartialPosterior(nnx.Module):
         return self.encoder.first(units) - self.encoder.first(jnp.zeros_like(units))  # the bias cancels
 
 
-class VAETerms(NamedTuple):
+class LossTerms(NamedTuple):
     """What training optimises, per example and in nats; all `[B]`."""
 
     reconstruction_ll: jax.Array  # log p(x | z), one z ~ q(z | x), or the mean over several
@@ -270,7 +270,7 @@ class VAETerms(NamedTuple):
         return -bound - matching_coef * self.matching_ll
 
 
-class Imputing(nnx.Module):
+class ImputationMixin(nnx.Module):
     """Imputation with z ~ q(z | x_o), for models with a `partial_posterior` and a VAE to decode z."""
 
     partial_posterior: PartialPosterior
@@ -383,7 +383,7 @@ class Imputing(nnx.Module):
         return z, log_p_xo + self.decoding.prior().log_prob(z) - log_q, means
 
 
-class PosteriorMatchingVAE(Imputing):
+class PosteriorMatchingVAE(ImputationMixin):
     """A VAE that models every conditional p(x_u | x_o) through z ~ q(z | x_o).
 
     Args:
@@ -404,7 +404,7 @@ class PosteriorMatchingVAE(Imputing):
         self,
         *,
         input_shape: Shape,
-        latent_dim: Units,
+        latent_dim: Width,
         encoder: Config,
         posterior: Config,
         decoder: Config,
@@ -450,7 +450,7 @@ class PosteriorMatchingVAE(Imputing):
         stop_gradients: bool = False,
         num_samples: int = 1,
         rngs: nnx.Rngs | None = None,
-    ) -> VAETerms:
+    ) -> LossTerms:
         """The terms of the training objective.
 
         Args:
@@ -479,7 +479,7 @@ class PosteriorMatchingVAE(Imputing):
             # One of them in proportion to its weight: closer to p(z | x) than a draw of q(z | x).
             z = zs[jax.random.categorical(key_choice, log_weights, axis=0), jnp.arange(len(x))]
         target = jax.lax.stop_gradient(z) if stop_gradients else z
-        return VAETerms(
+        return LossTerms(
             reconstruction_ll=reconstruction_ll,
             kl=distributions.kl_to_standard_normal(q),
             # Posterior Matching: q(z | x_o) by maximum likelihood on samples of q(z | x).
@@ -606,7 +606,8 @@ class PosteriorMatchingVAE(Imputing):
 
         It is log p(x_t, x_o) - log p(x_o), each importance-sampled with the partial posterior as proposal, so it is
         consistent as the number of samples grows. Real columns have densities per unit of `x` (standardised, for the
-        user's own table; `data.Columns.log_det_jacobian` converts them to the table's units), categories probabilities.
+        user's own table; `data.TableSchema.log_det_jacobian` converts them to the table's units), categories
+        probabilities.
 
         Args:
             x: `[B, *input_shape]`; values in neither mask have no influence, and may be NaN.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from posterior_matching.config import Positive, Steps, Units
+from posterior_matching.config import Positive, Steps, Width
 from posterior_matching.errors import UserError
 from posterior_matching.masking import checked, partial_input
 from posterior_matching.models.distributions import (
@@ -34,13 +34,13 @@ from posterior_matching.models.distributions import (
     tril_gaussian,
     tril_gaussian_parameters,
 )
-from posterior_matching.models.likelihood import (
+from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
+from posterior_matching.models.marginal_likelihood import (
     ConditionalLogProb,
     ImportanceEstimate,
     log_mean_weight,
     log_prob_of_observed,
 )
-from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture, logistic_mixture_parameters
 from posterior_matching.models.networks import Conv, Shape
 from posterior_matching.models.vdvae_layout import (
     DecoderLayer,
@@ -219,13 +219,13 @@ class PosteriorMatchingVDVAE(nnx.Module):
         input_shape: Shape,
         encoder: str | None = None,
         decoder: str | None = None,
-        latent_dim: Units,
-        width: Units,
+        latent_dim: Width,
+        width: Width,
         bottleneck: Annotated[Positive, Field(le=16)] = 0.25,
         custom_widths: str = "",
         no_bias_above: Steps = 64,
-        num_components: Units = 10,
-        num_levels: Annotated[Units, Field(ge=2)] = 256,
+        num_components: Width = 10,
+        num_levels: Annotated[Width, Field(ge=2)] = 256,
         rematerialise: bool = False,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
         rngs: nnx.Rngs,

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from posterior_matching.config import Blocks, Config, Decay, NonNegative, Scale, Units, call
+from posterior_matching.config import Blocks, Config, Decay, NonNegative, Scale, Width, call
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import checked, partial_input, partial_input_shape
 from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
-from posterior_matching.models.likelihood import log_prob_of_observed
+from posterior_matching.models.marginal_likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Conv, ConvTranspose, Linear, Shape
 from posterior_matching.models.pixel_cnn import PixelCNN
 from posterior_matching.numerics import first_argmin
@@ -262,11 +262,11 @@ class VQVAE(nnx.Module):
         self,
         *,
         input_shape: Shape,
-        hidden_units: Annotated[Units, Field(ge=2)],
-        residual_units: Units,
+        hidden_units: Annotated[Width, Field(ge=2)],
+        residual_units: Width,
         residual_blocks: Blocks,
-        codebook_size: Units,
-        embedding_dim: Units,
+        codebook_size: Width,
+        embedding_dim: Width,
         commitment_cost: NonNegative = 0.25,
         use_ema: bool = True,
         decay: Decay = 0.99,
@@ -331,7 +331,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         rngs: Source of initial weights.
     """
 
-    def __init__(self, *, input_shape: Shape, vqvae: Config, conditional_dim: Units, pixel_cnn: Config, rngs: nnx.Rngs):
+    def __init__(self, *, input_shape: Shape, vqvae: Config, conditional_dim: Width, pixel_cnn: Config, rngs: nnx.Rngs):
         self.input_shape = input_shape
         self.vqvae: VQVAE = call(VQVAE, vqvae, "vqvae", input_shape=input_shape, rngs=rngs)
         body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}

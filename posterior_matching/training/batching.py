@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from posterior_matching import parallel
-from posterior_matching.data.batches import padded_batches
+from posterior_matching.data.dataset import padded_batches
 from posterior_matching.errors import OptionError
 
 Arrays = dict[str, np.ndarray]

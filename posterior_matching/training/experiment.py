@@ -53,8 +53,8 @@ class Batch(NamedTuple):
         return self.step is not None
 
 
-Terms = dict[str, jax.Array]
-Loss = Callable[[Any, Batch, nnx.Rngs], Terms]
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Any, Batch, nnx.Rngs], Metrics]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,11 @@ from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape
 from posterior_matching.training.batching import default_batch_size
 from posterior_matching.training.corruption import CorruptionOptions
-from posterior_matching.training.experiment import Batch, Experiment, Phase, Terms, TrainingOptions
+from posterior_matching.training.experiment import Batch, Experiment, Metrics, Phase, TrainingOptions
 from posterior_matching.training.loop import fit
 from posterior_matching.training.pretrained import Base, Pretrained, load_pretrained
 
-FamilyLoss = Callable[[Any, Batch, nnx.Rngs, Any], Terms]
+FamilyLoss = Callable[[Any, Batch, nnx.Rngs, Any], Metrics]
 Pictures = Callable[[Any, jax.Array, Any], dict[str, np.ndarray]]
 
 
@@ -83,7 +83,7 @@ class Family:
         pictures: `pictures(model, x, b)` of the first validation images `x: [8, H, W, C]` and masks `b` (None for a
             family without a mask generator): `{name: [H, W, C] in [0, 1]}` for TensorBoard.
         check: `check(options, model, train_set)` raises OptionError if they do not fit together.
-        summarise: Maps the means over the validation data to what is logged. Terms may be per-example arrays,
+        summarise: Maps the means over the validation data to what is logged. Metrics may be per-example arrays,
             `[B, ...]`, that only have a meaning in aggregate, such as code usage or cluster-label contingency.
         phases: The phases of a run, if it has more than the one phase with `loss`.
     """
@@ -223,7 +223,7 @@ class BoundLoss:
     def __getstate__(self) -> dict[str, Any]:
         return {"loss": self.loss}  # for `program_cache`, which compares pickles and never reads them
 
-    def __call__(self, model: Any, batch: Batch, rngs: nnx.Rngs) -> Terms:
+    def __call__(self, model: Any, batch: Batch, rngs: nnx.Rngs) -> Metrics:
         """The loss and its terms, see `experiment`."""
         return self.loss(model, batch, rngs, self.options)
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from posterior_matching.config import Count, NonNegative
-from posterior_matching.masking import MaskOption
+from posterior_matching.mask_generators import MaskOption
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.training.corruption import add_noise
-from posterior_matching.training.family import Batch, Family, Terms
+from posterior_matching.training.family import Batch, Family, Metrics
 from posterior_matching.training.optimizer import ScheduleOption
 from posterior_matching.training.pretrained import Base
 
@@ -26,7 +26,7 @@ class Options:
     beta: ScheduleOption
 
 
-def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Terms:
+def loss(model: PosteriorMatchingVAE, batch: Batch, rngs: nnx.Rngs, options: Options) -> Metrics:
     """Negative ELBO plus the Posterior Matching loss."""
     x = batch.x
     if batch.training:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from posterior_matching import runs
 from posterior_matching.config import plain
-from posterior_matching.data import Columns, ImageFormat
+from posterior_matching.data import ImageFormat, TableSchema
 from posterior_matching.errors import UserError
 
 
@@ -57,7 +57,7 @@ class Pretrained(NamedTuple):
     config: dict[str, Any]  # its keys of config.model
     dataset: str  # that it was trained on
     input_shape: tuple[int, ...]
-    columns: Columns | None = None  # of the table it was trained on
+    columns: TableSchema | None = None  # of the table it was trained on
     image_format: ImageFormat | None = None  # of the images it was trained on
     reading: dict[str, Any] | None = None  # its config.table and config.images
 

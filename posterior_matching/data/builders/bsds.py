@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from posterior_matching.data import sources
+from posterior_matching.data import maf
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -30,5 +30,5 @@ class Bsds(TabularBuilder):
 }
 """
 
-    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
-        return sources.bsds(files, self.ROWS)
+    def preprocess(self, files: Sequence[Path]) -> maf.Splits:
+        return maf.bsds(files, self.ROWS)

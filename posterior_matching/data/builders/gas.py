@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from posterior_matching.data import sources
+from posterior_matching.data import maf
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -35,5 +35,5 @@ class Gas(TabularBuilder):
 }
 """
 
-    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
-        return sources.gas(files)
+    def preprocess(self, files: Sequence[Path]) -> maf.Splits:
+        return maf.gas(files)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from posterior_matching.data import sources
+from posterior_matching.data import maf
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -37,5 +37,5 @@ class Hepmass(TabularBuilder):
 }
 """
 
-    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
-        return sources.hepmass(files)
+    def preprocess(self, files: Sequence[Path]) -> maf.Splits:
+        return maf.hepmass(files)

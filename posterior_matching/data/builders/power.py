@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from posterior_matching.data import sources
+from posterior_matching.data import maf
 from posterior_matching.data.builders.tabular import TabularBuilder
 
 
@@ -33,5 +33,5 @@ class Power(TabularBuilder):
 }
 """
 
-    def preprocess(self, files: Sequence[Path]) -> sources.Parts:
-        return sources.power(files)
+    def preprocess(self, files: Sequence[Path]) -> maf.Splits:
+        return maf.power(files)

@@ -11,10 +11,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from posterior_matching.atomic import replacing
+from posterior_matching.data.cache import file_fingerprint
 from posterior_matching.data.download import compare_checksum, fetch, record_checksum
 from posterior_matching.data.gaussian import gaussian_log_likelihood
-from posterior_matching.data.sources import Parts
-from posterior_matching.data.tables import file_fingerprint
+from posterior_matching.data.maf import Splits
 from posterior_matching.errors import UserError, first_line
 
 _SPLITS = ("train", "val", "test")
@@ -47,7 +47,7 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     HOMEPAGE: ClassVar[str]
     CITATION: ClassVar[str]
 
-    def preprocess(self, files: Sequence[Path]) -> Parts:
+    def preprocess(self, files: Sequence[Path]) -> Splits:
         """Returns train, val and test from one set of original files."""
         raise NotImplementedError
 
@@ -158,7 +158,7 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
             raise UserError(f"row {np.argwhere(~np.isfinite(x))[0, 0] + 1} of '{path}' is not finite: {remedy}")
         return x
 
-    def _read_archive(self, files: Sequence[Path]) -> Parts:
+    def _read_archive(self, files: Sequence[Path]) -> Splits:
         names = " and ".join(f"'{path}'" for path in files)
         remedy = "delete it to download it again"
         try:

@@ -17,9 +17,9 @@ import pandas as pd
 import pyarrow.compute as pc
 from absl import logging
 
-from posterior_matching.data import kinds
-from posterior_matching.data.cells import Cells, Kind, Table, TableOptions, number_text
-from posterior_matching.data.dialect import UNNAMED
+from posterior_matching.data.tables import kinds
+from posterior_matching.data.tables.cells import Cells, CellType, Table, TableOptions, number_text
+from posterior_matching.data.tables.dialect import UNNAMED
 from posterior_matching.errors import UserError, nearest
 
 Value = str | bool | int | float
@@ -33,7 +33,7 @@ class Column:
     Attributes:
         name: As in the table.
         kind: `real`, `integer` (modelled as real, decoded to integers between `low` and `high`) or `categorical`.
-        dtype: Type of the original cells, for `Columns.decode`.
+        dtype: Type of the original cells, for `TableSchema.decode`.
         mean: Mean of the transformed training values.
         std: Standard deviation of the transformed training values; positive.
         transform: `none`; `log`; or `quantile`, the piecewise linear map from `knots` to `scores`.
@@ -87,7 +87,7 @@ class Column:
         return {_key(value): index for index, value in enumerate(self.values)}
 
     @property
-    def cells_kind(self) -> Kind:
+    def cell_type(self) -> CellType:
         """How to interpret the column's cells."""
         if self.kind != "categorical":
             return "number"
@@ -95,7 +95,7 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class TableSchema:
     """All columns of a table.
 
     Attributes:
@@ -219,7 +219,7 @@ class Columns:
         table = self._adopt(table)
         x = np.empty((len(table), len(self)), np.float32)
         for j, (column, name) in enumerate(self._match(table).items()):
-            cells = table.cells(name, column.cells_kind)
+            cells = table.cells(name, column.cell_type)
             if column.kind == "categorical":
                 x[:, j] = _encode_categories(column, table, name, cells, unknown_categories)
             else:
@@ -257,7 +257,7 @@ class Columns:
         """
         table, decoded, filled = self._adopt(table), self.decode(x), {}
         for column, name in self._match(table).items():
-            missing = table.cells(name, column.cells_kind).missing
+            missing = table.cells(name, column.cell_type).missing
             if missing.any():
                 values = decoded[column.name][missing]
                 integer = column.dtype.lower().startswith(("int", "uint"))
@@ -302,7 +302,7 @@ def one_hot(x: np.ndarray, cardinalities: Sequence[int]) -> np.ndarray:
 
     Args:
         x: `[N, d]`, NaN = missing; categories as indices.
-        cardinalities: See `Columns.cardinalities`.
+        cardinalities: See `TableSchema.cardinalities`.
 
     Returns:
         `[N, width]`; NaN in all columns of a missing category.

@@ -32,7 +32,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from posterior_matching import atomic
-from posterior_matching.data.cells import (
+from posterior_matching.data.cache import file_fingerprint
+from posterior_matching.data.tables.cells import (
     Cells,
     Table,
     TableOption,
@@ -41,7 +42,7 @@ from posterior_matching.data.cells import (
     to_arrow,
     with_decimal,
 )
-from posterior_matching.data.dialect import BLANKS, Dialect, open_bytes, records, sniff, zip_members
+from posterior_matching.data.tables.dialect import BLANKS, Dialect, open_bytes, records, sniff, zip_members
 from posterior_matching.errors import UserError, first_line
 
 __all__ = [
@@ -49,7 +50,6 @@ __all__ = [
     "Table",
     "TableOption",
     "TableOptions",
-    "file_fingerprint",
     "is_table",
     "iter_chunks",
     "read_table",
@@ -62,12 +62,6 @@ FORMATS = (*TEXT, ".parquet", ".npy", ".npz")
 _BLOCK_BYTES = 1 << 23
 _STRING = pa.large_string()
 _STR = pd.StringDtype("pyarrow", na_value=np.nan)
-
-
-def file_fingerprint(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_table(source: Any) -> bool:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from posterior_matching.data.image_arrays import as_stored, dimensions, read_array
-from posterior_matching.data.image_files import fingerprint, formats, opaque, opened, read_files, state, suffixes
-from posterior_matching.data.image_types import (
+from posterior_matching.data.images.arrays import as_stored, dimensions, read_array
+from posterior_matching.data.images.files import fingerprint, formats, opaque, opened, read_files, state, suffixes
+from posterior_matching.data.images.options import (
     ImageFormat,
     ImageOption,
     ImageOptions,
@@ -31,7 +31,7 @@ from posterior_matching.data.image_types import (
     reason,
     size_text,
 )
-from posterior_matching.data.tables import is_table
+from posterior_matching.data.tables.read import is_table
 from posterior_matching.errors import UserError
 
 __all__ = [

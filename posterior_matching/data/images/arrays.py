@@ -12,7 +12,8 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from posterior_matching.data.image_types import (
+from posterior_matching.data.cache import file_fingerprint
+from posterior_matching.data.images.options import (
     MAX_SIDE,
     PARTS,
     WHITE_16,
@@ -23,7 +24,6 @@ from posterior_matching.data.image_types import (
     fit,
     size_text,
 )
-from posterior_matching.data.tables import file_fingerprint
 from posterior_matching.errors import OptionError, UserError
 
 

@@ -19,30 +19,23 @@ from typing import Any, Literal, Self
 import numpy as np
 import pandas as pd
 from flax import nnx
-from ml_collections import ConfigDict, config_dict
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
 from posterior_matching import config as configs
 from posterior_matching import runs
 from posterior_matching.data import Table, TableOptions, read_table, split_table
-from posterior_matching.data.images import is_images
+from posterior_matching.data.images.source import is_images
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.imputation import (
-    Imputer,
-    Kind,
-    NumImputations,
-    Unknown,
-    impute_file,
-    impute_images,
-    output_files,
-)
+from posterior_matching.impute.defaults import table_config
+from posterior_matching.impute.imputer import ImputationMode, NumImputations, RowImputer, Unknown
+from posterior_matching.impute.pictures import impute_images
+from posterior_matching.impute.rows import impute_file, output_files
 from posterior_matching.numerics.compilation import forget_programs_near_the_limit
 from posterior_matching.training import loop
-from posterior_matching.training.batching import default_batch_size
 from posterior_matching.training.pm_vae import FAMILY
 
-Units = Literal["table", "standardised"]
+DensityUnit = Literal["table", "standardised"]
 _MIN_ROWS = 10  # one of them for validation
 
 
@@ -77,7 +70,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
 
     Attributes:
         model_: The trained `models.vae.PosteriorMatchingVAE`.
-        columns_: Its columns, see `data.Columns`.
+        columns_: Its columns, see `data.TableSchema`.
         description_: The run's `config.json`.
         n_iter_: Step of the weights in use.
         n_features_in_: Number of columns given to `fit`.
@@ -94,7 +87,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         drop: Sequence[str | int] = (),
         missing_values: Sequence[str | float] = (),
         unknown_categories: Unknown = "error",
-        kind: Kind = "point",
+        kind: ImputationMode = "point",
         num_samples: int = 256,
         batch_size: int = 128,
         config: Mapping[str, Any] | None = None,
@@ -163,7 +156,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             table, x = self._encoded(X)
             return [self._like(X, self.columns_.fill(table, filled)) for filled in self._imputer.draws(x, int(n))]
 
-    def score_samples(self, X: Any, units: Units = "standardised", num_samples: int = 512) -> np.ndarray:
+    def score_samples(self, X: Any, units: DensityUnit = "standardised", num_samples: int = 512) -> np.ndarray:
         """Estimates log p(x_o) of every row, over all cells that are not missing.
 
         Args:
@@ -185,7 +178,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         X: Any,
         given: Sequence[str | int] = (),
         of: Sequence[str | int] | None = None,
-        units: Units = "table",
+        units: DensityUnit = "table",
         num_samples: int = 512,
     ) -> np.ndarray:
         """Estimates log p(x_of | x_given) of every row by importance sampling.
@@ -288,9 +281,9 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         self.n_iter_ = runs.latest_step(run_dir, checkpoint or self.description_["config"]["evaluate_checkpoint"])
 
     @property
-    def _imputer(self) -> Imputer:
+    def _imputer(self) -> RowImputer:
         seed = self.description_["config"]["seed"]
-        return Imputer(self.model_, seed=seed, batch_size=self.batch_size, num_samples=self.num_samples)
+        return RowImputer(self.model_, seed=seed, batch_size=self.batch_size, num_samples=self.num_samples)
 
     @property
     def _has_names(self) -> bool:
@@ -373,12 +366,12 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
 
 
 def _check_constructor(
-    unknown_categories: Unknown, kind: Kind, num_samples: configs.Count, batch_size: configs.Count
+    unknown_categories: Unknown, kind: ImputationMode, num_samples: configs.Count, batch_size: configs.Count
 ) -> None:
     """Declares what these parameters may be, for `config.check`."""
 
 
-def _check_log_prob(units: Units, num_samples: configs.Count) -> None:
+def _check_log_prob(units: DensityUnit, num_samples: configs.Count) -> None:
     """Declares what these parameters may be, for `config.check`."""
 
 
@@ -431,7 +424,7 @@ def impute(
     mask: str | None = None,
     mask_generator: str | None = None,
     num_imputations: NumImputations = 1,
-    kind: Kind | None = None,
+    kind: ImputationMode | None = None,
     unknown_categories: Unknown = "error",
     checkpoint: str | None = None,
     batch_size: configs.Count | None = None,
@@ -514,74 +507,3 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
             value = changed(old, value)
         result[key] = value
     return result
-
-
-def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
-    """Returns the default config for a table, without `config.table`.
-
-    Args:
-        num_rows: Rows to train on.
-        num_columns: Columns.
-    """
-    # Chosen by validation likelihood on titanic, heart disease and white wine, and by the imputation error on housing
-    # and, for wide tables, digits, see docs/notes.md.
-    wide = num_columns >= 30
-    units = 128 if num_rows < 10_000 else 256
-    steps = 4000 if num_rows < 2000 else 8000 if num_rows < 10_000 else 10_000
-    encoder = {"name": "ResidualMLP", "residual_blocks": 2, "hidden_units": units, "layer_norm": False, "dropout": 0.0}
-    return ConfigDict(
-        {
-            "seed": 0,
-            "dataset": None,
-            "train_split": "train",
-            "validation_split": "validation",
-            "batch_size": min(default_batch_size(num_rows), 128),  # each row with several z
-            "steps": steps,
-            "validation_every": 200,
-            "log_every": 100,
-            "patience": 10,
-            "checkpoint_every": None,
-            "evaluate_checkpoint": "best",
-            "ema_decay": 0.99,
-            "skip_nonfinite_updates": False,
-            "data_memory_budget_gb": 8.0,
-            "optimizer": {
-                "learning_rate": 1e-3,
-                "decay_rate": 0.9,
-                "transition_steps": steps // 10,
-                "staircase": False,
-                "warmup_steps": 0,
-                "weight_decay": 1e-3,
-                "clip_norm": 10.0,
-                "eps": 1e-8,
-            },
-            "noise_std": 0.03,
-            "mask_generator": {"name": "BernoulliMaskGenerator", "p": 0.5},
-            "matching_coef": 1.0,
-            "matching_ll_stop_gradients": True,
-            "elbo_samples": 8,
-            "pretrained_dir": None,
-            "beta": {
-                "name": "monotonic",
-                "low": 0.0,
-                "high": 1.0,
-                "transition_begin": 0,
-                "transition_steps": 2500 if wide else 500,
-            },
-            "model": {
-                "latent_dim": min(max(num_columns // 2, 2), 32),
-                "encoder": encoder,
-                "posterior": {"name": "TriLGaussian"},
-                "decoder": encoder,
-                "likelihood": {"name": "Columns", "num_components": 3, "shared_scales": wide},
-                "availability": config_dict.placeholder(bool),  # found from the data
-                "partial_encoder": encoder,
-                "partial_posterior": {
-                    "name": "AutoregressiveGMM",
-                    "num_components": 10,
-                    "residual_blocks": 1,
-                    "hidden_units": 64,
-                },
-            },
-        }
-    )

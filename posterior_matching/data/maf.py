@@ -21,10 +21,10 @@ import pandas as pd
 from posterior_matching.data.builtin import patch_features
 from posterior_matching.errors import UserError
 
-Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # train, val, test; [N, d] float32
+Splits = tuple[np.ndarray, np.ndarray, np.ndarray]  # train, val, test; [N, d] float32
 
 
-def power(files: Sequence[Path]) -> Parts:
+def power(files: Sequence[Path]) -> Splits:
     """Power, voltage, three meters and time of day of one household, for each minute without missing values.
 
     Args:
@@ -46,7 +46,7 @@ def power(files: Sequence[Path]) -> Parts:
     return _standardised(*_last_tenths(x))
 
 
-def gas(files: Sequence[Path]) -> Parts:
+def gas(files: Sequence[Path]) -> Splits:
     """Eight of sixteen gas sensors in mixtures of ethylene and carbon monoxide, for a random quarter of the readings.
 
     Args:
@@ -71,7 +71,7 @@ def _uncorrelated(correlation: np.ndarray) -> list[int]:
     return kept
 
 
-def hepmass(files: Sequence[Path]) -> Parts:
+def hepmass(files: Sequence[Path]) -> Splits:
     """Signal events among the first tenth of the simulated collisions, in 21 kinematic features.
 
     Args:
@@ -92,7 +92,7 @@ def _signals(files: Sequence[Path], name: str, num_rows: int) -> np.ndarray:
     return x[x[:, 0] == 1, 1:]
 
 
-def miniboone(files: Sequence[Path]) -> Parts:
+def miniboone(files: Sequence[Path]) -> Splits:
     """Electron neutrino events, in 43 features.
 
     Args:
@@ -106,7 +106,7 @@ def miniboone(files: Sequence[Path]) -> Parts:
     return _standardised(*_last_tenths(x[:, ~_has_spike(x)]))
 
 
-def bsds(files: Sequence[Path], num_rows: tuple[int, int, int]) -> Parts:
+def bsds(files: Sequence[Path], num_rows: tuple[int, int, int]) -> Splits:
     """Grey 8x8 patches of the BSDS300 photographs as `patch_features`, [N, 63], at distinct random positions.
 
     As in Uria et al. (2016), 180 of the 200 training photographs give the training patches and 20 those for validation.
@@ -152,7 +152,7 @@ def _patches(photographs: list[np.ndarray], num_rows: int, rng: np.random.Genera
     return x[rng.permutation(num_rows)]
 
 
-# Parts of the above --------------------------------------------------------------------------------------------------
+# Splits of the above --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -182,14 +182,14 @@ def _has_spike(x: np.ndarray) -> np.ndarray:
     return (x == x.min(axis=0)).sum(axis=0) > 5
 
 
-def _last_tenths(x: np.ndarray) -> Parts:
+def _last_tenths(x: np.ndarray) -> Splits:
     """Splits off the last tenth for test, and then the last tenth of the rest for validation."""
     x, test = np.split(x, [-int(0.1 * len(x))])
     train, val = np.split(x, [-int(0.1 * len(x))])
     return train, val, test
 
 
-def _standardised(train: np.ndarray, val: np.ndarray, test: np.ndarray) -> Parts:
+def _standardised(train: np.ndarray, val: np.ndarray, test: np.ndarray) -> Splits:
     """Standardises with the mean and standard deviation of training and validation rows."""
     fitted = np.concatenate([train, val])
     mean, std = fitted.mean(axis=0), fitted.std(axis=0)

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.compute as pc
 from absl import logging
 
-from posterior_matching.data.cells import UNCERTAIN, Cells, Table, shortened
-from posterior_matching.data.dialect import UNNAMED
+from posterior_matching.data.tables.cells import UNCERTAIN, Cells, Table, shortened
+from posterior_matching.data.tables.dialect import UNNAMED
 from posterior_matching.errors import UserError, nearest
 
-ColumnKind = Literal["real", "integer", "categorical", "empty", "index"]
+ColumnType = Literal["real", "integer", "categorical", "empty", "index"]
 
 MAX_CATEGORIES = 1000  # of a column declared as categorical: the model has an input and an output for each
 _MAX_UNDECLARED = 100  # more are unlikely to be categories
@@ -24,7 +24,7 @@ _TIME = r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?( ?[AaPp][Mm])?"
 _DATE = re.compile(rf"\d{{1,4}}[-/.]\d{{1,2}}[-/.]\d{{1,4}}([T ]{_TIME}.*)?|{_TIME}")
 
 
-def infer(table: Table) -> dict[str, ColumnKind]:
+def infer(table: Table) -> dict[str, ColumnType]:
     """Returns the kind of every column that is not dropped.
 
     An `empty` column has no values; an `index` numbers the rows and has no name.
@@ -42,7 +42,7 @@ def infer(table: Table) -> dict[str, ColumnKind]:
     for one, other in itertools.combinations(("drop", "categorical", "log", "quantile"), 2):
         if both := set(getattr(options, one)) & set(getattr(options, other)):
             raise UserError(f"config.table.{one} and config.table.{other} both name column '{min(both)}'")
-    kinds: dict[str, ColumnKind] = {}
+    kinds: dict[str, ColumnType] = {}
     useless: dict[str, str] = {}
     for name in table.names:
         if name not in options.drop:
@@ -65,7 +65,7 @@ class _UselessError(Exception):
     """Says what a column holds that is neither a quantity nor a category."""
 
 
-def _kind(table: Table, name: str) -> ColumnKind:
+def _kind(table: Table, name: str) -> ColumnType:
     options = table.options
     quantity = name in (*options.real, *options.log, *options.quantile)
     cells = table.cells(name, "number" if quantity else None)
@@ -103,7 +103,7 @@ def _is_unnamed(table: Table, name: str) -> bool:
     return not table.dialect.header[table.names.index(name)]
 
 
-def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnKind:
+def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnType:
     if cells.is_date:
         raise _UselessError("holds dates or times")
     words = [str(word) for word in pc.unique(pc.drop_null(cells.array)).to_pylist()]

@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 from pydantic import PlainValidator
 
 from posterior_matching.config import call
-from posterior_matching.data.dialect import Dialect, records
+from posterior_matching.data.tables.dialect import Dialect, records
 from posterior_matching.errors import OptionError, UserError
 
 # Spellings of missing: in every column; and those in columns of numbers, which in columns of words may be categories.
 _MISSING = ("", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "-nan", "NULL", "Null", "null")
 _MISSING_NUMBER = (*_MISSING, "None", "none", "na", ".", "-", "--")
 Names = tuple[str | int, ...]
-Kind = Literal["number", "code", "word"]  # codes are categories spelled as numbers
+CellType = Literal["number", "code", "word"]  # codes are categories spelled as numbers
 UNCERTAIN = sorted(set(_MISSING_NUMBER) - set(_MISSING))
 
 
@@ -115,7 +115,7 @@ class Table:
     parts: Mapping[str, np.ndarray] | None = None
     fingerprint: str | None = None
     first_row: int = 0
-    _cells: dict[tuple[str, Kind | None], Cells] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _cells: dict[tuple[str, CellType | None], Cells] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -152,7 +152,7 @@ class Table:
         index = pc.index(pc.is_valid(text), True).as_py() if index < 0 else index  # codes such as 0123
         return f"'{shortened(text[index].as_py())}' ({self.row(index)})"
 
-    def cells(self, name: str, kind: Kind | None = None) -> Cells:
+    def cells(self, name: str, kind: CellType | None = None) -> Cells:
         """Interprets a column.
 
         Args:
@@ -169,7 +169,7 @@ class Table:
                 self._cells[name, "number"] = cells
         return self._cells[name, kind]
 
-    def _understand(self, name: str, kind: Kind | None) -> Cells:
+    def _understand(self, name: str, kind: CellType | None) -> Cells:
         array = to_arrow(self.frame[name])
         is_category = pa.types.is_dictionary(array.type)
         array = array.dictionary_decode() if is_category else array
@@ -187,7 +187,7 @@ class Table:
         self._check_finite(name, numbers)
         return Cells(pc.if_else(pa.array(np.isnan(numbers)), None, array), numbers, is_category)
 
-    def _understand_text(self, name: str, text: pa.Array, kind: Kind | None) -> Cells:
+    def _understand_text(self, name: str, text: pa.Array, kind: CellType | None) -> Cells:
         text = pc.utf8_trim_whitespace(text)
         declared = [str(value) for value in self.options.missing_values]
 

@@ -18,8 +18,8 @@ import numpy as np
 from absl import logging
 
 from posterior_matching.data.cache import cached
+from posterior_matching.data.dataset import resolve_split, unknown_split
 from posterior_matching.data.gaussian import GaussianCheck, gaussian_log_likelihood
-from posterior_matching.data.splits import resolve_split, unknown_split
 from posterior_matching.errors import UserError, first_line
 from posterior_matching.progress import progress_bar
 

@@ -22,8 +22,8 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
 
-from posterior_matching.data.cache import cached
-from posterior_matching.data.image_types import (
+from posterior_matching.data.cache import cached, file_fingerprint
+from posterior_matching.data.images.options import (
     MAX_SIDE,
     PARTS,
     WHITE_16,
@@ -36,7 +36,6 @@ from posterior_matching.data.image_types import (
     reason,
     size_text,
 )
-from posterior_matching.data.tables import file_fingerprint
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.progress import progress_bar
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from posterior_matching import data
-from posterior_matching.data.batches import padded_batches
+from posterior_matching.data.dataset import padded_batches
 from posterior_matching.models.vade import VADE
 from posterior_matching.numerics import on_cpu
 

@@ -18,8 +18,8 @@ from posterior_matching.evaluation.embeddings import EMBEDDINGS
 from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_run
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
 from posterior_matching.evaluation.results import Results
-from posterior_matching.masking import MaskGenerator
-from posterior_matching.models.likelihood import tempered_weights, weighted_mean
+from posterior_matching.mask_generators import MaskGenerator
+from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
 from posterior_matching.numerics.random import random_key

@@ -7,7 +7,7 @@ import numpy as np
 
 from posterior_matching import data
 from posterior_matching.models.vade import VADE
-from posterior_matching.models.vade_initialisation import latents
+from posterior_matching.training.vade_initialisation import latents
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture

@@ -1,0 +1,1 @@
+"""Images of the user's own: folders, archives and arrays, and the masks of their holes."""

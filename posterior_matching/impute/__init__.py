@@ -1,0 +1,1 @@
+"""Filling the holes of tables and images with a trained model."""
