@@ -16,7 +16,7 @@ from sklearn.utils import estimator_checks
 from posterior_matching import runs
 from posterior_matching.evaluation import uci
 from posterior_matching.impute.estimator import PosteriorMatchingImputer, table_config
-from posterior_matching.impute.imputer import impute_file
+from posterior_matching.impute.rows import impute_file
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,10 @@ from helpers.configs import SHARED, needs_shared
 from helpers.scripts import run_script
 from posterior_matching.data import TableOptions, read_table
 from posterior_matching.errors import UserError
-from posterior_matching.impute import imputer as imputation
+from posterior_matching.impute import rows as imputation
 from posterior_matching.impute.estimator import impute, table_config
-from posterior_matching.impute.imputer import RowImputer, impute_file
+from posterior_matching.impute.imputer import RowImputer
+from posterior_matching.impute.rows import impute_file
 from posterior_matching.models.vae import PosteriorMatchingVAE
 
 pytestmark = pytest.mark.slow
