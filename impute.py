@@ -9,11 +9,11 @@ All other cells and pixels are unchanged.
 
 from configs import pm_vae_table
 from posterior_matching import cli
-from posterior_matching.impute import estimator
+from posterior_matching.impute import files
 
 if __name__ == "__main__":
     cli.evaluation_main(
-        estimator.impute,
+        files.impute,
         pm_vae_table.get_config(),
         run_dir="Use the run in this directory, made by a training script or with --train (required).",
         mask_generator="Draw the holes of images with this generator, given with its options as in "

@@ -78,15 +78,15 @@ def untrained_base(config_name: str) -> Pretrained | None:
     config = importlib.import_module(f"configs.{name}").get_config()
     rows = dataset(dataset_of(name, config), 16)
     untrained = experiment(name, config, rows)
-    return Pretrained(
-        base, untrained.phases[-1].model, {base.part: untrained.config["model"]}, rows.name, rows.input_shape
-    )
+    description = {"input_shape": rows.input_shape, "config": {"dataset": rows.name}}
+    return Pretrained(base, untrained.phases[-1].model, {base.part: untrained.config["model"]}, description)
 
 
 def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Experiment:
     """The experiment of `configs/<config_name>.py` with this `config`, on an untrained base if it needs one."""
     chosen = family(config_name)
-    return chosen.experiment(chosen.parse(config), rows, rows, untrained_base(config_name))
+    source = data.ArraySource(rows.name, lambda *_: rows)
+    return chosen.experiment(chosen.parse(config), source, untrained_base(config_name))
 
 
 class TrainingStep:

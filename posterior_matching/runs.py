@@ -33,8 +33,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from posterior_matching import atomic, models, parallel
-from posterior_matching.config import call, flatten, naming, plain
-from posterior_matching.data import ImageFormat, ImageOptions, TableOptions, TableSchema
+from posterior_matching.config import flatten, naming, plain
 from posterior_matching.errors import OptionError, UserError, nearest
 
 Tree = TypeVar("Tree")
@@ -213,10 +212,7 @@ def open_run(
     run_dir: str | None,
     model: str,
     config: Mapping[str, Any],
-    input_shape: tuple[int, ...],
-    columns: TableSchema | None = None,
-    fingerprint: str | None = None,
-    image_format: ImageFormat | None = None,
+    data: Mapping[str, Any],
 ) -> Run:
     """Opens a run directory, either new or already holding this run; nothing is written before `Run.create`.
 
@@ -224,10 +220,7 @@ def open_run(
         run_dir: The directory; None: `runs/<model>-<dataset>-<timestamp>`.
         model: Key of `models.MODELS`.
         config: The resolved config, with `dataset`.
-        input_shape: Shape of one example.
-        columns: The columns of the user's own table.
-        fingerprint: The fingerprint of the user's own data.
-        image_format: The format of the user's own images.
+        data: What to keep of the data, with `input_shape`; see `data.Source.to_json`.
 
     Raises:
         UserError: The directory holds a run of another model or config, a run without its checkpoints, or something
@@ -241,10 +234,7 @@ def open_run(
     description = {
         "model": model,
         "config": config,
-        "input_shape": list(input_shape),
-        "columns": columns and columns.to_json(),
-        "images": image_format and image_format.to_json(),
-        "fingerprint": fingerprint,
+        **data,
         "num_devices": jax.device_count(),
         "versions": versions(),
     }
@@ -305,30 +295,6 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
     if found == "pm_vae":
         config.setdefault("elbo_samples", 1)  # absent in runs from before there was a choice
     return description
-
-
-def saved_columns(description: Mapping[str, Any]) -> TableSchema | None:
-    """Returns the columns of the table that a run was trained on, from its `config.json`; None for other data."""
-    saved = description.get("columns") or description.get("standardisation")  # the latter in runs of version 0.1
-    return TableSchema.from_json(saved) if saved else None
-
-
-def saved_table_options(description: Mapping[str, Any]) -> TableOptions:
-    """Returns the options with which a run read its table, `config.table`, from its `config.json`."""
-    return call(TableOptions, plain(description["config"].get("table") or {}), "config.table")
-
-
-def saved_image_format(description: Mapping[str, Any]) -> ImageFormat | None:
-    """Returns the format of the images that a run was trained on, from its `config.json`; None for other data."""
-    if saved := description.get("images"):
-        return ImageFormat.from_json(saved)
-    shape = tuple(description["input_shape"])
-    return ImageFormat(shape) if len(shape) == 3 else None
-
-
-def saved_image_options(description: Mapping[str, Any]) -> ImageOptions:
-    """Returns the options with which a run read its images, `config.images`, from its `config.json`."""
-    return call(ImageOptions, plain(description["config"].get("images") or {}), "config.images")
 
 
 def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkpoint: str | None = None) -> Any:

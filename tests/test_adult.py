@@ -36,29 +36,34 @@ def write(folder):
     (folder / "adult.test").write_text("|1x3 Cross validator\n" + ROWS.format(gain=5, loss=0, dot=".") + "\n")
 
 
+def adult_source(saved=None, **options):
+    return data.open_source(data.DataOptions("adult", "train", "validation", data.TableOptions(**options)), saved)
+
+
 def test_rows_with_missing_values_and_of_other_countries_are_left_out(folder):
     write(folder)
-    parts = {split: data.load("adult", split) for split in ("train", "validation", "test")}
+    source = adult_source()
+    parts = {split: source.split(split) for split in ("train", "validation", "test")}
     assert [len(part) for part in parts.values()] == [16, 4, 2]
-    train = parts["train"].columns.decode(np.concatenate([parts["train"].x, parts["validation"].x]))
+    train = source.schema.decode(np.concatenate([parts["train"].x, parts["validation"].x]))
     assert set(train["income"]) == {"<=50K", ">50K"} and "native-country" not in train
     assert sorted(train["capital-gain"]) == sorted([0] * 10 + list(range(10)))
 
 
 def test_real_columns_are_standardised_by_all_complete_rows_of_the_training_file(folder):
     write(folder)
-    columns = {column.name: column for column in data.load("adult", "test").columns.columns}
+    columns = {column.name: column for column in adult_source().schema.columns}
     age = [39, 50, 28] * 10
     assert columns["age"].mean == pytest.approx(np.mean(age)) and columns["age"].std == pytest.approx(np.std(age))
 
 
 def test_the_columns_of_a_run_and_the_keys_of_config_table_are_used(folder):
     write(folder)
-    dropped = data.load("adult", "train", table=data.TableOptions(drop=("fnlwgt",), categorical=("education-num",)))
-    assert [c.name for c in dropped.columns.columns if c.kind == "categorical"].count("education-num") == 1
-    assert "fnlwgt" not in [c.name for c in dropped.columns.columns]
-    own = data.load("adult", "test", columns=dropped.columns, table=data.TableOptions(drop=("fnlwgt",)))
-    assert own.columns is dropped.columns and own.x.shape == (2, dropped.x.shape[1])
+    dropped = adult_source(drop=("fnlwgt",), categorical=("education-num",))
+    assert [c.name for c in dropped.schema.columns if c.kind == "categorical"].count("education-num") == 1
+    assert "fnlwgt" not in [c.name for c in dropped.schema.columns]
+    own = adult_source(dropped.to_json(), drop=("fnlwgt",))
+    assert own.schema == dropped.schema and own.split("test").x.shape == (2, len(dropped.schema))
 
 
 def test_the_files_are_downloaded_once(folder, monkeypatch):

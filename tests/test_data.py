@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from posterior_matching import data
-from posterior_matching.data import builtin, cache, tfds
+from posterior_matching.data import builtin, cache, source, tfds
 from posterior_matching.data.tables import read as tables
 from posterior_matching.errors import UserError
 
@@ -60,7 +60,7 @@ def test_builtin_splits_are_disjoint_and_repeatable(name):
     assert duplicates == 0
     for split, dataset in splits.items():
         np.testing.assert_array_equal(data.load(name, split).x, dataset.x)
-        assert dataset.columns is None and len(dataset) == len(dataset.x)
+        assert len(dataset) == len(dataset.x)
     assert "train, val, test" in fails(name, "train[:10%]")
 
 
@@ -284,11 +284,20 @@ def test_names():
     assert "digits" in fails("digit")
     assert "own data" in fails("zzzzzzzz")
     assert "no file" in fails("table.parquet")
-    columns = data.TableSchema.from_standardisation([0] * 8, [1] * 8)
-    assert "pass a file" in fails("mixture", columns=columns)
+    columns = data.TableSchema.from_standardisation([0] * 8, [1] * 8).to_json()
+    assert "pass a file" in fails("mixture", saved=of_run(columns=columns))
 
 
 # Own tables ----------------------------------------------------------------------------------------------------------
+
+
+def own_source(path):
+    return data.open_source(data.DataOptions(str(path), "train", "validation"))
+
+
+def of_run(**saved):
+    config = {"dataset": "mine.csv", "train_split": "train", "validation_split": "validation"}
+    return {"config": config, "input_shape": [3]} | saved
 
 
 def table(rows=200, columns=3, seed=0):
@@ -300,7 +309,8 @@ def table(rows=200, columns=3, seed=0):
 def test_an_own_file_is_split_and_standardised(tmp_path):
     x = table()
     np.save(tmp_path / "t.npy", x)
-    splits = {split: data.load(str(tmp_path / "t.npy"), split) for split in ("train", "validation", "test", "all")}
+    own = own_source(tmp_path / "t.npy")
+    splits = {split: own.split(split) for split in ("train", "validation", "test", "all")}
     assert [len(d) for d in splits.values()] == [160, 20, 20, 200]
     assert [d.split for d in splits.values()] == ["train", "val", "test", "all"]
     train, whole = splits["train"], splits["all"]
@@ -308,7 +318,7 @@ def test_an_own_file_is_split_and_standardised(tmp_path):
     np.testing.assert_allclose(np.nanmean(train.x, 0), 0, atol=1e-6)
     np.testing.assert_allclose(np.nanstd(train.x, 0), 1, atol=1e-5)
     observed = ~np.isnan(x)  # order kept
-    np.testing.assert_allclose(whole.columns.decode(whole.x).to_numpy()[observed], x[observed], rtol=1e-5)
+    np.testing.assert_allclose(own.schema.decode(whole.x).to_numpy()[observed], x[observed], rtol=1e-5)
     rows = [{row.tobytes() for row in splits[s].x} for s in ("train", "validation", "test")]
     assert len(set.union(*rows)) == 200  # disjoint
     np.testing.assert_array_equal(data.load(str(tmp_path / "t.npy"), "train").x, train.x)
@@ -318,35 +328,38 @@ def test_an_own_file_is_split_and_standardised(tmp_path):
 
 def test_later_data_are_in_the_units_of_the_run(tmp_path):
     np.save(tmp_path / "t.npy", table())
-    columns = data.load(str(tmp_path / "t.npy"), "train").columns
+    own = own_source(tmp_path / "t.npy")
+    saved = of_run(**own.to_json())
     few = np.array([[1, 2, 3], [1, np.nan, 4]], np.float32)  # a constant column, and too few rows to split
     np.save(tmp_path / "few.npy", few)
-    dataset = data.load(str(tmp_path / "few.npy"), "all", columns=columns)
-    mean, std = ([getattr(c, name) for c in columns.columns] for name in ("mean", "std"))
+    dataset = data.load(str(tmp_path / "few.npy"), "all", saved)
+    mean, std = ([getattr(c, name) for c in own.schema.columns] for name in ("mean", "std"))
     np.testing.assert_allclose(dataset.x, (few - mean) / std, rtol=1e-6)
-    assert dataset.columns is columns
-    assert "too few" in fails(tmp_path / "few.npy", "test", columns=columns)
+    assert "too few" in fails(tmp_path / "few.npy", "test", saved=saved)
     np.save(tmp_path / "wide.npy", table(columns=4))
-    assert "4 columns, but the run was trained on 3" in fails(tmp_path / "wide.npy", columns=columns)
+    assert "4 columns, but the run was trained on 3" in fails(tmp_path / "wide.npy", saved=saved)
 
 
 def test_training_reads_a_file_once(tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("a;b;c\n" + "\n".join(f"{i % 7};{i % 5};{'xy'[i % 2]}" for i in range(50)))
     config = {"dataset": str(tmp_path / "t.csv"), "train_split": "train", "validation_split": "validation"}
     read, calls = tables.read_table, []
-    monkeypatch.setattr(data, "read_table", lambda *args, **kwargs: calls.append(args) or read(*args, **kwargs))
-    train, validation = data.load_for_training(config | {"table": {"drop": ("b",), "separator": ";"}})
+    monkeypatch.setattr(source, "read_table", lambda *args, **kwargs: calls.append(args) or read(*args, **kwargs))
+
+    def opened(saved=None, **changes):
+        return data.open_source(data.DataOptions.of_run({"config": config | changes}), saved)
+
+    first = opened(table={"drop": ("b",), "separator": ";"})
+    train, validation = first.split("train"), first.split("validation")
     assert len(calls) == 1 and (len(train), len(validation)) == (40, 5)
-    assert train.columns is validation.columns and [c.name for c in train.columns.columns] == ["a", "c"]
-    assert train.fingerprint == validation.fingerprint != None  # noqa: E711
-    again, _ = data.load_for_training(config, train.columns)
-    np.testing.assert_array_equal(again.x, train.x)
+    assert [c.name for c in first.schema.columns] == ["a", "c"] and first.fingerprint
+    np.testing.assert_array_equal(opened(first.to_json()).split("train").x, train.x)
     with pytest.raises(UserError, match=r"unknown key 'config.table.dropp'"):
-        data.load_for_training(config | {"table": {"dropp": ("b",)}})
+        opened(table={"dropp": ("b",)})
     with pytest.raises(UserError, match=r"config.table.separator must be one character"):
-        data.load_for_training(config | {"table": {"separator": "; "}})
-    digits, _ = data.load_for_training(config | {"dataset": "digits"})
-    assert digits.columns is None and digits.fingerprint is None
+        opened(table={"separator": "; "})
+    digits = opened(dataset="digits")
+    assert digits.schema is None and digits.fingerprint is None
 
 
 def test_every_key_of_a_table_is_in_the_configs():
@@ -364,9 +377,10 @@ def test_npz(tmp_path):
     np.savez(path, train=table(50), test=table(20, seed=1))
     assert data.load(str(path), "validation").split == "test"  # as the TFDS datasets without one
     np.savez(path, train=table(50), val=table(10, seed=1), test=table(20, seed=2))
-    splits = [data.load(str(path), split) for split in ("train", "validation", "test", "all")]
+    own = own_source(path)
+    splits = [own.split(split) for split in ("train", "validation", "test", "all")]
     assert [len(d) for d in splits] == [50, 10, 20, 80]
-    np.testing.assert_allclose([c.mean for c in splits[1].columns.columns], np.nanmean(table(50), 0))
+    np.testing.assert_allclose([c.mean for c in own.schema.columns], np.nanmean(table(50), 0))
     assert "train, val, test, all" in fails(path, "train[:3]")
     np.savez(path, a=table(), b=table())
     assert "it has a, b" in fails(path)
@@ -415,9 +429,10 @@ def test_unreadable_files(tmp_path):
 
 @pytest.mark.skipif(not WINE.exists(), reason="the wine quality table is not here")
 def test_wine_quality():
-    splits = [data.load(str(WINE), split) for split in ("train", "validation", "test")]
+    own = own_source(WINE)
+    splits = [own.split(split) for split in ("train", "validation", "test")]
     assert [d.x.shape for d in splits] == [(3920, 12), (489, 12), (489, 12)]
-    names = [column.name for column in splits[0].columns.columns]
+    names = [column.name for column in own.schema.columns]
     assert names[0] == "fixed acidity" and names[-1] == "quality"
     assert not any(np.isnan(d.x).any() for d in splits)
     assert dataclasses.replace(splits[0], name="wine").name == "wine"

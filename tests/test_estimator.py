@@ -15,7 +15,8 @@ from sklearn.utils import estimator_checks
 
 from posterior_matching import runs
 from posterior_matching.evaluation import uci
-from posterior_matching.impute.estimator import PosteriorMatchingImputer, table_config
+from posterior_matching.impute.defaults import table_config
+from posterior_matching.impute.estimator import PosteriorMatchingImputer
 from posterior_matching.impute.rows import impute_file
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from helpers.runs import untrained_run
 from posterior_matching import data, mask_generators, models, progress
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import pictures, uci
-from posterior_matching.evaluation.examples import ExampleMap, load_dataset, open_run
+from posterior_matching.evaluation.examples import ExampleMap, load_examples, open_run
 from posterior_matching.evaluation.results import PartialResults, Results
 
 NUM_ROWS, DIM = 1797, 5
@@ -152,7 +152,12 @@ def test_the_end_of_one_evaluation_does_not_disturb_another_of_the_same(tmp_path
 
 
 def description(**changes):
-    return {"config": {"dataset": "mixture"}, "input_shape": [8], "standardisation": None} | changes
+    config = {"dataset": "mixture", "train_split": "train", "validation_split": "validation"}
+    return {"config": config, "input_shape": [8]} | changes
+
+
+def load_dataset(*args, **options):
+    return load_examples(*args, **options)[1]
 
 
 def test_num_instances_takes_the_first_examples():
@@ -172,8 +177,8 @@ def test_num_instances_takes_the_first_examples():
 
 def test_own_data_are_standardised_as_the_run_was(table):
     mean, std = np.arange(DIM) + 1.0, np.arange(DIM) + 0.5
-    saved = {"mean": mean.tolist(), "std": std.tolist()}
-    run = description(input_shape=[DIM], standardisation=saved)
+    columns = data.TableSchema.from_standardisation(mean.tolist(), std.tolist()).to_json()
+    run = description(input_shape=[DIM], columns=columns)
     dataset = load_dataset(run, str(table.path), "all", None)
     np.testing.assert_allclose(dataset.x, (table.rows - mean) / std, rtol=1e-5)
     with pytest.raises(UserError, match="pass a file"):

@@ -24,7 +24,7 @@ from posterior_matching.data.images import files as image_files
 from posterior_matching.data.images.source import as_stored, fingerprint, is_images, read_images
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import uci
-from posterior_matching.impute.estimator import impute
+from posterior_matching.impute.files import impute
 from posterior_matching.impute.imputer import RowImputer
 from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import UnitRange
@@ -309,14 +309,12 @@ def test_channels(tmp_path):
 )
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
-        data.load_for_training(
-            {"dataset": "photos", "train_split": "train", "validation_split": "val", "images": options}
-        )
+        FAMILIES["pm_vae"].parse(load("pm_vae_images", images=options))
 
 
 def test_options_are_not_ignored():
-    config = {"dataset": "digits", "train_split": "train", "validation_split": "val", "images": {"size": 16}}
-    assert "config.images is for images of your own" in refusal(data.load_for_training, config)
+    options = data.DataOptions("digits", "train", "val", images=ImageOptions(size=16))
+    assert "config.images is for images of your own" in refusal(options.check)
 
 
 # Splits and labels ---------------------------------------------------------------------------------------------------
@@ -462,8 +460,9 @@ def test_parts_and_labels_of_npz(tmp_path):
         {"train_images": BYTES, "train_labels": y[:, None], "test_images": BYTES[:4], "test_labels": y[:4, None]},
     ):
         np.savez(path, **arrays)
-        train, test = (data.load(str(path), split) for split in ("train", "test"))
-        assert (len(train), len(test)) == (9, 4) and train.image_format.labels == ("4", "5", "6")
+        source = data.open_source(data.DataOptions(str(path), "train", "val"))
+        train, test = (source.split(split) for split in ("train", "test"))
+        assert (len(train), len(test)) == (9, 4) and source.schema.labels == ("4", "5", "6")
         np.testing.assert_array_equal(train.label, y - 4)
         np.testing.assert_array_equal(test.x, BYTES[:4])
     np.savez(path, images=BYTES, names=np.array(["b", "a", "a"] * 3))
@@ -565,7 +564,7 @@ def cropped(path):
 @pytest.mark.slow
 def test_what_a_run_keeps(run):
     description = runs.read_description(run / "run")
-    kept = runs.saved_image_format(description)
+    kept = data.saved_schema(description)
     assert kept == ImageFormat((8, 8, 3), "uint8", (0.0, 255.0), ("a", "b"))
     config = description["config"]
     with pytest.raises(UserError, match=r"photos' has changed since .* was begun"):
@@ -784,4 +783,10 @@ def test_faces_train_every_config_for_them(tmp_path):
         family.train(config, str(tmp_path / name))
         assert np.isfinite(rows(tmp_path / name)[-1]["val_loss"])
         saved = runs.read_description(tmp_path / name)
-        assert saved["config"]["dataset"] == str(faces) and runs.saved_image_options(saved).crop == (22, 12, 64, 64)
+        assert saved["config"]["dataset"] == str(faces)
+        assert data.DataOptions.of_run(saved).images.crop == (
+            22,
+            12,
+            64,
+            64,
+        )

@@ -18,7 +18,8 @@ from helpers.scripts import run_script
 from posterior_matching.data import TableOptions, read_table
 from posterior_matching.errors import UserError
 from posterior_matching.impute import rows as imputation
-from posterior_matching.impute.estimator import impute, table_config
+from posterior_matching.impute.defaults import table_config
+from posterior_matching.impute.files import impute
 from posterior_matching.impute.imputer import RowImputer
 from posterior_matching.impute.rows import impute_file
 from posterior_matching.models.vae import PosteriorMatchingVAE

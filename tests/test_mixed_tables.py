@@ -473,12 +473,12 @@ def test_an_evaluation_scores_both_kinds_and_gives_likelihoods_per_unit_of_the_t
     half = BernoulliMaskGenerator(0.0)  # nothing observed: every value that exists is scored
     found = uci.evaluate(run, split="all", mask_generator=half, num_samples=4, num_trials=1, baselines=True)
     value = {name: metric["mean"] for name, metric in found.metrics.items()}
-    x = data.load(str(table), "all", columns=runs.saved_columns(runs.read_description(run))).x
+    x = data.load(str(table), "all", runs.read_description(run)).x
     std = runs.read_description(run)["columns"]["columns"][0]["std"]
     slope = -np.log(std) * np.mean(~np.isnan(x[:, 0]))  # of `size`, the only real column, where it exists
     np.testing.assert_allclose(value["ac_ll_table_nats"] - value["ac_ll_nats"], slope, rtol=1e-4)
     np.testing.assert_allclose(value["log_p_x_table_nats"] - value["log_p_x_nats"], slope, rtol=1e-4)
-    train = data.load(str(table), "train", columns=runs.saved_columns(runs.read_description(run))).x
+    train = data.load(str(table), "train", runs.read_description(run)).x
     modes = [np.bincount(train[~np.isnan(train[:, j]), j].astype(int)).argmax() for j in (1, 2)]
     shares = [np.mean(x[~np.isnan(x[:, j]), j] == mode) for j, mode in zip((1, 2), modes, strict=True)]
     np.testing.assert_allclose(value["accuracy_mean"], np.mean(shares), rtol=1e-6)  # mean imputation is the mode

@@ -104,7 +104,7 @@ def test_parameters_txt_lists_all_parameters(run_dir):
 
 def test_the_default_run_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = runs.open_run(None, "pm_vae", make_config(dataset="some/where/wine.csv"), (8,))
+    run = runs.open_run(None, "pm_vae", make_config(dataset="some/where/wine.csv"), {"input_shape": [8]})
     assert run.path.parent == tmp_path / "runs" and run.path.name.startswith("pm_vae-wine-2")
 
 
@@ -145,7 +145,7 @@ def test_resuming_with_another_shape_model_or_device_count_is_refused(run_dir):
     [{"steps": 9}, {"log_every": 1}, {"validation_every": 2}, {"checkpoint_every": 2}, {"data_memory_budget_gb": 0.0}],
 )
 def test_resuming_accepts_what_changes_no_step(run_dir, changes):
-    run = runs.open_run(str(run_dir), "pm_vae", make_config(**changes), (8,))
+    run = runs.open_run(str(run_dir), "pm_vae", make_config(**changes), {"input_shape": [8]})
     assert run.step == STEPS
     run.create()
     assert json.loads((run_dir / "config.json").read_text())["config"].items() >= changes.items()
@@ -155,7 +155,7 @@ def test_a_run_from_before_the_importance_weighted_elbo_is_resumed(run_dir):
     description = json.loads((run_dir / "config.json").read_text())
     assert description["config"].pop("elbo_samples") == 1
     (run_dir / "config.json").write_text(json.dumps(description))
-    assert runs.open_run(str(run_dir), "pm_vae", make_config(), (8,)).step == STEPS
+    assert runs.open_run(str(run_dir), "pm_vae", make_config(), {"input_shape": [8]}).step == STEPS
 
 
 def test_more_steps_continue_the_run_and_its_metrics(run_dir):
@@ -168,7 +168,7 @@ def test_more_steps_continue_the_run_and_its_metrics(run_dir):
     assert after.startswith(before)
     assert [json.loads(line)["step"] for line in after.splitlines()] == [3, 6, 9, 12]
     assert "train_loss" in json.loads(after.splitlines()[2])
-    assert runs.open_run(str(run_dir), "pm_vae", make_config(), (8,)).step == 12
+    assert runs.open_run(str(run_dir), "pm_vae", make_config(), {"input_shape": [8]}).step == 12
 
 
 def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
@@ -183,7 +183,7 @@ def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
 
 
 def test_an_empty_directory_is_taken(tmp_path):
-    assert runs.open_run(str(tmp_path), "pm_vae", make_config(), (8,)).step == 0
+    assert runs.open_run(str(tmp_path), "pm_vae", make_config(), {"input_shape": [8]}).step == 0
 
 
 DAMAGED = ["", "{", "[]", "null", "{}", '"text"', '{"model": "pm_vae"}', "\x00\x01", '{"model": "pm_vae", "config": 3}']
@@ -218,7 +218,7 @@ def test_the_arrays_of_a_checkpoint_have_names(run_dir):
 
 
 def test_arrays_are_restored_by_name_not_by_position(tmp_path):
-    run = runs.open_run(str(tmp_path / "run"), "pm_vae", make_config(), (8,))
+    run = runs.open_run(str(tmp_path / "run"), "pm_vae", make_config(), {"input_shape": [8]})
     run.create()
     with run.finished_saving():
         run.save(3, {"w": np.zeros(1)}, {"a": np.zeros(2), "b": np.ones(2)}, {"n": 1}, best=False)
@@ -231,7 +231,7 @@ def test_arrays_are_restored_by_name_not_by_position(tmp_path):
 
 
 def test_no_thread_waits_for_a_checkpoint_whose_folder_cannot_be_made(tmp_path):
-    run = runs.open_run(str(tmp_path / "run"), "pm_vae", make_config(), (8,))
+    run = runs.open_run(str(tmp_path / "run"), "pm_vae", make_config(), {"input_shape": [8]})
     run.create()
     latest = tmp_path / "run" / "checkpoints" / "latest"
     shutil.rmtree(latest)
@@ -266,7 +266,7 @@ def test_a_moved_run_loads(finished, run_dir):
 
 
 def test_best_and_latest(run_dir):
-    run = runs.open_run(str(run_dir), "pm_vae", make_config(), (8,))
+    run = runs.open_run(str(run_dir), "pm_vae", make_config(), {"input_shape": [8]})
     before = weights(run_dir)
     run.create()
     with run.finished_saving():

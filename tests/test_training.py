@@ -104,7 +104,7 @@ def linear(tmp_path, monkeypatch):
 
     def run_it(name="run", *phases, stop=None, **changes):
         chosen = experiment(*phases, **changes)
-        run = runs.open_run(str(tmp_path / name), "linear", chosen.config, (DIM + 1,))
+        run = runs.open_run(str(tmp_path / name), "linear", chosen.config, {"input_shape": [DIM + 1]})
         if stop is None:
             return fit(chosen, run)
         with crash_after(stop):

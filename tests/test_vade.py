@@ -257,12 +257,9 @@ def test_restarts_side_by_side_on_an_accelerator_are_those_one_by_one(monkeypatc
 
 
 def test_labels_change_nothing_but_the_scores_and_are_not_needed(trained, monkeypatch):
-    load = data.load_for_training
-
-    def unlabelled(*args):
-        return [dataclasses.replace(dataset, label=None) for dataset in load(*args)]
-
-    monkeypatch.setattr(data, "load_for_training", unlabelled)
+    split = data.ArraySource.split
+    unlabelled = lambda *args: dataclasses.replace(split(*args), label=None)  # noqa: E731
+    monkeypatch.setattr(data.ArraySource, "split", unlabelled)
     train_vade.train(vade_config(), trained.folder / "unlabelled")
     assert_same_weights(*(runs.load_model(trained.folder / name) for name in ("unlabelled", "vade")))
     found = rows(trained.folder / "unlabelled")

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posterior_matching.data.images.options import ImageFormat
-from posterior_matching.data.tables.schema import TableSchema
 from posterior_matching.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,9 +23,6 @@ class Dataset:
         label: [N] int32 class labels, or None.
         max_value: The pixel value that means 1: 255 for uint8 images, 16 for `digits`; 1 for images already in [0, 1]
             and for features.
-        columns: Descriptions of the d features of the user's own table or `adult`; None for every other dataset.
-        image_format: The format of the user's own images; None for every other dataset.
-        fingerprint: SHA-256 of the user's own file, folder or frame; None for every other dataset.
     """
 
     name: str
@@ -35,9 +30,6 @@ class Dataset:
     x: np.ndarray
     label: np.ndarray | None = None
     max_value: float = 1.0
-    columns: TableSchema | None = None
-    image_format: ImageFormat | None = None
-    fingerprint: str | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -32,12 +32,14 @@ class Evaluation:
         path: The run directory.
         description: Its `config.json`.
         checkpoint: The checkpoint to load, "best" or "latest".
-        dataset: The examples to evaluate, in the units of the run.
+        source: The data to evaluate on, in the units of the run.
+        dataset: The examples of their split.
     """
 
     path: pathlib.Path
     description: dict[str, Any]
     checkpoint: str
+    source: data.Source
     dataset: data.Dataset
 
     @functools.cached_property
@@ -85,7 +87,8 @@ class Evaluation:
 
     def training_rows(self) -> np.ndarray:
         """Returns the run's training rows, `[N, d]`, in its units, NaN = missing; baselines are fitted to them."""
-        train = load_dataset(self.description, None, self.description["config"]["train_split"], None)
+        options = data.DataOptions.of_run(self.description)
+        train = data.open_source(options, self.description).split(options.train_split)
         x, available = (np.asarray(a) for a in data.decode(train.x, train.max_value))
         return np.where(available == 1, x, np.nan).reshape(len(x), -1)
 
@@ -112,55 +115,44 @@ def open_run(
         at_most: See `num_instances`.
 
     Raises:
-        UserError: It is not such a run, or the data do not match it; see `runs.read_description` and `load_dataset`.
+        UserError: It is not such a run, or the data do not match it; see `runs.read_description` and `load_examples`.
     """
     description = runs.read_description(run_dir, model)
-    examples = load_dataset(description, dataset, split, num_instances, at_most)
+    source, examples = load_examples(description, dataset, split, num_instances, at_most)
     checkpoint = checkpoint or description["config"]["evaluate_checkpoint"]
-    return Evaluation(pathlib.Path(run_dir), description, checkpoint, examples)
+    return Evaluation(pathlib.Path(run_dir), description, checkpoint, source, examples)
 
 
-def load_dataset(
+def load_examples(
     description: Mapping[str, Any],
-    name: str | None,
+    dataset: str | None,
     split: str,
     num_instances: int | None,
     at_most: int | None = None,
-) -> data.Dataset:
-    """Loads the data to evaluate a run on, in the units of the run.
-
-    Args:
-        description: The run's `config.json`.
-        name: The dataset; None: the one the run was trained on.
-        split: Its split.
-        num_instances: The number of examples, from the first; None: all of them, or the first `at_most`.
-        at_most: See `num_instances`.
+) -> tuple[data.Source, data.Dataset]:
+    """Returns the data to evaluate a run on, in its units, and their examples; see `open_run`.
 
     Raises:
         UserError: The data differ in shape from the run's training data, or there are fewer examples than
             `num_instances`.
     """
-    name = name or description["config"]["dataset"]
-    if name is None:
+    options = data.DataOptions.of_run(description)
+    options = dataclasses.replace(options, dataset=dataset or options.dataset)
+    if options.dataset is None:
         raise UserError("the run was trained on a table in memory: pass --dataset, and --split=all for every row of it")
-    dataset = data.load(
-        name,
-        split,
-        columns=runs.saved_columns(description),
-        table=runs.saved_table_options(description),
-        image_options=runs.saved_image_options(description),
-        image_format=runs.saved_image_format(description),
-    )
-    expected = tuple(description["input_shape"])
-    if dataset.input_shape != expected:
+    source = data.open_source(options, description)
+    examples, expected = source.split(split), tuple(description["input_shape"])
+    if examples.input_shape != expected:
         raise UserError(
-            f"dataset {name} has examples of shape {dataset.input_shape}, but the run was trained on {expected}"
+            f"dataset {source.name} has examples of shape {examples.input_shape}, but the run was trained on {expected}"
         )
     if num_instances is None:
-        num_instances = min(len(dataset), at_most or len(dataset))
-    if not 1 <= num_instances <= len(dataset):
-        raise UserError(f"num_instances={num_instances}: the {split} split of {name} has {len(dataset)} examples")
-    return first_examples(dataset, num_instances)
+        num_instances = min(len(examples), at_most or len(examples))
+    if not 1 <= num_instances <= len(examples):
+        raise UserError(
+            f"num_instances={num_instances}: the {split} split of {source.name} has {len(examples)} examples"
+        )
+    return source, first_examples(examples, num_instances)
 
 
 def first_examples(dataset: data.Dataset, count: int) -> data.Dataset:

@@ -105,7 +105,7 @@ def evaluate(
     evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, batch_size)
     x, available = (np.asarray(a) for a in data.decode(run.dataset.x, run.dataset.max_value))
     truth = np.where(available == 1, x, np.nan)
-    columns = run.dataset.columns
+    columns = run.source.schema if isinstance(run.source.schema, data.TableSchema) else None
     cardinalities = columns.cardinalities if columns else ()
     imputers = rivals.fit(run.training_rows(), cardinalities=cardinalities) if baselines else {}
     # For densities per unit of the table: sum over columns of log |d standardised / d table units|.

@@ -1,4 +1,7 @@
-"""The default config of a table."""
+"""The default config of a table, and changes to it."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -74,3 +77,14 @@ def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
             },
         }
     )
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with changes to its keys; a group with another `name` replaces the old one."""
+    result = dict(config)
+    for key, value in changes.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
+            value = changed(old, value)
+        result[key] = value
+    return result

@@ -1,4 +1,4 @@
-"""Posterior Matching with scikit-learn's conventions, and the default config for tables.
+"""Posterior Matching with scikit-learn's conventions.
 
 imputer = PosteriorMatchingImputer().fit(frame)
 filled = imputer.transform(frame)           # all cells filled: means, and the most likely categories
@@ -24,14 +24,10 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 
 from posterior_matching import config as configs
 from posterior_matching import runs
-from posterior_matching.data import Table, TableOptions, read_table, split_table
-from posterior_matching.data.images.source import is_images
+from posterior_matching.data import DataOptions, Table, TableOptions, TableSchema, read_table, saved_schema
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.impute.defaults import table_config
-from posterior_matching.impute.imputer import ImputationMode, NumImputations, RowImputer, Unknown
-from posterior_matching.impute.pictures import impute_images
-from posterior_matching.impute.rows import impute_file, output_files
-from posterior_matching.numerics.compilation import forget_programs_near_the_limit
+from posterior_matching.impute.defaults import changed, table_config
+from posterior_matching.impute.imputer import ImputationMode, RowImputer, Unknown
 from posterior_matching.training import loop
 from posterior_matching.training.pm_vae import FAMILY
 
@@ -131,7 +127,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
                 if run_dir is None:
                     run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="posterior_matching_"))
                 try:
-                    train_on(table, config, run_dir)
+                    FAMILY.train(config, str(run_dir), table)
                 except loop.InterruptedRunError as error:
                     raise KeyboardInterrupt(str(error) if self.run_dir else "training") from None
                 self._adopt(run_dir)
@@ -237,9 +233,8 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise UserError(f"{run_dir} exists: save in another directory")
             saved = self.description_
-            run = runs.open_run(
-                str(run_dir), "pm_vae", saved["config"], saved["input_shape"], self.columns_, saved["fingerprint"]
-            )
+            kept = {key: saved[key] for key in ("input_shape", "columns", "images", "fingerprint")}
+            run = runs.open_run(str(run_dir), "pm_vae", saved["config"], kept)
             run.create()
             with run.finished_saving():
                 weights = runs.flat_weights(nnx.state(self.model_))
@@ -258,10 +253,10 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         """
         with _value_errors():
             description = runs.read_description(run_dir, "pm_vae")
-            columns = runs.saved_columns(description)
-            if columns is None:
+            columns = saved_schema(description)
+            if not isinstance(columns, TableSchema):
                 raise UserError(f"{run_dir} was trained on {description['config']['dataset']}, not on a table")
-            options = runs.saved_table_options(description)
+            options = DataOptions.of_run(description).table
             saved = {key: getattr(options, key) for key in ("categorical", "real", "log", "quantile", "drop")}
             saved |= {"missing_values": columns.missing_values, "random_state": description["config"]["seed"]}
             imputer = cls(**(saved | parameters))
@@ -274,8 +269,8 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
 
     def _adopt(self, run_dir: str | os.PathLike[str], checkpoint: str | None = None) -> None:
         self.description_ = runs.read_description(run_dir, "pm_vae")
-        columns = runs.saved_columns(self.description_)
-        assert columns is not None
+        columns = saved_schema(self.description_)
+        assert isinstance(columns, TableSchema)
         self.columns_ = columns
         self.model_ = runs.load_model(run_dir, "pm_vae", checkpoint)
         self.n_iter_ = runs.latest_step(run_dir, checkpoint or self.description_["config"]["evaluate_checkpoint"])
@@ -383,127 +378,3 @@ def _value_errors() -> Iterator[None]:
     except UserError as error:
         message = re.sub(r"config\.table\.", "", str(error))
         raise ValueError(re.sub(r"--unknown_categories=missing", "unknown_categories='missing'", message)) from error
-
-
-# Training ------------------------------------------------------------------------------------------------------------
-
-
-def train_on(table: Table, config: Any, run_dir: str | os.PathLike[str]) -> None:
-    """Trains a PM-VAE on a table in memory, or resumes training it.
-
-    Args:
-        table: The rows.
-        config: The config; its `dataset` is only a name.
-        run_dir: The run directory, resumed if it holds this run.
-
-    Raises:
-        UserError: The config, the table or the run directory is invalid, or they do not match.
-    """
-    forget_programs_near_the_limit()
-    parsed = FAMILY.parse(config)
-    columns = None
-    if runs.latest_step(run_dir):
-        saved = runs.read_description(run_dir, "pm_vae")
-        if saved["fingerprint"] != table.fingerprint:
-            raise UserError(f"{run_dir} holds a run on another table: choose another run directory")
-        columns = runs.saved_columns(saved)
-    splits = (parsed.config["train_split"], parsed.config["validation_split"])
-    train_set, validation_set = split_table(table, splits, columns)
-    experiment = FAMILY.experiment(parsed, train_set, validation_set)
-    shape, columns = train_set.input_shape, train_set.columns
-    run = runs.open_run(str(run_dir), FAMILY.name, experiment.config, shape, columns, train_set.fingerprint)
-    loop.fit(experiment, run)
-
-
-def impute(
-    run_dir: str,
-    input: str,
-    output: str,
-    *,
-    train: bool = False,
-    mask: str | None = None,
-    mask_generator: str | None = None,
-    num_imputations: NumImputations = 1,
-    kind: ImputationMode | None = None,
-    unknown_categories: Unknown = "error",
-    checkpoint: str | None = None,
-    batch_size: configs.Count | None = None,
-    num_samples: configs.Count | None = None,
-    seed: configs.Seed = 0,
-    config: Mapping[str, Any] | None = None,
-) -> list[pathlib.Path]:
-    """Fills the holes of a file of rows or of images, see `imputation.impute_file` and `imputation.impute_images`.
-
-    Args:
-        run_dir: Run directory of a PM-VAE trained on a table with these columns, or of a model of images.
-        input: The file, or the images.
-        output: The filled file, or a folder for the filled images.
-        train: If `run_dir` holds no run yet, train `table_config` on the input, a table; if that was interrupted,
-            resume it.
-        mask: The holes of images, see `imputation.impute_images`.
-        mask_generator: Draws the holes of images.
-        num_imputations: Number of completed copies to write.
-        kind: "point" estimates or "draws" of p(x_u | x_o); None: draws if there are several, else point estimates.
-        unknown_categories: How to treat categories that the run does not know.
-        checkpoint: "best" or "latest"; None: the one named in the run's config.
-        batch_size: Rows or images at once; None: 128 rows or 8 images.
-        num_samples: Draws of z that a point estimate averages, and among which the draws of rows choose; None: 256 for
-            rows, 64 for images.
-        seed: Random seed of the imputations.
-        config: Changes to `table_config` by key, `{"table.drop": ("id",)}`; only for a run to be trained.
-
-    Returns:
-        The files written.
-
-    Raises:
-        UserError: The run, the file or the options do not match; in that case no output is written.
-    """
-    arguments = dict(locals())
-    configs.check(impute, arguments)
-    for_images = {"mask": arguments.pop("mask"), "mask_generator": arguments.pop("mask_generator")}
-    del arguments["train"], arguments["config"]
-    exists = (pathlib.Path(run_dir) / "config.json").exists()
-    if config and (exists or not train):
-        why = f"{run_dir} holds a run already" if exists else "nothing is trained without --train"
-        raise UserError(f"--config.{next(iter(config))} changes how to train, but {why}")
-    for name in ("batch_size", "num_samples"):
-        if arguments[name] is None:
-            del arguments[name]
-    if exists and len(runs.read_description(run_dir)["input_shape"]) == 3:
-        if arguments.pop("unknown_categories") != "error":
-            raise UserError(f"--unknown_categories is for tables, but {run_dir} was trained on images")
-        return impute_images(**arguments, **for_images)
-    if given := [f"--{name}" for name, value in for_images.items() if value is not None]:
-        raise UserError(f"{given[0]} is for images: the holes of a table are its missing cells")
-    if train and is_images(input):
-        raise UserError(f"--train is for tables: train a model of the images '{input}' first, see configs/*_images.py")
-    if train:
-        output_files(input, output, num_imputations)  # before hours of training
-        if exists:
-            saved = runs.read_description(run_dir, "pm_vae")["config"]
-            if saved["dataset"] == input:
-                FAMILY.train(saved, run_dir)
-        else:
-            nested: dict[str, Any] = {}
-            for key, value in (config or {}).items():
-                *groups, name = key.split(".")
-                group = nested
-                for part in groups:
-                    group = group.setdefault(part, {})
-                group[name] = value
-            options = configs.call(TableOptions, configs.plain(nested.get("table", {})), "config.table")
-            table = read_table(input, options)
-            whole = configs.plain(table_config(len(table), len(table.names))) | {"table": {}, "dataset": input}
-            train_on(table, changed(whole, configs.plain(nested)), run_dir)
-    return impute_file(**arguments)
-
-
-def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config with changes to its keys; a group with another `name` replaces the old one."""
-    result = dict(config)
-    for key, value in changes.items():
-        old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
-            value = changed(old, value)
-        result[key] = value
-    return result

@@ -12,6 +12,7 @@ import PIL.Image
 
 from posterior_matching import atomic, mask_generators, masking, runs
 from posterior_matching.config import Count, Seed, check
+from posterior_matching.data import DataOptions, ImageFormat, saved_schema
 from posterior_matching.data.images.source import Images, as_stored, is_images, read_images, read_masks
 from posterior_matching.errors import UserError
 from posterior_matching.impute.imputer import ImputationMode, NumImputations, RowImputer
@@ -74,8 +75,9 @@ def impute_images(
     to_files = pathlib.Path(output).suffix.lower() if pathlib.Path(input).is_file() else ""
     to_files = to_files if to_files in (".png", ".npy") else ""
     targets = output_files(input, output, num_imputations) if to_files else [_output_folder(input, output)]
-    options = runs.saved_image_options(description)
-    images = read_images(input, options, runs.saved_image_format(description), for_imputation=True)
+    options, image_format = DataOptions.of_run(description).images, saved_schema(description)
+    assert isinstance(image_format, ImageFormat)
+    images = read_images(input, options, image_format, for_imputation=True)
     if (to_files == ".npy" and not images.axes) or (to_files == ".png" and len(images) > 1):
         raise UserError(f"cannot write '{input}' as '{output}': name a folder")
     names = [str(pathlib.PurePosixPath(name).with_suffix("")) for name in images.names]

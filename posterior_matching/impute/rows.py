@@ -5,6 +5,7 @@ import pathlib
 
 from posterior_matching import runs
 from posterior_matching.config import Count, Seed, check
+from posterior_matching.data import DataOptions, TableSchema, saved_schema
 from posterior_matching.data.images.source import is_images
 from posterior_matching.data.tables.read import iter_chunks, table_writer
 from posterior_matching.errors import UserError
@@ -52,15 +53,15 @@ def impute_file(
     check(impute_file, dict(locals()))
     kind = imputation_mode(kind, num_imputations)
     description = runs.read_description(run_dir, "pm_vae")
-    columns = runs.saved_columns(description)
-    if columns is None:
+    columns = saved_schema(description)
+    if not isinstance(columns, TableSchema):
         raise UserError(f"{run_dir} was trained on {description['config']['dataset']}, not on a table of your own")
     if is_images(input):
         raise UserError(f"'{input}' holds images, but {run_dir} was trained on a table")
     targets = output_files(input, output, num_imputations)
     model = runs.load_model(run_dir, "pm_vae", checkpoint)
     imputer = RowImputer(model, seed=seed, batch_size=batch_size, num_samples=num_samples)
-    options = columns.reading(runs.saved_table_options(description))
+    options = columns.reading(DataOptions.of_run(description).table)
     chunks = iter_chunks(input, options, _CHUNK_ROWS, columns.names)
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(table_writer(target)) for target in targets]

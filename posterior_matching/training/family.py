@@ -7,7 +7,7 @@ CONTRIBUTING.md shows how to add one.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,18 @@ import numpy as np
 from flax import nnx
 
 from posterior_matching import config as configs
-from posterior_matching import data, models, parallel, runs
+from posterior_matching import models, parallel, runs
+from posterior_matching.data import (
+    DataOptions,
+    Dataset,
+    ImageOptions,
+    Source,
+    Table,
+    TableOptions,
+    TableSchema,
+    decode,
+    open_source,
+)
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import mask_shape
 from posterior_matching.training.batching import default_batch_size
@@ -26,17 +37,6 @@ from posterior_matching.training.pretrained import Base, Pretrained, load_pretra
 
 FamilyLoss = Callable[[Any, Batch, nnx.Rngs, Any], Metrics]
 Pictures = Callable[[Any, jax.Array, Any], dict[str, np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """The keys of a config that choose the data."""
-
-    dataset: str | None  # a name (README, "Data") or a path to a file; None: the base's
-    train_split: str
-    validation_split: str
-    table: data.TableOption = dataclasses.field(default_factory=data.TableOptions)  # how to read a table
-    images: data.ImageOption = dataclasses.field(default_factory=data.ImageOptions)  # what to make of images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,19 @@ class Parsed(NamedTuple):
     config: dict[str, Any]
     options: Any  # of the family
     training: TrainingOptions
+    data: DataOptions
     base_dir: str | None
+
+    def on_data_of(self, base: Mapping[str, Any]) -> "Parsed":
+        """Returns the config with the dataset of the base run, read as there unless it says how; or with its own."""
+        if self.data.dataset is not None:
+            return self
+        changes = {"dataset": base["config"]["dataset"]}
+        for key, default in (("table", TableOptions()), ("images", ImageOptions())):
+            if base["config"].get(key) and getattr(self.data, key) == default:
+                changes[key] = base["config"][key]
+        config = configs.plain(self.config | changes)
+        return self._replace(config=config, data=DataOptions.of_run({"config": config}))
 
 
 class Setup(NamedTuple):
@@ -60,8 +72,8 @@ class Setup(NamedTuple):
 
     options: Any  # of the family
     training: TrainingOptions
-    train_set: data.Dataset
-    validation_set: data.Dataset
+    train_set: Dataset
+    validation_set: Dataset
     build: Callable[[], Any]  # a model with new initial weights
 
     def bind(self, loss: FamilyLoss) -> "BoundLoss":
@@ -93,43 +105,40 @@ class Family:
     loss: FamilyLoss
     base: Base | None = None
     pictures: Pictures | None = None
-    check: Callable[[Any, Any, data.Dataset], None] | None = None
+    check: Callable[[Any, Any, Dataset], None] | None = None
     summarise: Callable[[dict[str, np.ndarray], int], dict[str, Any]] | None = None
     phases: Callable[[Setup], Sequence[Phase]] | None = None
 
-    def train(self, config: Any, run_dir: str | None = None) -> str:
+    def train(self, config: Any, run_dir: str | None = None, table: Table | None = None) -> str:
         """Trains, or resumes training, and returns the run directory.
 
         Args:
             config: A ConfigDict or nested dicts; it is not modified. The run saves the resolved config.
             run_dir: Run directory; resumed if it holds this run. None: a new one under `runs/`.
+            table: The rows of `config.dataset`, if they are in memory.
 
         Raises:
-            UserError: The config, data, base or run directory is invalid, or they do not match.
+            UserError: The config, data, base or run directory is invalid, or they do not match; or the user's own data
+                have changed since the run began.
         """
         parsed = self.parse(config)
         pretrained = load_pretrained(self.base, parsed.base_dir, self.name, run_dir) if self.base else None
-        if pretrained and parsed.config["dataset"] is None:
-            parsed = parsed._replace(config=_with_data_of(pretrained, parsed.config))
-        saved = resumed_description(run_dir, parsed.config)
-        if saved is None:
-            columns, image_format = (pretrained.columns, pretrained.image_format) if pretrained else (None, None)
-        else:
-            columns, image_format = runs.saved_columns(saved), runs.saved_image_format(saved)
-        train_set, validation_set = data.load_for_training(parsed.config, columns, image_format)
-        experiment = self.experiment(parsed, train_set, validation_set, pretrained)
+        if pretrained:
+            parsed = parsed.on_data_of(pretrained.description)
+        saved = runs.read_description(run_dir) if run_dir and runs.latest_step(run_dir) else None
+        options = parsed.data if table is None else dataclasses.replace(parsed.data, dataset=table)
+        options.check()
+        source = open_source(options, saved or (pretrained and pretrained.description))
+        if saved and saved.get("fingerprint") != source.fingerprint:
+            raise UserError(
+                f"'{source.name}' has changed since {run_dir} was begun: restore the old file, or choose another "
+                "--run_dir"
+            )
+        experiment = self.experiment(parsed, source, pretrained)
         parallel.check_agreement(
-            configs.flatten({"config": experiment.config}) | {"the fingerprint of the data": train_set.fingerprint}
+            configs.flatten({"config": experiment.config}) | {"the fingerprint of the data": source.fingerprint}
         )
-        run = runs.open_run(
-            run_dir,
-            self.name,
-            experiment.config,
-            train_set.input_shape,
-            columns=train_set.columns,
-            fingerprint=train_set.fingerprint,
-            image_format=train_set.image_format,
-        )
+        run = runs.open_run(run_dir, self.name, experiment.config, source.to_json())
         fit(experiment, run)
         return str(run.path)
 
@@ -142,23 +151,18 @@ class Family:
         plain = configs.plain(config)
         groups = [self.options, TrainingOptions, DataOptions, ModelOptions]
         if self.base is None:
-            options, training, _, _ = configs.parse(plain, *groups)
-            return Parsed(plain, options, training, base_dir=None)
-        options, training, _, _, base = configs.parse(plain, *groups, self.base.options())
-        return Parsed(plain, options, training, getattr(base, self.base.dir_key))
+            options, training, data, _ = configs.parse(plain, *groups)
+            return Parsed(plain, options, training, data, base_dir=None)
+        options, training, data, _, base = configs.parse(plain, *groups, self.base.options())
+        return Parsed(plain, options, training, data, getattr(base, self.base.dir_key))
 
-    def experiment(
-        self,
-        parsed: Parsed,
-        train_set: data.Dataset,
-        validation_set: data.Dataset,
-        pretrained: Pretrained | None = None,
-    ) -> Experiment:
+    def experiment(self, parsed: Parsed, source: Source, pretrained: Pretrained | None = None) -> Experiment:
         """Builds the experiment, on the pretrained part if there is one.
 
         Raises:
             UserError: The options, the data and the pretrained part are incompatible.
         """
+        train_set, validation_set = (source.split(s) for s in (parsed.data.train_split, parsed.data.validation_split))
         shape, options, config, training = train_set.input_shape, parsed.options, parsed.config, parsed.training
         if training.batch_size is None:
             batch_size = default_batch_size(len(train_set) // jax.device_count())
@@ -171,7 +175,7 @@ class Family:
             own = {key: value for key, value in config["model"].items() if key not in pretrained.base.config_keys}
             config = config | {"model": own | pretrained.config}
         else:
-            config = config | {"model": self._resolved(config["model"], train_set)}
+            config = config | {"model": self._resolved(config["model"], source, train_set)}
         rngs = nnx.Rngs(training.seed)
 
         def build() -> nnx.Module:
@@ -200,11 +204,11 @@ class Family:
             summarise=self.summarise,
         )
 
-    def _resolved(self, model: configs.Config, train_set: data.Dataset) -> dict[str, Any]:
+    def _resolved(self, model: configs.Config, source: Source, train_set: Dataset) -> dict[str, Any]:
         """Adds what column-aware models need to know about the data: column kinds, and whether values are missing."""
         resolved, known = dict(model), inspect.signature(models.MODELS[self.name].__init__).parameters
-        if "cardinalities" in known and train_set.columns and any(train_set.columns.cardinalities):
-            resolved["cardinalities"] = train_set.columns.cardinalities
+        if "cardinalities" in known and isinstance(source.schema, TableSchema) and any(source.schema.cardinalities):
+            resolved["cardinalities"] = source.schema.cardinalities
         if "availability" in known and resolved.get("availability", False) is None:
             resolved["availability"] = bool(np.isnan(train_set.x).any())
         return resolved
@@ -229,43 +233,15 @@ class BoundLoss:
 
 
 def _first_pictures(
-    pictures: Pictures | None, generator: Any, dataset: data.Dataset
+    pictures: Pictures | None, generator: Any, dataset: Dataset
 ) -> Callable[[Any], dict[str, np.ndarray]] | None:
     """Binds `pictures` to the first validation images, with the same masks every time."""
     if pictures is None:
         return None
 
     def draw(model: Any) -> dict[str, np.ndarray]:
-        x, available = data.decode(dataset.x[:8], dataset.max_value)
+        x, available = decode(dataset.x[:8], dataset.max_value)
         masks = jax.jit(lambda key: generator(key, available.shape))(jax.random.key(0)) if generator else None
         return pictures(model, x, masks)
 
     return draw
-
-
-def _with_data_of(pretrained: Pretrained, config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config with the base's dataset, read as the base read it unless `config` says how to."""
-    config = config | {"dataset": pretrained.dataset}
-    for key, options in (("table", data.TableOptions), ("images", data.ImageOptions)):
-        reading = (pretrained.reading or {}).get(key)
-        if reading and configs.call(options, config.get(key) or {}) == options():
-            config[key] = reading
-    return config
-
-
-def resumed_description(run_dir: str | None, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the description of the run to resume, whose columns are never inferred again; None for a new run.
-
-    Raises:
-        UserError: The user's own data have changed since the run began.
-    """
-    if run_dir is None or not runs.latest_step(run_dir):
-        return None
-    description = runs.read_description(run_dir)
-    before, now = description.get("fingerprint"), data.fingerprint(config["dataset"])
-    if before and now and before != now:
-        raise UserError(
-            f"'{config['dataset']}' has changed since {run_dir} was begun: restore the old file, or choose another "
-            "--run_dir"
-        )
-    return description

@@ -11,7 +11,6 @@ from flax import nnx
 
 from posterior_matching import runs
 from posterior_matching.config import plain
-from posterior_matching.data import ImageFormat, TableSchema
 from posterior_matching.errors import UserError
 
 
@@ -55,17 +54,14 @@ class Pretrained(NamedTuple):
     base: Base
     part: nnx.Module
     config: dict[str, Any]  # its keys of config.model
-    dataset: str  # that it was trained on
-    input_shape: tuple[int, ...]
-    columns: TableSchema | None = None  # of the table it was trained on
-    image_format: ImageFormat | None = None  # of the images it was trained on
-    reading: dict[str, Any] | None = None  # its config.table and config.images
+    description: dict[str, Any]  # `config.json` of the run
 
     def check_shape(self, input_shape: tuple[int, ...]) -> None:
         """Raises UserError if the part was trained on data of another shape."""
-        if tuple(input_shape) != self.input_shape:
+        expected = tuple(self.description["input_shape"])
+        if tuple(input_shape) != expected:
             raise UserError(
-                f"the {self.base.model} run was trained on data of shape {self.input_shape}, "
+                f"the {self.base.model} run was trained on data of shape {expected}, "
                 f"but config.dataset has shape {tuple(input_shape)}"
             )
 
@@ -104,13 +100,4 @@ def load_pretrained(
         part, config = getattr(model, base.part), {base.part: config[base.part]}
     else:
         part, config = model, {base.part: config}
-    return Pretrained(
-        base=base,
-        part=part,
-        config=config,
-        dataset=description["config"]["dataset"],
-        input_shape=tuple(description["input_shape"]),
-        columns=runs.saved_columns(description),
-        image_format=runs.saved_image_format(description),
-        reading={key: plain(description["config"].get(key) or {}) for key in ("table", "images")},
-    )
+    return Pretrained(base, part, config, description)

@@ -8,7 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks import synthetic
-from posterior_matching import models
+from posterior_matching import data, models
 from posterior_matching.config import plain
 from posterior_matching.training.pretrained import Pretrained
 
@@ -100,8 +100,10 @@ def untrained(name, config, rows):
         base = family.base
         base_config = plain(small(base.model).model)
         part = models.build(base.model, base_config, rows.input_shape, nnx.Rngs(0))
-        pretrained = Pretrained(base, part, {base.part: base_config}, rows.name, rows.input_shape)
-    return family.experiment(family.parse(config), rows, rows, pretrained)
+        description = {"input_shape": rows.input_shape, "config": {"dataset": rows.name}}
+        pretrained = Pretrained(base, part, {base.part: base_config}, description)
+    source = data.ArraySource(rows.name, lambda *_: rows)
+    return family.experiment(family.parse(config), source, pretrained)
 
 
 def leaves(config, path=()):

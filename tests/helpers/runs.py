@@ -29,7 +29,7 @@ def weights(model):
 def untrained_run(folder, name, model, **config):
     """The directory of a run on digits: a model with the config `model` and random weights, as after one step."""
     config = {"dataset": "digits", "train_split": "train", "evaluate_checkpoint": "latest", "model": model} | config
-    run = runs.open_run(str(folder / "run"), name, config, (8, 8, 1))
+    run = runs.open_run(str(folder / "run"), name, config, {"input_shape": [8, 8, 1]})
     run.create()
     state = runs.flat_weights(nnx.state(models.build(name, model, (8, 8, 1), nnx.Rngs(0))))
     with run.finished_saving():
