@@ -36,11 +36,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import numpy as np
 from absl import flags
-from flax import nnx
 
 import train_pm_vae
 from configs import pm_vae_mixture
-from posterior_matching import cli, runs
+from posterior_matching import cli, models, runs
 from posterior_matching.config import plain
 from posterior_matching.errors import UserError
 
@@ -108,7 +107,7 @@ def small_config(**changes: Any) -> dict[str, Any]:
 def weights(run_dir: pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays of the latest checkpoint's model."""
     model = runs.load_model(run_dir, checkpoint="latest")
-    return {name: np.asarray(value) for name, value in runs.flat_weights(nnx.state(model)).items()}
+    return {name: np.asarray(value) for name, value in models.flat_weights(model).items()}
 
 
 def metrics(run_dir: pathlib.Path) -> list[dict[str, float]]:

@@ -56,12 +56,12 @@ UNMASKED = {
 def build_published(*args: Any, build: Callable[..., nnx.Module] = models.build) -> nnx.Module:
     """Builds a model with the published kernels."""
     model = build(*args)
-    arrays = runs.flat_weights(nnx.state(model))
+    arrays = models.flat_weights(model)
     for path, array in arrays.items():
         if path.endswith(".kernel"):
             unmasked = [share for start, share in UNMASKED.items() if path.startswith(start) and array.ndim == 4]
             arrays[path] = TRUNCATED_STD * np.prod(unmasked) ** 0.5 * array
-    return runs.with_weights(model, arrays)
+    return models.with_weights(model, arrays)
 
 
 def train(name: str, steps: int, weights: str, seed: int) -> list[tuple[int, float]]:

@@ -24,7 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
 import jax
@@ -36,14 +36,10 @@ from posterior_matching import atomic, models, parallel
 from posterior_matching.config import flatten, naming, plain
 from posterior_matching.errors import OptionError, UserError, nearest
 
-Tree = TypeVar("Tree")
-
 # A resumed run may differ in these: they change the length of a run and how it is monitored, not what a step computes.
 _FREE_ON_RESUME = ("steps", "patience", "log_every", "validation_every", "checkpoint_every", "data_memory_budget_gb")
 
 _KEPT = {"latest": 2, "best": 1}  # the second latest, in case the latest is damaged
-# Arrays of earlier versions that no model has any more, and what they were.
-_REMOVED = {"partial_encoder.out.kernel": "a 1x1 convolution after the PM-VQVAE's partial encoder"}
 _PATIENCE_SECONDS = 10.0  # for how long to retry when a run in progress replaces the checkpoint
 
 
@@ -66,11 +62,10 @@ class Run:
         """Creates the directory and writes `config.json`; call this before saving anything.
 
         Raises:
-            UserError: Another process is training this run, or has trained it since it was opened; or the directory
-                cannot be written.
+            UserError: Another process has trained this run since it was opened; or the directory cannot be written.
         """
         if jax.process_index() == 0:
-            with writing(self.path):
+            with atomic.writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
                 self._check_checkpoints()
@@ -90,13 +85,9 @@ class Run:
                 dict(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:  # Orbax would not list the others either
                 self._set_aside(path.parent, error)
-        step = latest_step(self.path)
-        if self.step and not step:
-            raise self._nothing_intact()
-        self.step = step
-
-    def _nothing_intact(self) -> UserError:
-        return UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir or delete it")
+        if self.step and not latest_step(self.path):
+            raise UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir or delete it")
+        self.step = latest_step(self.path)
 
     def _set_aside(self, folder: pathlib.Path, error: Exception) -> None:
         """Moves a damaged checkpoint out of the way, with a warning."""
@@ -109,9 +100,8 @@ class Run:
 
     def _forget_later_best(self) -> None:
         """Deletes a best checkpoint beyond the latest one: a run that was killed or damaged will get there again."""
-        for step in self._managers["best"].all_steps():
-            if step > self.step:
-                self._managers["best"].delete(step)
+        for step in [step for step in self._managers["best"].all_steps() if step > self.step]:
+            self._managers["best"].delete(step)
 
     def _acquire_lock(self) -> None:
         try:
@@ -128,19 +118,19 @@ class Run:
     def save(
         self, step: int, model: dict[str, np.ndarray] | None, train: Any, record: Mapping[str, Any], best: bool
     ) -> None:
-        """Writes a checkpoint in the background; older ones are deleted once the new one is complete.
+        """Writes a checkpoint in the background; older ones are deleted once it is complete.
 
         Args:
             step: The step.
-            model: Weights ready for use, `flat_weights`; None: there are none yet, since the run is pretraining.
+            model: Weights ready for use, `models.flat_weights`; None: the run is pretraining.
             train: A pytree of everything else needed to resume.
             record: JSON values needed to resume.
             best: Whether this is also the best checkpoint.
 
         Raises:
-            UserError: This checkpoint, or the previous one in the background, cannot be written.
+            UserError: This checkpoint, or the one before it, cannot be written.
         """
-        with writing(self.path):
+        with atomic.writing(self.path):
             weights = {} if model is None else {"model": model}
             if best:  # on disk before the latest one, which records the loss to beat, is begun
                 self._managers["best"].save(step, args=_arguments(weights, {}), force=True)
@@ -149,10 +139,8 @@ class Run:
             self._managers["latest"].save(step, args=arguments, force=True)
         self.step = step
 
-    def restore(self, structure: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]]:
-        """Returns the `train` and `record` that were saved in the latest intact checkpoint.
-
-        A damaged checkpoint is set aside with a warning, and the one before it is used.
+    def restore(self, structure: Callable[[int], Any]) -> tuple[Any, dict[str, Any]]:
+        """Returns `train` and `record` of the latest intact checkpoint; damaged ones are set aside with a warning.
 
         Args:
             structure: Maps a step to a pytree with the structure, shapes and dtypes of `train` at that step.
@@ -163,15 +151,9 @@ class Run:
         while self.step:
             folder = self.path / "checkpoints" / "latest" / str(self.step)
             try:
-                if "leaves" in _saved_arrays(folder, "train"):
-                    raise UserError(
-                        f"{self.path} was trained by version 0.1, whose training state cannot be resumed: its model "
-                        "can still be evaluated; to continue training, choose another --run_dir"
-                    )
                 train = structure(self.step)
                 arrays = _restore(folder, "train", _named_leaves(train))
-                record = _record(folder).get("record", {})
-                return jax.tree.unflatten(jax.tree.structure(train), list(arrays.values())), record
+                return jax.tree.unflatten(jax.tree.structure(train), arrays.values()), _record(folder)["record"]
             except UserError:
                 raise
             except _DoesNotFitError as error:
@@ -181,39 +163,22 @@ class Run:
                 self._managers["latest"].reload()
                 self.step = latest_step(self.path)
                 self._forget_later_best()
-        raise self._nothing_intact()
-
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends one JSON object to `metrics.jsonl`."""
-        with writing(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def forget_metrics_after(self, step: int) -> None:
-        """Drops rows after `step`, which will be written again, and damaged lines."""
-        path = self.path / "metrics.jsonl"
-        if path.exists() and jax.process_index() == 0:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            atomic.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        raise UserError(f"{self.path} holds no intact checkpoint: choose another --run_dir or delete it")
 
     @contextlib.contextmanager
     def finished_saving(self) -> Iterator[None]:
         """When the block ends, waits until everything is on disk, then lets other processes resume the run."""
         try:
-            with writing(self.path):
+            with atomic.writing(self.path):
                 yield
         finally:
-            with writing(self.path):
+            with atomic.writing(self.path):
                 for manager in self._managers.values():
                     manager.wait_until_finished()
             self._lock.release()
 
 
-def open_run(
-    run_dir: str | None,
-    model: str,
-    config: Mapping[str, Any],
-    data: Mapping[str, Any],
-) -> Run:
+def open_run(run_dir: str | None, model: str, config: Mapping[str, Any], data: Mapping[str, Any]) -> Run:
     """Opens a run directory, either new or already holding this run; nothing is written before `Run.create`.
 
     Args:
@@ -231,14 +196,9 @@ def open_run(
         dataset = pathlib.Path(config["dataset"]).stem
         run_dir = f"runs/{model}-{dataset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     path = pathlib.Path(run_dir).absolute()
-    description = {
-        "model": model,
-        "config": config,
-        **data,
-        "num_devices": jax.device_count(),
-        "versions": versions(),
-    }
-    with writing(path):
+    description = {"model": model, "config": config, **data}
+    description |= {"num_devices": jax.device_count(), "versions": versions()}
+    with atomic.writing(path):
         if (path / "config.json").exists():
             _check_same_run(path, read_description(path), description)
             unfinished = any((path / "checkpoints" / "latest").glob("*"))  # of a run stopped while writing its first
@@ -254,23 +214,19 @@ def open_run(
 
 def latest_step(run_dir: str | os.PathLike[str], checkpoint: str = "latest") -> int:
     """Returns the step of a run's checkpoint, "latest" or "best"; 0 if there is none, or no such directory."""
-    with _reading(run_dir):
+    with atomic.reading(run_dir):
         saved = (pathlib.Path(run_dir) / "checkpoints" / checkpoint).glob("*")
         return max((int(path.name) for path in saved if path.name.isdigit()), default=0)
 
 
 def read_description(run_dir: str | os.PathLike[str], model: str | None = None) -> dict[str, Any]:
-    """Returns `config.json` of a run.
-
-    Args:
-        run_dir: The run directory.
-        model: The required model (key of `models.MODELS`); None: any.
+    """Returns `config.json` of a run of `model`, a key of `models.MODELS`; None: of any model.
 
     Raises:
         UserError: It does not exist, is not a run directory, or holds a run of another model.
     """
     path = pathlib.Path(run_dir)
-    with _reading(run_dir):
+    with atomic.reading(run_dir):
         if not path.is_dir():
             raise UserError(f"run directory {run_dir} does not exist")
     try:
@@ -292,8 +248,6 @@ def read_description(run_dir: str | os.PathLike[str], model: str | None = None) 
         raise UserError(f"{run_dir} is a run of {found}, not of {model}: pass the directory of a {model} run")
     if found not in models.MODELS:
         raise UserError(f"{run_dir} is a run of an unknown model '{found}': {nearest(found, models.MODELS)}")
-    if found == "pm_vae":
-        config.setdefault("elbo_samples", 1)  # absent in runs from before there was a choice
     return description
 
 
@@ -302,8 +256,8 @@ def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkp
 
     Args:
         run_dir: The run directory.
-        model: The required model (key of `models.MODELS`); None: any.
-        checkpoint: "best" (lowest validation loss) or "latest"; None: the run's `config.evaluate_checkpoint`.
+        model: See `read_description`.
+        checkpoint: "best" (lowest validation loss) or "latest"; None: `config.evaluate_checkpoint`.
 
     Raises:
         UserError: See `read_description`; or the checkpoint is missing, damaged, or does not match the run's config.
@@ -319,26 +273,16 @@ def load_model(run_dir: str | os.PathLike[str], model: str | None = None, checkp
     except OptionError as error:
         raise UserError(f"{pathlib.Path(run_dir) / 'config.json'} is damaged: {error}") from None
     try:
-        weights = _read_weights(pathlib.Path(run_dir).absolute(), name, flat_weights(nnx.state(abstract)))
+        weights = _read_weights(pathlib.Path(run_dir).absolute(), name, models.flat_weights(abstract))
     except _DoesNotFitError as error:
         raise UserError(f"the {name} checkpoint of {run_dir} does not fit its config.json: {error}") from None
-    return with_weights(abstract, weights)
+    return models.with_weights(abstract, weights)
 
 
 def abstract_model(description: Mapping[str, Any]) -> nnx.Module:
-    """Returns the model that a `config.json` describes, with shapes for weights.
-
-    Raises:
-        OptionError: Its `config.model` does not describe such a model.
-    """
+    """Returns the model that a `config.json` describes, with shapes for weights; raises OptionError if it cannot."""
     shape, options = tuple(description["input_shape"]), plain(description["config"]["model"])
     return nnx.eval_shape(lambda: models.build(description["model"], options, shape, nnx.Rngs(0)))
-
-
-def with_weights(model: nnx.Module, weights: Mapping[str, Any]) -> Any:
-    """Returns the model with the arrays of `flat_weights` in it."""
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, unflatten_weights(state, weights))
 
 
 def _read_weights(path: pathlib.Path, name: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -362,20 +306,6 @@ def _read_weights(path: pathlib.Path, name: str, target: dict[str, Any]) -> dict
                     f"the {name} checkpoint of {path}, step {step}, is damaged ({_reason(error)}): try the {other} "
                     "one, or resume the run, which falls back to the previous checkpoint"
                 ) from error
-
-
-def flat_weights(state: nnx.State) -> dict[str, Any]:
-    """Flattens a model state to arrays by path: `{"vae.encoder.linear_in.kernel": [d, h], ...}`."""
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-
-
-def unflatten_weights(state: nnx.State, weights: Mapping[str, Any]) -> nnx.State:
-    """Returns `state` with the arrays of `flat_weights` put back."""
-    flat = [
-        (path, leaf.replace(jax.numpy.asarray(weights[".".join(map(str, path))])))
-        for path, leaf in nnx.to_flat_state(state)
-    ]
-    return nnx.from_flat_state(flat)
 
 
 def versions() -> dict[str, str]:
@@ -409,31 +339,20 @@ def _arguments(items: dict[str, dict[str, np.ndarray]], record: Mapping[str, Any
 
 
 def _restore(folder: pathlib.Path, item: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the arrays of a checkpoint's item, in the order of `target`, after comparing shapes and checksums.
-
-    Raises:
-        UserError: They are those of an earlier version of the model.
-        _DoesNotFitError: They have other names or shapes.
-        Exception: What Orbax raises for missing and truncated files.
-    """
+    """Returns the arrays of a checkpoint's item, in the order of `target`, after comparing shapes and checksums."""
     shapes = {name: tuple(array.shape) for name, array in target.items()}
     saved = {name: tuple(array.shape) for name, array in _saved_arrays(folder, item).items()}
     if not saved:
         raise ValueError(f"{item} is gone")
-    if removed := [what for name, what in _REMOVED.items() if name in saved.keys() - shapes.keys()]:
-        raise UserError(
-            f"{folder.parents[2]} was trained by an earlier version, with {removed[0]} that has been removed: train it "
-            "again with another --run_dir, or check out the version that it was trained with"
-        )
     if problem := _difference(shapes, saved):
         raise _DoesNotFitError(problem)
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in target.items()}
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder / item, abstract)
     arrays = {name: np.asarray(restored[name]) for name in target}
-    checksums = _record(folder).get("checksums", {}).get(item)
+    checksums = _record(folder)["checksums"][item]
     for name, array in arrays.items():
-        if checksums is not None and checksums.get(name) != _checksum(array):
+        if checksums[name] != _checksum(array):
             raise ValueError(f"wrong checksum of {name}")
     return arrays
 
@@ -446,9 +365,6 @@ def _saved_arrays(folder: pathlib.Path, item: str) -> Mapping[str, Any]:
 
 
 def _record(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the record of a checkpoint, empty for one of version 0.1."""
-    if not (folder / "record").exists():
-        return {}
     return json.loads((folder / "record" / "metadata").read_text(encoding="utf-8"))
 
 
@@ -481,47 +397,6 @@ def _silence_orbax() -> None:
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-@contextlib.contextmanager
-def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns errors about impossible paths into a one-line UserError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        shown = repr(str(path)) if len(str(path)) < 100 else repr(f"{str(path)[:100]}...")
-        raise UserError(f"cannot read the run directory {shown} ({reason}): choose another --run_dir") from error
-
-
-@contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns file system errors into a one-line UserError that names the run directory."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # Orbax wraps what its threads raise
-            cause = cause.__cause__ or cause.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else _known_reason(error)
-        if reason is None:
-            raise
-        full = reason in ("No space left on device", "Disk quota exceeded")
-        remedy = "make space, then the same command resumes" if full else "choose another --run_dir"
-        raise UserError(f"cannot write the run directory {path} ({reason}): {remedy}") from error
-
-
-_REASONS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded", "null byte")
-
-
-def _known_reason(error: Exception) -> str | None:
-    """The file system error in a message from a library's C++ code; None if there is none."""
-    for reason in _REASONS:
-        if reason in str(error):
-            return reason
-    return None
-
-
 # Descriptions --------------------------------------------------------------------------------------------------------
 
 
@@ -546,10 +421,3 @@ def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         if old != new:
             parts.append(f"{key}: {'absent' if old is missing else old} -> {'absent' if new is missing else new}")
     return "; ".join(parts[:5] + ([f"and {len(parts) - 5} more"] if len(parts) > 5 else []))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line truncated by a kill, or damaged
-        return float("inf")

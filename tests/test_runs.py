@@ -18,7 +18,7 @@ from helpers.arrays import assert_same
 from helpers.configs import ROOT, small
 from helpers.runs import contents, refusal, rows, weights
 from helpers.scripts import finish, spawn
-from posterior_matching import runs
+from posterior_matching import models, runs
 from posterior_matching.config import plain
 from posterior_matching.errors import UserError
 from posterior_matching.training import loop
@@ -97,8 +97,9 @@ def test_nothing_in_a_run_is_a_pickle(run_dir):
 
 def test_parameters_txt_lists_all_parameters(run_dir):
     table = (run_dir / "parameters.txt").read_text()
-    state = nnx.state(runs.load_model(run_dir), nnx.Param)
-    assert all(name in table for name in runs.flat_weights(state))
+    model = runs.load_model(run_dir)
+    state = nnx.state(model, nnx.Param)
+    assert all(name in table for name in models.flat_weights(model))
     assert f"{sum(leaf.size for leaf in jax.tree.leaves(state)):,}" in table
 
 

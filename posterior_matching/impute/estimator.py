@@ -18,12 +18,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from flax import nnx
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
 from posterior_matching import config as configs
-from posterior_matching import runs
+from posterior_matching import models, runs
 from posterior_matching.data import DataOptions, Table, TableOptions, TableSchema, read_table, saved_schema
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.impute.defaults import changed, table_config
@@ -237,7 +236,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
             run = runs.open_run(str(run_dir), "pm_vae", saved["config"], kept)
             run.create()
             with run.finished_saving():
-                weights = runs.flat_weights(nnx.state(self.model_))
+                weights = models.flat_weights(self.model_)
                 record = {"log": {}, "stalled_validations": 0}
                 step = {"step": np.int32(self.n_iter_)}
                 run.save(self.n_iter_, {name: np.asarray(a) for name, a in weights.items()}, step, record, best=True)
@@ -344,14 +343,14 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
         if "model_" in state:
-            weights = runs.flat_weights(nnx.state(state["model_"]))
+            weights = models.flat_weights(state["model_"])
             state["model_"] = {name: np.asarray(array) for name, array in weights.items()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model_" in state:
-            self.model_ = runs.with_weights(runs.abstract_model(self.description_), state["model_"])
+            self.model_ = models.with_weights(runs.abstract_model(self.description_), state["model_"])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -1,5 +1,9 @@
 """The models, and the registry of those that can be trained."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
 from flax import nnx
 
 from posterior_matching.config import Config, call
@@ -34,3 +38,16 @@ def build(name: str, config: Config, input_shape: Shape, rngs: nnx.Rngs) -> nnx.
         OptionError: A key is unknown, missing or out of range, or the parts do not match each other or the data.
     """
     return call(MODELS[name], config, "model", input_shape=tuple(input_shape), rngs=rngs)
+
+
+def flat_weights(model: nnx.Module, kind: nnx.filterlib.Filter = ...) -> dict[str, Any]:
+    """Returns a model's arrays of a kind by path: `{"vae.encoder.linear_in.kernel": [d, h], ...}`."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
+
+
+def with_weights(model: nnx.Module, weights: Mapping[str, Any]) -> Any:
+    """Returns the model with the arrays of `flat_weights` in it."""
+    graphdef, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    filled = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))]))) for path, leaf in flat]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))

@@ -1,5 +1,6 @@
 """The training log: progress bar, TensorBoard and `metrics.jsonl`. Only process 0 writes."""
 
+import json
 import math
 import sys
 import time
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from posterior_matching import atomic, parallel, runs
+from posterior_matching import atomic, models, parallel, runs
 from posterior_matching.errors import UserError
 from posterior_matching.progress import progress_bar
 
@@ -53,12 +54,13 @@ class TrainingLog:
         self._writes = jax.process_index() == 0
         self._steps_timed, self._clock = 0, time.perf_counter()
         self._steps, self._validated = steps, 0
+        self._metrics = run.path / "metrics.jsonl"
         if not self._writes:
             return
         total, ours = (
             sum(math.prod(a.shape) for a in jax.tree.leaves(s)) for s in (nnx.state(model, nnx.Param), trainable)
         )
-        with runs.writing(run.path):
+        with atomic.writing(run.path):
             atomic.write_text(run.path / "parameters.txt", parameter_overview(model))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}"
         print(f"run directory: {run.path}")
@@ -77,6 +79,12 @@ class TrainingLog:
         if self._writes:
             self._progress.close()
             self._events.close()
+
+    def forget_after(self, step: int) -> None:
+        """Drops the rows of `metrics.jsonl` after `step`, which will be written again, and damaged lines."""
+        if self._writes and self._metrics.exists():
+            lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+            atomic.write_text(self._metrics, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     def begin(self, phase: str) -> None:
         """Sets the description of the progress bar, and discards the measurements of the previous phase."""
@@ -145,7 +153,8 @@ class TrainingLog:
         means = {k: v if math.isfinite(v) else None for k, v in self._training.items()}  # JSON has no NaN
         rate = {k: means.pop(k) for k in ("steps_per_second",) if k in means}  # missing where a phase begins
         train, val = ({f"{prefix}_{k}": v for k, v in d.items()} for prefix, d in (("train", means), ("val", values)))
-        self._run.append_metrics({"step": step} | train | val | rate)
+        with atomic.writing(self._run.path), open(self._metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | train | val | rate) + "\n")
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._progress.write(f"step {step}: validation {terms}", file=sys.stderr)
 
@@ -195,7 +204,7 @@ class TensorBoardEvents:
     def __init__(self, run: runs.Run):
         from tensorboardX import event_file_writer
 
-        with runs.writing(run.path):
+        with atomic.writing(run.path):
             (run.path / "tb").mkdir(exist_ok=True)
             self._file = event_file_writer.EventsWriter(str(run.path / "tb" / "events"))
         self._flushed = -math.inf
@@ -233,5 +242,12 @@ def parameter_overview(model: nnx.Module) -> str:
     """Returns a table of the parameters: name, shape, size, mean, standard deviation."""
     from clu import parameter_overview as overview
 
-    weights = runs.flat_weights(nnx.state(model, nnx.Param))
+    weights = models.flat_weights(model, nnx.Param)
     return overview.get_parameter_overview(weights, include_stats=True) + "\n"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line truncated by a kill, or damaged
+        return float("inf")

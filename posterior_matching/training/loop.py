@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from posterior_matching import data, parallel, runs
+from posterior_matching import data, models, parallel, runs
 from posterior_matching.config import naming
 from posterior_matching.errors import UserError
 from posterior_matching.numerics import on_cpu
@@ -95,7 +95,6 @@ class Trainer:
             state, self._best_loss = self._phase.packed(saved["state"]), float(saved["best_loss"])
             self._stalled, unwritten = record["stalled_validations"], record["log"]
         self.step = run.step
-        run.forget_metrics_after(self.step - 1 if self.phase_is_over() else self.step)
         model, trainable = experiment.phases[-1].model, experiment.phases[-1].trainable
         self.log = TrainingLog(
             run,
@@ -106,6 +105,7 @@ class Trainer:
             skip_nonfinite=options.skip_nonfinite_updates,
             unwritten=unwritten,
         )
+        self.log.forget_after(self.step - 1 if self.phase_is_over() else self.step)
         self._state, self._constants_everywhere = parallel.replicate((state, self._constants))
 
     @property
@@ -169,7 +169,7 @@ class Trainer:
     def save(self, best: bool) -> None:
         """Saves a checkpoint."""
         # Before the last phase there is no usable model.
-        weights = runs.flat_weights(nnx.state(self.evaluation_model())) if self._in_last_phase else None
+        weights = models.flat_weights(self.evaluation_model()) if self._in_last_phase else None
         model = jax.tree.map(np.asarray, weights)
         state = self._phase.unpacked(parallel.unreplicate(self._state))
         train = {"state": state, "best_loss": np.float64(self._best_loss)}

@@ -23,7 +23,7 @@ def rows(run_dir):
 def weights(model):
     """The arrays by path of a model, or of the model of a run."""
     model = model if isinstance(model, nnx.Module) else runs.load_model(model)
-    return {name: np.asarray(value) for name, value in runs.flat_weights(nnx.state(model)).items()}
+    return {name: np.asarray(value) for name, value in models.flat_weights(model).items()}
 
 
 def untrained_run(folder, name, model, **config):
@@ -31,7 +31,7 @@ def untrained_run(folder, name, model, **config):
     config = {"dataset": "digits", "train_split": "train", "evaluate_checkpoint": "latest", "model": model} | config
     run = runs.open_run(str(folder / "run"), name, config, {"input_shape": [8, 8, 1]})
     run.create()
-    state = runs.flat_weights(nnx.state(models.build(name, model, (8, 8, 1), nnx.Rngs(0))))
+    state = models.flat_weights(models.build(name, model, (8, 8, 1), nnx.Rngs(0)))
     with run.finished_saving():
         run.save(1, state, {"step": np.int32(1)}, {}, best=False)
     return run.path
