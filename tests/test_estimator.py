@@ -303,7 +303,7 @@ def test_a_run_directory_is_resumed_and_belongs_to_one_table(tmp_path):
         long.model_.vae.likelihood_head.linear.kernel[...],
         tiny(config=Short(TINY | {"steps": 6})).fit(x).model_.vae.likelihood_head.linear.kernel[...],
     )
-    with pytest.raises(ValueError, match="holds a run on another table"):
+    with pytest.raises(ValueError, match=r"has changed since .* was begun"):
         short.fit(x + 1)
 
 

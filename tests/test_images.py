@@ -309,7 +309,7 @@ def test_channels(tmp_path):
 )
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
-        FAMILIES["pm_vae"].parse(load("pm_vae_images", images=options))
+        FAMILIES["pm_vae"].parse(plain(load("pm_vae_images")) | {"images": options})
 
 
 def test_options_are_not_ignored():

@@ -132,12 +132,12 @@ def test_resuming_with_another_config_is_refused(run_dir, changes, named):
 
 
 def test_resuming_with_another_shape_model_or_device_count_is_refused(run_dir):
-    message = refusal(runs.open_run, str(run_dir), "pm_vae", make_config(), (9,))
+    message = refusal(runs.open_run, str(run_dir), "pm_vae", make_config(), {"input_shape": [9]})
     assert "input_shape: [8] -> [9]" in message
-    message = refusal(runs.open_run, str(run_dir), "vqvae", make_config(), (8,))
+    message = refusal(runs.open_run, str(run_dir), "vqvae", make_config(), {"input_shape": [8]})
     assert "is a run of pm_vae, not of vqvae" in message
     describe(run_dir, num_devices=8)
-    message = refusal(runs.open_run, str(run_dir), "pm_vae", make_config(), (8,))
+    message = refusal(runs.open_run, str(run_dir), "pm_vae", make_config(), {"input_shape": [8]})
     assert "num_devices: 8 -> 4" in message
 
 

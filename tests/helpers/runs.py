@@ -28,7 +28,8 @@ def weights(model):
 
 def untrained_run(folder, name, model, **config):
     """The directory of a run on digits: a model with the config `model` and random weights, as after one step."""
-    config = {"dataset": "digits", "train_split": "train", "evaluate_checkpoint": "latest", "model": model} | config
+    splits = {"train_split": "train", "validation_split": "validation"}
+    config = {"dataset": "digits", **splits, "evaluate_checkpoint": "latest", "model": model} | config
     run = runs.open_run(str(folder / "run"), name, config, {"input_shape": [8, 8, 1]})
     run.create()
     state = models.flat_weights(models.build(name, model, (8, 8, 1), nnx.Rngs(0)))
