@@ -5,9 +5,11 @@ import io
 import itertools
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -76,6 +78,37 @@ def test_copies_differ_and_do_not_depend_on_their_number(model, rows):
     copies = list(imputer.draws(rows, 3))
     assert all((a[:, :3] != b[:, :3])[holes].all() for a, b in itertools.pairwise(copies))
     np.testing.assert_array_equal(next(imputer.draws(rows, 1)), copies[0])
+
+
+def test_draws_of_equal_rows_are_independent_whatever_the_chunks(model, rows):
+    imputer, table = RowImputer(model, batch_size=8, num_samples=4), np.repeat(rows[:3], 20, axis=0)
+    (whole,), earlier = imputer.draws(table, 1), Counter()
+    holes = np.isnan(table[:, :3])
+    assert all(len(np.unique(whole[i : i + 20, :3][holes[i : i + 20]])) == holes[i : i + 20].sum() for i in (0, 20, 40))
+    chunks = [next(imputer.draws(chunk, 1, earlier)) for chunk in np.split(table, [7, 25])]
+    np.testing.assert_array_equal(np.concatenate(chunks), whole)
+    np.testing.assert_array_equal(whole[::20], next(imputer.draws(rows[:3], 1)))
+    assert len(np.unique(imputer.point(table), axis=0)) == 3  # point estimates of equal rows are equal
+
+
+class Conditional(nnx.Module):
+    """Draws y ~ N(2 x, 3^2) where it is missing, from the true conditional."""
+
+    def draw(self, x, b, num_samples, *, key, candidates):  # noqa: ARG002
+        y = 2 * x[..., 0] + 3 * jax.random.normal(key, (num_samples, len(x)))
+        return jnp.where(b == 1, x, jnp.stack([jnp.broadcast_to(x[..., 0], y.shape), y], axis=-1))
+
+
+def test_pooled_estimates_of_a_table_of_equal_rows():
+    """Rubin's rules on the mean of y, with x in {0, 1}: the variance between copies is sigma^2 n_missing / n^2."""
+    n, missing, copies, sigma = 400, 160, 100, 3.0
+    x = np.random.default_rng(0).integers(0, 2, n).astype(np.float32)
+    y = 2 * x + sigma * np.random.default_rng(1).normal(size=n).astype(np.float32)
+    y[:missing] = np.nan
+    filled = RowImputer(Conditional()).draws(np.stack([x, y], axis=1), copies)
+    between = np.var([copy[:, 1].mean() for copy in filled], ddof=1)
+    expected = sigma**2 * missing / n**2
+    assert abs(between / expected - 1) < 4 * np.sqrt(2 / (copies - 1))  # a chi-squared variable with copies - 1 degrees
 
 
 def test_rows_without_holes_are_not_computed(rows):

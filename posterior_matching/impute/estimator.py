@@ -142,8 +142,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
     def sample(self, X: Any, n: int = 1) -> list[Any]:
         """Returns `n` copies of `X` with missing cells filled by draws of p(x_u | x_o): multiple imputation.
 
-        The missing cells of a row are drawn jointly. Equal rows of a copy get equal draws; for several draws given the
-        same cells, use several copies.
+        The missing cells of a row are drawn jointly, those of different rows independently, equal rows or not.
         """
         with _value_errors():
             if not isinstance(n, int | np.integer) or n < 1:

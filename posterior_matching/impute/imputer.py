@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,8 @@ class RowImputer:
     """A trained model that fills rows or images.
 
     The random numbers of a row depend only on the seed and the row's contents, and every batch has the same size. A row
-    therefore gets the same imputations regardless of the rows around it, and equal rows get equal ones.
+    therefore gets the same imputations regardless of the rows around it. Equal rows get equal point estimates and
+    independent draws.
 
     Args:
         model: The model.
@@ -41,12 +43,13 @@ class RowImputer:
         """Returns rows `[N, d]` with NaN filled by point estimates: means, and the most likely categories."""
         return next(self._filled(x, _point, (self._num_samples, 1)))
 
-    def draws(self, x: np.ndarray, num_imputations: int) -> Iterator[np.ndarray]:
-        """Yields copies of rows `[N, d]` with NaN filled by draws of p(x_u | x_o).
+    def draws(self, x: np.ndarray, num_imputations: int, earlier: Counter[int] | None = None) -> Iterator[np.ndarray]:
+        """Yields copies of rows `[N, d]` with NaN filled by draws of p(x_u | x_o), independent between rows.
 
-        Copy i does not depend on the number of copies.
+        Copy i does not depend on the number of copies. For a table in chunks, `earlier` counts the rows of the chunks
+        before by their content, and is updated.
         """
-        return self._filled(x, _draws, (self._num_samples, num_imputations))
+        return self._filled(x, _draws, (self._num_samples, num_imputations), Counter() if earlier is None else earlier)
 
     def image(self, x: np.ndarray, b: np.ndarray, copy: int | None = None) -> np.ndarray:
         """Returns images `[N, H, W, C]` in [0, 1] with the pixels where `b: [N, H, W, 1]` is 0 filled.
@@ -84,22 +87,34 @@ class RowImputer:
         gains = self._over_batches(_info_gains, num_samples, self._key, x, 1 - holes.astype(np.float32))
         return np.where(holes, gains, np.nan)
 
-    def _filled(self, x: np.ndarray, fn: "_RowFunction", sizes: tuple[int, int]) -> Iterator[np.ndarray]:
+    def _filled(
+        self, x: np.ndarray, fn: "_RowFunction", sizes: tuple[int, int], earlier: Counter[int] | None = None
+    ) -> Iterator[np.ndarray]:
         """Yields copies of the rows; `fn` returns all copies of a row, `[1, copies, d]`, given `(samples, copies)`."""
         holes = np.isnan(x)
         rows = holes.any(axis=1)
         incomplete = np.array(x[rows], np.float32)
-        values = self._over_batches(fn, sizes, self._key, incomplete, 1 - holes[rows]) if rows.any() else None
+        values = self._over_batches(fn, sizes, self._key, incomplete, 1 - holes[rows], earlier) if rows.any() else None
         for copy in range(sizes[1]):
             filled = np.array(x, np.float32)
             if values is not None:
                 filled[rows] = np.where(holes[rows], values[:, copy], incomplete)
             yield filled
 
-    def _over_batches(self, fn: "_RowFunction", num_samples: Any, key: jax.Array, x: np.ndarray, b: np.ndarray) -> Any:
+    def _over_batches(
+        self,
+        fn: "_RowFunction",
+        num_samples: Any,
+        key: jax.Array,
+        x: np.ndarray,
+        b: np.ndarray,
+        earlier: Counter[int] | None = None,
+    ) -> Any:
         b = np.asarray(b, np.float32)
         x = np.nan_to_num(np.asarray(x, np.float32)) + 0.0  # no -0.0, whose bytes differ
         hashes = np.array([zlib.crc32(m.tobytes(), zlib.crc32(r.tobytes())) for r, m in zip(x, b, strict=True)])
+        if earlier is not None:
+            hashes = np.array([_numbered(row, earlier) for row in hashes.tolist()])
         parts = []
         for start in range(0, len(x), self._batch_size):
             rows = slice(start, start + self._batch_size)
@@ -107,6 +122,12 @@ class RowImputer:
             batch = [np.resize(a[rows], (self._batch_size, *a.shape[1:])) for a in (hashes.astype(np.uint32), x, b)]
             parts.append(np.asarray(_compiled(fn, self._graphdef, num_samples, self._state, key, *batch))[:size])
         return np.concatenate(parts)
+
+
+def _numbered(row: int, earlier: Counter[int]) -> int:
+    """Returns the hash of a row and of the number of equal rows before it; counts the row."""
+    count, earlier[row] = earlier[row], earlier[row] + 1
+    return zlib.crc32(count.to_bytes(8, "little"), row) if count else row
 
 
 # model, key, row [1, d] without NaN, masks [1, ...], number (or numbers) of samples -> the row's result [1, ...]

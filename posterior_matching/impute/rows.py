@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections import Counter
 
 from posterior_matching import runs
 from posterior_matching.config import Count, Seed, check
@@ -66,9 +67,10 @@ def impute_file(
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(table_writer(target)) for target in targets]
         bar = stack.enter_context(progress_bar(desc="imputing", unit="row", unit_scale=True))
+        earlier: Counter[int] = Counter()
         for table in chunks:
             x = columns.encode(table, unknown_categories)
-            filled = iter([imputer.point(x)]) if kind == "point" else imputer.draws(x, num_imputations)
+            filled = iter([imputer.point(x)]) if kind == "point" else imputer.draws(x, num_imputations, earlier)
             for write, rows in zip(writers, filled, strict=True):
                 write(columns.fill(table, rows))
             bar.update(len(table))
