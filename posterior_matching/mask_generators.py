@@ -136,7 +136,8 @@ def _outside_rectangle(shape: Shape, y1: Integers, x1: Integers, y2: Integers, x
 
     def within(start: Integers, stop: Integers, length: int) -> jax.Array:
         start, stop = (jnp.broadcast_to(value, shape[:1])[:, None] for value in (start, stop))
-        return (start <= jnp.arange(length)) & (jnp.arange(length) < stop)
+        position = jnp.arange(length)[None, :]
+        return (start <= position) & (position < stop)
 
     return ~(within(y1, y2, shape[1])[:, :, None] & within(x1, x2, shape[2])[:, None, :])[..., None]
 

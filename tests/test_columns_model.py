@@ -41,8 +41,8 @@ HEADS = pytest.mark.parametrize(
 
 def head(num_components=1, cardinalities=MIXED, seed=0, scale=1.0, **options):
     """A head with random parameters, biases too."""
-    rngs = nnx.Rngs(seed)
-    made = ColumnsLikelihood((3,), (len(cardinalities),), num_components, cardinalities=cardinalities, rngs=rngs, **options)
+    options |= {"cardinalities": cardinalities, "rngs": nnx.Rngs(seed)}
+    made = ColumnsLikelihood((3,), (len(cardinalities),), num_components, **options)
     rng = np.random.default_rng(seed)
     nnx.update(made, jax.tree.map(lambda a: jnp.float32(scale * rng.normal(size=a.shape)), nnx.state(made)))
     return made

@@ -378,7 +378,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
             state = states[block.resolution] if block.resolution in states else self._initial_state(block, batch)
             if block.lower_resolution is not None:
                 lower = _with_channels(states[block.lower_resolution], block.width)
-                state = state + _upsample(lower, block.resolution)
+                state = state + upsample(lower, block.resolution)
             run = _checkpointed(functools.partial(run_block, block), self.rematerialise)
             states[block.resolution], terms = run(of_block, state)
             collected.append(terms)
@@ -436,7 +436,7 @@ def _average_pool(x: jax.Array, k: int) -> jax.Array:
     return x.reshape(n, height // k, k, width // k, k, channels).mean((2, 4))
 
 
-def _upsample(x: jax.Array, size: int) -> jax.Array:
+def upsample(x: jax.Array, size: int) -> jax.Array:
     """Nearest-neighbour upsampling: pixel i of `size` is pixel floor(i * small / size) of `[B, small, small, C]`."""
     factor, rest = divmod(size, x.shape[1])
     if rest == 0:  # the gradient is a sum; that of indexing is a scatter, which is slow on CPUs
