@@ -2,14 +2,13 @@
 
 A generator is an immutable set of options. `generator(key, shape)` draws masks of the static shape
 [batch, *mask_shape(event_shape)], independent per example, with pure JAX operations: it runs under jit, scan and pmap.
-See `masking` for the convention.
 """
 
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,16 @@ from posterior_matching.masking import mask_shape
 
 MASK_GENERATORS: dict[str, type["MaskGenerator"]] = {}
 
+Shape = tuple[int, ...]
+Generator = TypeVar("Generator", bound="MaskGenerator")
+Integers = jax.Array | int  # int32 [batch], or one for all
+Rules = Iterator[tuple[bool, str]]  # whether a condition on the options holds, and the remedy if not
 
-def register(cls: type["MaskGenerator"]) -> type["MaskGenerator"]:
-    """Registers a mask generator under its name, for configs and `--mask_generator`."""
-    MASK_GENERATORS[cls.__name__] = cls
+
+@dataclass_transform(frozen_default=True)
+def register(cls: type["Generator"]) -> type["Generator"]:
+    """Makes a generator a frozen dataclass, and registers it under its name for configs and `--mask_generator`."""
+    MASK_GENERATORS[cls.__name__] = dataclass(frozen=True)(cls)
     return cls
 
 
@@ -34,15 +39,8 @@ class MaskGenerator:
 
     images_only: ClassVar[bool] = True
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Draws masks.
-
-        Args:
-            key: A PRNG key.
-            shape: A static shape, [batch, H, W, 1] for images or [batch, d] for features.
-
-        Returns:
-            float32 of that shape, every value 0 or 1.
+    def __call__(self, key: jax.Array, shape: Shape) -> jax.Array:
+        """Draws masks, float32 0 or 1, of shape [batch, H, W, 1] for images or [batch, d] for features.
 
         Raises:
             UserError: The generator does not fit the shape, see `check`.
@@ -54,15 +52,15 @@ class MaskGenerator:
         self.check(shape[1:])
         return self.draw(key, shape).astype(jnp.float32)
 
-    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
         """Draws masks of a shape that fits: bool, True = observed."""
         raise NotImplementedError
 
-    def rules(self, event_shape: tuple[int, ...]) -> Iterator[tuple[bool, str]]:
-        """Yields the conditions on the options for data of this shape: (whether it holds, the remedy if not)."""
+    def rules(self, event_shape: Shape) -> Rules:
+        """Yields the conditions on the options for data of this shape."""
         raise NotImplementedError
 
-    def check(self, event_shape: tuple[int, ...]) -> None:
+    def check(self, event_shape: Shape) -> None:
         """Checks the options against the shape of one example or of its mask.
 
         Raises:
@@ -76,22 +74,20 @@ class MaskGenerator:
 
 
 @register
-@dataclass(frozen=True)
 class BernoulliMaskGenerator(MaskGenerator):
     """Observes each entry with probability `p`, in [0, 1]."""
 
     images_only: ClassVar[bool] = False
     p: float = 0.5
 
-    def rules(self, event_shape):  # noqa: ARG002
+    def rules(self, event_shape: Shape) -> Rules:  # noqa: ARG002
         yield 0 <= self.p <= 1, "p must lie in [0, 1]"
 
-    def draw(self, key, shape):
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
         return jax.random.bernoulli(key, self.p, shape)
 
 
 @register
-@dataclass(frozen=True)
 class UniformMaskGenerator(MaskGenerator):
     """Observes a uniformly random subset of q of the d entries, q itself uniform.
 
@@ -101,17 +97,17 @@ class UniformMaskGenerator(MaskGenerator):
     images_only: ClassVar[bool] = False
     bounds: tuple[float, float] | None = None
 
-    def _range(self, event_shape):
+    def _range(self, event_shape: Shape) -> tuple[int, int]:
         d = math.prod(mask_shape(event_shape))
         return (0, d) if self.bounds is None else (int(self.bounds[0] * d), int(self.bounds[1] * d))
 
-    def rules(self, event_shape):
+    def rules(self, event_shape: Shape) -> Rules:
         valid = self.bounds is None or (len(self.bounds) == 2 and 0 <= self.bounds[0] < self.bounds[1] <= 1)
         yield valid, "bounds must be (l, h) with 0 <= l < h <= 1"
         low, high = self._range(event_shape)
         yield low < high, "the bounds allow no number of observed entries, widen them"
 
-    def draw(self, key, shape):
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
         q_key, order_key = jax.random.split(key)
         q = jax.random.randint(q_key, (shape[0], 1), *self._range(shape[1:]))
         # Sorting random numbers gives a uniformly random permutation pi; {i : pi_i < q} is a uniform subset of size q.
@@ -120,7 +116,6 @@ class UniformMaskGenerator(MaskGenerator):
 
 
 @register
-@dataclass(frozen=True)
 class ImageBernoulliMaskGenerator(BernoulliMaskGenerator):
     """Observes each pixel, all its channels together, with probability `p`, in [0, 1]."""
 
@@ -128,28 +123,26 @@ class ImageBernoulliMaskGenerator(BernoulliMaskGenerator):
     p: float = 0.2
 
 
-def _place_rectangle(key: jax.Array, shape: tuple[int, ...], height: Any, width: Any) -> jax.Array:
-    """Leaves a `height` x `width` rectangle (ints or int [batch]) at a uniform position inside the image unobserved."""
+def _place_rectangle(key: jax.Array, shape: Shape, height: Integers, width: Integers) -> jax.Array:
+    """Leaves a `height` x `width` rectangle at a uniform position inside the image unobserved."""
     y_key, x_key = jax.random.split(key)
     y = jax.random.randint(y_key, shape[:1], 0, shape[1] - height + 1)
     x = jax.random.randint(x_key, shape[:1], 0, shape[2] - width + 1)
     return _outside_rectangle(shape, y, x, y + height, x + width)
 
 
-def _outside_rectangle(shape: tuple[int, ...], y1: Any, x1: Any, y2: Any, x2: Any) -> jax.Array:
-    """Returns masks [batch, H, W, 1] that are False in [y1:y2, x1:x2] only; the corners are ints or int [batch]."""
+def _outside_rectangle(shape: Shape, y1: Integers, x1: Integers, y2: Integers, x2: Integers) -> jax.Array:
+    """Returns masks [batch, H, W, 1] that are False in [y1:y2, x1:x2] only."""
 
-    def within(start, stop, length):
-        start, stop = (jnp.broadcast_to(jnp.asarray(value), shape[:1])[:, None] for value in (start, stop))
+    def within(start: Integers, stop: Integers, length: int) -> jax.Array:
+        start, stop = (jnp.broadcast_to(value, shape[:1])[:, None] for value in (start, stop))
         position = jnp.arange(length)[None, :]
         return (start <= position) & (position < stop)
 
-    inside = within(y1, y2, shape[1])[:, :, None] & within(x1, x2, shape[2])[:, None, :]
-    return ~inside[..., None]
+    return ~(within(y1, y2, shape[1])[:, :, None] & within(x1, x2, shape[2])[:, None, :])[..., None]
 
 
 @register
-@dataclass(frozen=True)
 class FixedRectangleMaskGenerator(MaskGenerator):
     """Leaves the rectangle [y1:y2, x1:x2] unobserved, the same for every example."""
 
@@ -158,32 +151,29 @@ class FixedRectangleMaskGenerator(MaskGenerator):
     y2: int
     x2: int
 
-    def rules(self, event_shape):
+    def rules(self, event_shape: Shape) -> Rules:
         fits = 0 <= self.y1 < self.y2 <= event_shape[0] and 0 <= self.x1 < self.x2 <= event_shape[1]
         yield fits, "the rectangle [y1:y2, x1:x2] must be non-empty and inside the image"
 
-    def draw(self, key, shape):
-        del key  # nothing is random
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:  # noqa: ARG002 (nothing is random)
         return _outside_rectangle(shape, self.y1, self.x1, self.y2, self.x2)
 
 
 @register
-@dataclass(frozen=True)
 class SquareMaskGenerator(MaskGenerator):
     """Leaves a `size` x `size` square at a uniform position inside the image unobserved."""
 
     size: int
 
-    def rules(self, event_shape):
+    def rules(self, event_shape: Shape) -> Rules:
         largest = min(event_shape[:2])
         yield 1 <= self.size <= largest, f"size must lie in 1..{largest}"
 
-    def draw(self, key, shape):
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
         return _place_rectangle(key, shape, self.size, self.size)
 
 
 @register
-@dataclass(frozen=True)
 class RectangleMaskGenerator(MaskGenerator):
     """Leaves a random rectangle unobserved whose share of the image lies in [min_prop, max_prop].
 
@@ -193,8 +183,8 @@ class RectangleMaskGenerator(MaskGenerator):
     min_prop: float = 0.3
     max_prop: float = 1.0
 
-    def _sizes(self, event_shape):
-        """Returns the heights and widths that fit and their probabilities, numpy arrays of equal length.
+    def _sizes(self, event_shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the heights and widths that fit, and their probabilities.
 
         Of the L^2 ordered pairs of pixels on an axis, L span 1 pixel and 2 (L - l + 1) span l > 1 pixels, equally
         many at each position. Redrawing until the share fits therefore gives a categorical distribution over the sizes
@@ -208,11 +198,11 @@ class RectangleMaskGenerator(MaskGenerator):
         weights = np.outer(*pairs)[fits]
         return height[rows], width[columns], weights / max(weights.sum(), 1)
 
-    def rules(self, event_shape):
+    def rules(self, event_shape: Shape) -> Rules:
         heights, *_ = self._sizes(event_shape)
         yield len(heights) > 0, "no rectangle has a share in [min_prop, max_prop], widen the interval"
 
-    def draw(self, key, shape):
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
         size_key, position_key = jax.random.split(key)
         height, width, p = self._sizes(shape[1:])
         size = jax.random.choice(size_key, len(p), shape[:1], p=jnp.asarray(p, jnp.float32))
@@ -239,7 +229,6 @@ def _cubic_weights(start: jax.Array, length: int, cells: int, size: int) -> jax.
 
 
 @register
-@dataclass(frozen=True)
 class RandomPatternMaskGenerator(MaskGenerator):
     """Leaves random blobs unobserved: windows, at uniform positions, of a large smooth random pattern.
 
@@ -254,7 +243,7 @@ class RandomPatternMaskGenerator(MaskGenerator):
     resolution: float = 0.06
     density: float = 0.25
 
-    def rules(self, event_shape):
+    def rules(self, event_shape: Shape) -> Rules:
         side = max(event_shape[:2])
         valid = self.max_size >= side and 1 <= self._cells <= self.max_size and 0 <= self.density <= 1
         yield valid, f"max_size must be at least {side}, resolution in [1 / max_size, 1] and density in [0, 1]"
@@ -263,19 +252,19 @@ class RandomPatternMaskGenerator(MaskGenerator):
         yield fits, "none of 128 windows has an unobserved share within 0.05 of density, change density or resolution"
 
     @functools.lru_cache  # noqa: B019 (generators are few and small)
-    def _any_accepted(self, height, width):
+    def _any_accepted(self, height: int, width: int) -> bool:
         with jax.ensure_compile_time_eval():  # `check` may run while jit traces.
             windows = jax.jit(self._windows, static_argnums=(1, 2, 3))(jax.random.key(0), 128, height, width)
             return bool(self._accepted(windows).any())
 
-    def _accepted(self, observed):
+    def _accepted(self, observed: jax.Array) -> jax.Array:
         return jnp.abs(1 - observed.mean(axis=(1, 2)) - self.density) <= 0.05
 
     @property
-    def _cells(self):
+    def _cells(self) -> int:
         return int(self.resolution * self.max_size)
 
-    def _windows(self, key, batch, height, width):
+    def _windows(self, key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
         """Draws windows regardless of their share: bool [batch, height, width], True = observed."""
         corner_key, noise_key = jax.random.split(key)
         ends = jnp.array([[self.max_size - height + 1], [self.max_size - width + 1]])
@@ -286,8 +275,8 @@ class RandomPatternMaskGenerator(MaskGenerator):
         # Full precision: by default accelerators round the factors to 8 or 11 bits.
         return jnp.einsum("bhi,bij,bwj->bhw", rows, noise, columns, precision="highest") >= self.density
 
-    def draw(self, key, shape):
-        def redraw(state):
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
+        def redraw(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             key, observed = state
             key, window_key = jax.random.split(key)
             keep = self._accepted(observed)[:, None, None]
@@ -300,7 +289,6 @@ class RandomPatternMaskGenerator(MaskGenerator):
 
 
 @register
-@dataclass(frozen=True)
 class MixtureMaskGenerator(MaskGenerator):
     """Picks one of `generators` per example, with probabilities proportional to `weights` (non-negative)."""
 
@@ -308,13 +296,13 @@ class MixtureMaskGenerator(MaskGenerator):
     generators: tuple[MaskGenerator, ...]
     weights: tuple[float, ...]
 
-    def rules(self, event_shape):
+    def rules(self, event_shape: Shape) -> Rules:
         valid = len(self.weights) == len(self.generators) and all(0 <= weight < math.inf for weight in self.weights)
         yield valid and sum(self.weights) > 0, "weights must be non-negative, one per generator, with a positive sum"
         for generator in self.generators:
             generator.check(event_shape)
 
-    def draw(self, key, shape):
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
         pick_key, *keys = jax.random.split(key, len(self.generators) + 1)
         pick = jax.random.categorical(pick_key, jnp.log(jnp.asarray(self.weights, jnp.float32)), shape=shape[:1])
         masks = jnp.stack([generator.draw(key, shape) for generator, key in zip(self.generators, keys, strict=True)])
@@ -324,33 +312,33 @@ class MixtureMaskGenerator(MaskGenerator):
 class SquareImageMixture(MaskGenerator):
     """Base class of the mixtures for square images of side `dim`, which is an option or a constant."""
 
-    @property
-    def _side(self) -> int:
-        return cast(Any, self).dim  # a field or a constant of the subclass
+    dim: int = 64
 
     def mixture(self) -> MixtureMaskGenerator:
         """Returns the mixture that this generator draws from."""
         raise NotImplementedError
 
-    def rules(self, event_shape):
+    def rules(self, event_shape: Shape) -> Rules:
         remedy = "set dim" if fields(cast(Any, self)) else "resize them"
-        square = tuple(event_shape[:2]) == (self._side, self._side)
-        yield square, f"it is for images of {self._side}x{self._side} pixels; {remedy} or use another generator"
+        square = tuple(event_shape[:2]) == (self.dim, self.dim)
+        yield square, f"it is for images of {self.dim}x{self.dim} pixels; {remedy} or use another generator"
         self.mixture().check(event_shape)
 
-    def draw(self, key, shape):
+    def draw(self, key: jax.Array, shape: Shape) -> jax.Array:
         return self.mixture().draw(key, shape)
+
+
+def _rectangles(*corners: tuple[int, int, int, int]) -> tuple[FixedRectangleMaskGenerator, ...]:
+    return tuple(FixedRectangleMaskGenerator(*c) for c in corners)
 
 
 def _halves(dim: int) -> tuple[FixedRectangleMaskGenerator, ...]:
     """Returns generators that leave the left, top, right and bottom half unobserved."""
     half = dim // 2
-    corners = [(0, 0, dim, half), (0, 0, half, dim), (0, half, dim, dim), (half, 0, dim, dim)]
-    return tuple(FixedRectangleMaskGenerator(*c) for c in corners)
+    return _rectangles((0, 0, dim, half), (0, 0, half, dim), (0, half, dim, dim), (half, 0, dim, dim))
 
 
 @register
-@dataclass(frozen=True)
 class MNISTMaskGenerator(SquareImageMixture):
     """Random pixels (weight 2), the four halves (1 each), squares of half the side (2) and rectangles (2)."""
 
@@ -358,13 +346,12 @@ class MNISTMaskGenerator(SquareImageMixture):
     pixels: ClassVar = ImageBernoulliMaskGenerator(0.5)
     rectangles: ClassVar = RectangleMaskGenerator(0.3, 1.0)
 
-    def mixture(self):
+    def mixture(self) -> MixtureMaskGenerator:
         generators = (self.pixels, *_halves(self.dim), SquareMaskGenerator(self.dim // 2), self.rectangles)
         return MixtureMaskGenerator(generators, (2, 1, 1, 1, 1, 2, 2))
 
 
 @register
-@dataclass(frozen=True)
 class OmniglotMaskGenerator(MNISTMaskGenerator):
     """As `MNISTMaskGenerator`, with rectangles of 10% to 60% of the image."""
 
@@ -372,7 +359,6 @@ class OmniglotMaskGenerator(MNISTMaskGenerator):
 
 
 @register
-@dataclass(frozen=True)
 class Cifar10MaskGenerator(MNISTMaskGenerator):
     """As `MNISTMaskGenerator`, with 30% of the pixels observed and rectangles of 10% to 50% of the image."""
 
@@ -382,39 +368,30 @@ class Cifar10MaskGenerator(MNISTMaskGenerator):
 
 
 @register
-@dataclass(frozen=True)
 class GCFMaskGenerator(SquareImageMixture):
     """Six fixed parts of 64x64 faces, equally likely (Generative Face Completion, Li et al. 2017)."""
 
-    dim: ClassVar[int] = 64
-
-    def mixture(self):
-        large = [(26, 17, 58, 36), (26, 29, 58, 48)]
-        small = [(26, 15, 37, 50), (26, 15, 37, 34), (26, 31, 37, 50), (43, 20, 62, 44)]
-        return MixtureMaskGenerator(tuple(FixedRectangleMaskGenerator(*c) for c in large + small), (1,) * 6)
+    def mixture(self) -> MixtureMaskGenerator:
+        large = _rectangles((26, 17, 58, 36), (26, 29, 58, 48))
+        small = _rectangles((26, 15, 37, 50), (26, 15, 37, 34), (26, 31, 37, 50), (43, 20, 62, 44))
+        return MixtureMaskGenerator(large + small, (1,) * 6)
 
 
 @register
-@dataclass(frozen=True)
 class SIIDGMMaskGenerator(SquareImageMixture):
     """Patterns, random pixels, the centre and halves of 64x64 images (Semantic Image Inpainting, Yeh et al. 2017)."""
 
-    dim: ClassVar[int] = 64
-
-    def mixture(self):
+    def mixture(self) -> MixtureMaskGenerator:
         centre = FixedRectangleMaskGenerator(16, 16, 48, 48)
-        generators = (RandomPatternMaskGenerator(), ImageBernoulliMaskGenerator(0.2), centre, *_halves(self.dim))
+        generators = (RandomPatternMaskGenerator(), ImageBernoulliMaskGenerator(0.2), centre, *_halves(64))
         return MixtureMaskGenerator(generators, (2, 2, 2, 1, 1, 1, 1))
 
 
 @register
-@dataclass(frozen=True)
 class CelebAMaskGenerator(SquareImageMixture):
     """`SIIDGMMaskGenerator` (weight 1), `GCFMaskGenerator` (1) and rectangles (2), for 64x64 images."""
 
-    dim: ClassVar[int] = 64
-
-    def mixture(self):
+    def mixture(self) -> MixtureMaskGenerator:
         generators = (SIIDGMMaskGenerator(), GCFMaskGenerator(), RectangleMaskGenerator(0.3, 1.0))
         return MixtureMaskGenerator(generators, (1, 1, 2))
 
@@ -422,9 +399,7 @@ class CelebAMaskGenerator(SquareImageMixture):
 def build_mask_generator(config: Config, where: str = "") -> MaskGenerator:
     """Builds a generator from a config such as {"name": "BernoulliMaskGenerator", "p": 0.5}.
 
-    Args:
-        config: The generator's name and options; the `generators` of a MixtureMaskGenerator are such configs too.
-        where: The name of these options in messages, such as `--mask_generator`.
+    The `generators` of a MixtureMaskGenerator are such configs, too. `where` is the name of the options in messages.
 
     Raises:
         OptionError: The name or an option is unknown, or an option without a default is missing.
@@ -444,9 +419,7 @@ MaskOption = Annotated[MaskGenerator, PlainValidator(build_mask_generator)]
 def mask_generator_from_spec(spec: str) -> MaskGenerator:
     """Builds a generator from its name and options, as on a command line: `UniformMaskGenerator:bounds=0.0,0.2`.
 
-    Args:
-        spec: A key of `MASK_GENERATORS`, optionally followed by a colon and options `name=value`, separated by commas.
-            Values are Python literals; a tuple needs no parentheses.
+    Values are Python literals; a tuple needs no parentheses.
 
     Raises:
         UserError: The name or an option is unknown, an option is missing, or a value is wrong.

@@ -12,7 +12,7 @@ from posterior_matching.errors import OptionError
 from posterior_matching.masking import partial_input
 from posterior_matching.models.columns import (
     MIN_SCALE,
-    TableSchema,
+    ColumnsLikelihood,
     column_features,
     column_partial_input,
     column_values,
@@ -41,8 +41,8 @@ HEADS = pytest.mark.parametrize(
 
 def head(num_components=1, cardinalities=MIXED, seed=0, scale=1.0, **options):
     """A head with random parameters, biases too."""
-    rngs = nnx.Rngs(seed)
-    made = TableSchema((3,), (len(cardinalities),), num_components, cardinalities=cardinalities, rngs=rngs, **options)
+    options |= {"cardinalities": cardinalities, "rngs": nnx.Rngs(seed)}
+    made = ColumnsLikelihood((3,), (len(cardinalities),), num_components, **options)
     rng = np.random.default_rng(seed)
     nnx.update(made, jax.tree.map(lambda a: jnp.float32(scale * rng.normal(size=a.shape)), nnx.state(made)))
     return made
@@ -207,7 +207,7 @@ def test_every_real_column_has_a_scale_of_its_own_and_a_floor():
 
 @pytest.mark.parametrize("cardinalities", [(), (0, 0), (4, 2)])
 def test_tables_of_one_kind_only(cardinalities):
-    made = TableSchema((3,), (2,), cardinalities=cardinalities, rngs=nnx.Rngs(0))
+    made = ColumnsLikelihood((3,), (2,), cardinalities=cardinalities, rngs=nnx.Rngs(0))
     assert all(leaf.size for leaf in jax.tree.leaves(nnx.state(made)))  # checkpoints hold no empty arrays
     p = made(features())
     draw = p.sample(KEY)
@@ -216,14 +216,14 @@ def test_tables_of_one_kind_only(cardinalities):
 
 def test_the_head_is_for_tables():
     with pytest.raises(OptionError, match=r"Columns is for tables, but the data have shape \(8, 8, 1\)"):
-        TableSchema((3,), (8, 8, 1), rngs=nnx.Rngs(0))
+        ColumnsLikelihood((3,), (8, 8, 1), rngs=nnx.Rngs(0))
 
 
 def test_components_that_start_spread_out_are_together_nearer_to_a_standard_normal():
     x = np.linspace(-6, 6, 601)
     density, kl = scipy.stats.norm.pdf(x)[:, None], {}
     for spread, shared_scales in [(True, False), (True, True), (False, False)]:
-        model = TableSchema((5,), (2,), 10, spread=spread, shared_scales=shared_scales, rngs=nnx.Rngs(0))
+        model = ColumnsLikelihood((5,), (2,), 10, spread=spread, shared_scales=shared_scales, rngs=nnx.Rngs(0))
         model.linear.kernel[...] = jnp.zeros_like(model.linear.kernel[...])
         log_prob = np.asarray(model(jnp.ones((1, 5))).log_prob(np.float32([x, x]).T[:, None]))[:, 0]
         kl[spread, shared_scales] = (density * (np.log(density) - log_prob)).sum(0) * (x[1] - x[0])  # to the mixture

@@ -353,11 +353,6 @@ def test_identity_gaussian_is_a_linear_mean_with_one_learned_scale():
     np.testing.assert_allclose(p.mean, mean, rtol=1e-4, atol=1e-5)
 
 
-def test_identity_gaussian_scale_starts_at_one():
-    p = IdentityGaussian((4,), (3,), rngs=nnx.Rngs(0))(jnp.ones((1, 4)))
-    np.testing.assert_array_equal(p.variance, np.ones((1, 3)))
-
-
 def test_bernoulli_takes_features_as_logits_and_scores_grey_values_by_cross_entropy():
     """Exactly, and with exact gradients, even for saturated logits."""
     logits = np.append([-200.0, -17.0, 1e-3, 17.0, 200.0], 3 * normal(0, 7))

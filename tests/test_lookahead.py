@@ -11,7 +11,6 @@ from flax import nnx
 
 import train_lookahead_posterior
 import train_pm_vae
-from configs import lookahead_mnist16
 from helpers.arrays import by_path, filled
 from helpers.configs import small
 from helpers.pm_vae import ALIGNED as EXACT
@@ -137,15 +136,6 @@ def test_only_unobserved_available_features_of_the_lookahead_posterior_train(kin
     (_, found), gradient = jax.value_and_grad(run, has_aux=True)(params, b.at[:, free].set(1.0), available)
     np.testing.assert_array_equal(found, 0.0)
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradient))
-
-
-def test_the_published_experiment_has_the_papers_hyperparameters():
-    config = lookahead_mnist16.get_config()
-    assert (config.batch_size, config.steps, config.validation_every) == (32, 40_000, 5000)
-    assert (config.model_samples, config.lookahead_subsample) == (64, 16)
-    assert config.mask_generator.to_dict() == {"name": "UniformMaskGenerator", "bounds": (0.0, 0.2)}
-    optimizer = config.optimizer
-    assert (optimizer.learning_rate, optimizer.decay_rate, optimizer.transition_steps) == (1e-3, 0.9, 5000)
 
 
 # Training

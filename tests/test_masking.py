@@ -30,6 +30,7 @@ from posterior_matching.mask_generators import (
     SquareMaskGenerator,
     UniformMaskGenerator,
     build_mask_generator,
+    mask_generator_from_spec,
 )
 from posterior_matching.masking import mask_shape
 
@@ -52,7 +53,7 @@ EVERY_GENERATOR = [
     (RectangleMaskGenerator(), (5, 4, 1)),
     (FixedRectangleMaskGenerator(1, 2, 3, 8), (5, 8, 1)),
     (SquareMaskGenerator(2), (5, 4, 1)),
-    (RandomPatternMaskGenerator(), (64, 64, 1)),
+    (RandomPatternMaskGenerator(max_size=30, resolution=0.3, density=0.3), (7, 5, 1)),
     (MixtureMaskGenerator((BernoulliMaskGenerator(0.0), BernoulliMaskGenerator(1.0)), (3, 1)), (1,)),
     (MNISTMaskGenerator(), (28, 28, 1)),
     (OmniglotMaskGenerator(), (28, 28, 1)),
@@ -65,7 +66,7 @@ each_generator = pytest.mark.parametrize(
     ("generator", "event_shape"), EVERY_GENERATOR, ids=[f"{type(g).__name__}-{s}" for g, s in EVERY_GENERATOR]
 )
 
-CHUNK = 1000
+CHUNK = 500
 traces = Counter()
 
 
@@ -239,23 +240,8 @@ def test_distribution_of_siidgm_within_celeb_a():
 # --- random patterns ---
 
 
-@pytest.mark.parametrize(("cells", "size"), [(6, 100), (1, 9)])
-def test_cubic_weights_equal_image_resize(cells, size):
-    noise = jax.random.uniform(jax.random.key(0), (cells,))
-    pattern = np.asarray(jax.image.resize(noise, (size,), method="cubic"))
-    length = min(size, 9)
-    starts = jnp.arange(size - length + 1)  # All windows, those at the border included.
-    weights = mask_generators._cubic_weights(starts, length, cells, size)
-    # In float32 as there: a centre that falls on a cell may round to either side, whose weights differ in alignment.
-    first = np.floor((np.arange(size - length + 1, dtype=np.float32) + 0.5) * np.float32(cells / size) - 0.5) - 1
-    index = first[:, None].astype(int) + np.arange(weights.shape[2])
-    windows = np.einsum("bhi,bi->bh", weights, np.asarray(noise)[np.clip(index, 0, cells - 1)])
-    expected = np.stack([pattern[start : start + length] for start in range(size - length + 1)])
-    np.testing.assert_allclose(windows, expected, atol=1e-5)
-
-
 def test_random_pattern_windows_are_windows_of_whole_patterns():
-    generator = RandomPatternMaskGenerator(max_size=30, resolution=0.3, density=0.3)
+    generator, _ = EVERY_GENERATOR[7]
     n, height, width = 5000, 7, 5
     masks = sample(generator, n, (height, width, 1))[..., 0]
 
@@ -324,7 +310,7 @@ def test_contract(generator, event_shape):
 
 
 def test_scan_equals_pmap():
-    generator, shape = RandomPatternMaskGenerator(), (4, 64, 64, 1)
+    generator, shape = RandomPatternMaskGenerator(max_size=30, resolution=0.3, density=0.3), (4, 7, 5, 1)
     keys = jax.random.split(jax.random.key(0), 2)
     _, scanned = jax.lax.scan(lambda carry, key: (carry, generator(key, shape)), 0, keys)
     old_keys = jax.random.key_data(keys[:1])
@@ -342,28 +328,23 @@ def test_scan_equals_pmap():
         (BernoulliMaskGenerator(math.nan), (8,), "p must lie in [0, 1]"),
         (ImageBernoulliMaskGenerator(-0.1), (8, 8, 1), "p must lie in [0, 1]"),
         (UniformMaskGenerator((0.5, 0.5)), (8,), "0 <= l < h <= 1"),
-        (UniformMaskGenerator((-0.1, 0.5)), (8,), "0 <= l < h <= 1"),
         (UniformMaskGenerator((0.1, 1.5)), (8,), "0 <= l < h <= 1"),
         (UniformMaskGenerator((0.5,)), (8,), "0 <= l < h <= 1"),
         (UniformMaskGenerator((0.0, 0.2)), (4,), "widen"),
         (RectangleMaskGenerator(0.6, 0.3), (8, 8, 1), "widen"),
         (RectangleMaskGenerator(0.51, 0.52), (2, 2, 3), "widen"),
-        (RectangleMaskGenerator(1.1, 2.0), (8, 8, 1), "widen"),
         (FixedRectangleMaskGenerator(0, 0, 9, 4), (8, 8, 1), "inside the image"),
-        (FixedRectangleMaskGenerator(0, 0, 4, 9), (8, 8, 1), "inside the image"),
         (FixedRectangleMaskGenerator(-1, 0, 4, 4), (8, 8, 1), "inside the image"),
         (FixedRectangleMaskGenerator(0, 4, 4, 4), (8, 8, 1), "non-empty"),
         (SquareMaskGenerator(9), (8, 12, 1), "1..8"),
         (SquareMaskGenerator(0), (8, 8, 1), "1..8"),
         (RandomPatternMaskGenerator(max_size=60), (64, 64, 3), "at least 64"),
         (RandomPatternMaskGenerator(resolution=0.0), (64, 64, 3), "resolution"),
-        (RandomPatternMaskGenerator(resolution=1.2), (64, 64, 3), "resolution"),
         (RandomPatternMaskGenerator(density=1.2), (64, 64, 3), "density"),
         (RandomPatternMaskGenerator(), (1, 1, 1), "none of 128 windows"),  # Its share is 0 or 1.
         (RandomPatternMaskGenerator(max_size=64, resolution=1 / 64), (64, 64, 1), "none of 128 windows"),
         (MixtureMaskGenerator((), ()), (8,), "weights"),
         (MixtureMaskGenerator((BernoulliMaskGenerator(),), (1, 1)), (8,), "weights"),
-        (MixtureMaskGenerator((BernoulliMaskGenerator(),), (-1,)), (8,), "weights"),
         (MixtureMaskGenerator((BernoulliMaskGenerator(),), (0,)), (8,), "weights"),
         (MNISTMaskGenerator(), (16, 16, 1), "28x28 pixels; set dim"),
         (MNISTMaskGenerator(), (28, 27, 1), "28x28 pixels"),
@@ -449,19 +430,19 @@ def test_build_errors(config, message):
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("BernoulliMaskGenerator", mask_generators.BernoulliMaskGenerator()),
-        ("BernoulliMaskGenerator:p=0.2", mask_generators.BernoulliMaskGenerator(0.2)),
-        ("UniformMaskGenerator:bounds=0.0,0.2", mask_generators.UniformMaskGenerator((0.0, 0.2))),
-        ("UniformMaskGenerator:bounds=(0.0, 0.2)", mask_generators.UniformMaskGenerator((0.0, 0.2))),
-        ("FixedRectangleMaskGenerator:y1=0,x1=1, y2=4,x2=5", mask_generators.FixedRectangleMaskGenerator(0, 1, 4, 5)),
+        ("BernoulliMaskGenerator", BernoulliMaskGenerator()),
+        ("BernoulliMaskGenerator:p=0.2", BernoulliMaskGenerator(0.2)),
+        ("UniformMaskGenerator:bounds=0.0,0.2", UniformMaskGenerator((0.0, 0.2))),
+        ("UniformMaskGenerator:bounds=(0.0, 0.2)", UniformMaskGenerator((0.0, 0.2))),
+        ("FixedRectangleMaskGenerator:y1=0,x1=1, y2=4,x2=5", FixedRectangleMaskGenerator(0, 1, 4, 5)),
         (
             "MixtureMaskGenerator:generators=[{'name': 'SquareMaskGenerator', 'size': 4}],weights=[2]",
-            mask_generators.MixtureMaskGenerator((mask_generators.SquareMaskGenerator(4),), (2,)),
+            MixtureMaskGenerator((SquareMaskGenerator(4),), (2,)),
         ),
     ],
 )
 def test_a_specification_names_a_generator_and_its_options(spec, expected):
-    assert mask_generators.mask_generator_from_spec(spec) == expected
+    assert mask_generator_from_spec(spec) == expected
 
 
 @pytest.mark.parametrize(
@@ -485,5 +466,5 @@ def test_a_specification_names_a_generator_and_its_options(spec, expected):
 )
 def test_a_wrong_specification_is_refused_in_one_line(spec, message):
     with pytest.raises(UserError, match=message) as caught:
-        mask_generators.mask_generator_from_spec(spec)
+        mask_generator_from_spec(spec)
     assert "\n" not in str(caught.value)

@@ -18,15 +18,14 @@ from flax import nnx
 
 from benchmarks import synthetic
 from configs import pm_vdvae_mnist
-from helpers.arrays import assert_mean, by_path, randomised
+from helpers.arrays import assert_mean, by_path, normal, randomised
 from helpers.configs import FAMILIES, small, untrained
 from helpers.runs import rows
 from helpers.scripts import finish, start
 from posterior_matching import models
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import inpainting
-from posterior_matching.models import vdvae
-from posterior_matching.models.vdvae import BlockOptions, DecoderBlock, VDVAETerms
+from posterior_matching.models.vdvae import BlockOptions, DecoderBlock, PyramidEncoder, VDVAETerms, upsample
 from posterior_matching.models.vdvae_layout import (
     DecoderLayer,
     encoder_resolutions,
@@ -102,17 +101,24 @@ def test_bits_per_dimension_are_of_the_values_that_the_data_have():
 # Parts
 
 
-def test_pooling_drops_what_fills_no_window_and_upsampling_repeats_the_nearest():
+def test_the_encoder_averages_windows_drops_what_fills_none_and_pads_or_drops_channels():
+    """Blocks that add nothing to what the first convolution copies."""
+    options = BlockOptions(0.5, jnp.float32, False, InitialKeys(KEY))
+    encoder = PyramidEncoder(3, parse_encoder("7d2,3x1", 7), {7: 3, 3: 4}, options)
+    encoder.conv_in.kernel[...] = jnp.zeros((3, 3, 3, 3)).at[1, 1].set(jnp.eye(3))
+    for block in encoder.blocks:
+        block.convs[-1].kernel[...] *= 0.0
     x = jnp.arange(2 * 7 * 7 * 3, dtype=jnp.float32).reshape(2, 7, 7, 3)
+    found = encoder(x)
+    np.testing.assert_array_equal(found[7], x)
     expected = np.asarray(x)[:, :6, :6].reshape(2, 3, 2, 3, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(vdvae._average_pool(x, 2), expected, rtol=1e-6)
-    small = x[:, :3, :3]
-    index = [0, 0, 0, 1, 1, 2, 2]  # floor(i * 3 / 7)
-    np.testing.assert_array_equal(vdvae._upsample(small, 7), np.asarray(small)[:, index][:, :, index])
-    index = [0, 0, 1, 1, 2, 2]
-    np.testing.assert_array_equal(vdvae._upsample(small, 6), np.asarray(small)[:, index][:, :, index])
-    np.testing.assert_array_equal(vdvae._with_channels(x, 2), x[..., :2])
-    np.testing.assert_array_equal(vdvae._with_channels(x, 4), np.pad(x, ((0, 0),) * 3 + ((0, 1),)))
+    np.testing.assert_allclose(found[3], np.pad(expected, ((0, 0),) * 3 + ((0, 1),)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_upsampling_repeats_the_nearest(size):
+    x, index = jnp.asarray(normal(0, 2, 3, 3, 2)), np.arange(size) * 3 // size
+    np.testing.assert_array_equal(upsample(x, size), np.asarray(x)[:, index][:, :, index])
 
 
 def test_initial_weights():

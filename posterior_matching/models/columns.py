@@ -56,16 +56,7 @@ def column_partial_input_shape(input_shape: Shape, cardinalities: Cardinalities)
 
 
 def column_partial_input(x: jax.Array, b: jax.Array, cardinalities: Cardinalities) -> jax.Array:
-    """Returns what every conditional model sees: the observed features, 0 elsewhere, and the mask.
-
-    Args:
-        x: Rows `[..., d]`.
-        b: Mask `[..., d]`, 1 = observed.
-        cardinalities: See above.
-
-    Returns:
-        `[..., width + d]`; `masking.partial_input` if all columns are real.
-    """
+    """Returns the input of conditional models, `[..., width + d]`: the observed features, 0 elsewhere, and the mask."""
     if not any(cardinalities):
         return partial_input(x, b)
     column, _ = _layout(cardinalities)
@@ -113,9 +104,6 @@ class ColumnsLikelihood(nnx.Module):
         spread: Whether several Gaussians start at quantiles of N(0, 1). Otherwise they start alike and part slowly.
         cardinalities: See above.
         rngs: Source of initial weights.
-
-    Raises:
-        OptionError: The data are not a table, or a single Gaussian is to be spread.
     """
 
     def __init__(
@@ -176,7 +164,7 @@ class ColumnsLikelihood(nnx.Module):
 def _spread(num_components: int, num_columns: int, shared_scales: bool) -> np.ndarray:
     """Biases of equal weights, means at quantiles of N(0, 1) and, unless they are shared, close scales.
 
-    Returns `[num_columns * 3 * num_components]`, or 2 in place of 3.
+    Returns `[num_columns * 3 * num_components]`, or twice instead of three times as many if they are.
     """
     means = ndtri((np.arange(num_components) + 0.5) / num_components)
     scales = np.full(num_components, np.log(np.expm1(_SPREAD_WIDTH / num_components)))  # the inverse of softplus
@@ -185,11 +173,9 @@ def _spread(num_components: int, num_columns: int, shared_scales: bool) -> np.nd
 
 
 class IndependentColumns:
-    """p(x | z) over rows `x: [..., B, d]`, one independent entry per column; what `ColumnsLikelihood` returns.
+    """p(x | z) over rows `x: [..., B, d]`, one independent entry per column; returned by `ColumnsLikelihood`.
 
-    Args:
-        cardinalities: One per column.
-        marginals: For each cardinality, a distribution with batch shape `[B, n]` over the n columns that have it.
+    Each of `marginals` is a distribution with batch shape `[B, n]` over the n columns that have its cardinality.
     """
 
     def __init__(self, cardinalities: Cardinalities, marginals: Mapping[int, dist.Distribution]):

@@ -4,13 +4,11 @@ Two kinds:
 
 * over a latent `z: [..., e]` (`LATENT_HEADS`): `log_prob(z)` is summed over `e`, in nats;
 * over data given the latent (`LIKELIHOOD_HEADS`): features are independent, `log_prob(x)` has one entry per feature, so
-  any subset of them can be summed (`likelihood.log_prob_of_observed`).
+  any subset of them can be summed (`marginal_likelihood.log_prob_of_observed`).
 
-All are a `Distribution`. Operations with a closed form for only some of them (`mean`, `entropy`,
-`sample_and_log_prob`, `kl_to_standard_normal`) are functions that dispatch on the type.
+All are a `Distribution`. Operations with a closed form for only some of them are functions.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -30,7 +28,6 @@ _MIN_SCALE = 1e-5
 # With validation, grey values between 0 and 1 would have a Bernoulli log-probability of -inf. As in the paper, we use
 # the cross-entropy.
 _UNCHECKED = {"validate_args": False}
-_NEEDS_GAUSSIAN = "the posterior must be DiagonalGaussian or TriLGaussian: the ELBO needs its KL in closed form"
 
 
 class Distribution(Protocol):
@@ -127,14 +124,8 @@ class AutoregressiveGMM(nnx.Module):
     """Features -> prod_i p(z_i | z_<i, c): every conditional is a one-dimensional mixture of Gaussians.
 
     One network serves all dimensions: the parameters of dimension i are slice i of
-    `Linear(3 K e)(ResidualMLP([z * m_i, m_i, c]))`, where m_i marks the first i dimensions and c are the features.
-
-    Args:
-        features_shape: Shape of the features of one example; flattened.
-        event_size: e, number of dimensions of z.
-        num_components: K, Gaussians per mixture.
-        residual_blocks: Blocks of the network.
-        hidden_units: Width of the network.
+    `Linear(3 K e)(ResidualMLP([z * m_i, m_i, c]))`, where m_i marks the first i of the e dimensions, c are the
+    features, flattened, and K is the number of components.
     """
 
     def __init__(
@@ -178,7 +169,7 @@ class AutoregressiveMixture:
     def log_prob(self, z: jax.Array) -> jax.Array:
         """Log-density in nats of `z: [..., B, e]`; returns `[..., B]`. One pass, no loop over dimensions."""
         z = jnp.moveaxis(z, -1, 0)  # [e, ..., B]
-        # First layer on [z * m_i, m_i, c]: row i is the sum over the dimensions before i.
+        # The first layer's output for [z * m_i, m_i, c] is a sum over the dimensions before i.
         before = jnp.tri(len(z), k=-1)  # [i, j] = 1 where j < i
         hidden = jnp.einsum("ij,j...,jh->i...h", before, z, self._first_z)
         mask = (before @ self._first_m).reshape(len(z), *[1] * (z.ndim - 1), -1)
@@ -198,7 +189,9 @@ class AutoregressiveMixture:
         One dimension at a time; every draw has its own randomness.
         """
 
-        def draw(hidden, inputs, shape=()):  # hidden: first layer of [z * m_i, m_i, c], [*sample_shape, B, h]
+        def draw(
+            hidden: jax.Array, inputs: tuple[jax.Array, ...], shape: Sequence[int] = ()
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:  # hidden: first layer of [z * m_i, m_i, c], [*shape, B, h]
             key, first_z, first_m, output, bias = inputs
             conditional = _mixture(self._head.network.after_first(hidden) @ output + bias[0])
             z = conditional.sample(key, shape)  # [*sample_shape, B]
@@ -251,11 +244,7 @@ class IdentityGaussian(nnx.Module):
 
 
 class SharedScaleGaussian(nnx.Module):
-    """Independent Normals whose means are the features themselves, with one learned scale (log scale starts at 0).
-
-    Raises:
-        UserError: The network's output does not have the shape of the data.
-    """
+    """Independent Normals whose means are the features themselves, with one learned scale (log scale starts at 0)."""
 
     def __init__(self, features_shape: Shape, data_shape: Shape):
         _require_data_shape("SharedScaleGaussian", "means", features_shape, data_shape)
@@ -267,11 +256,7 @@ class SharedScaleGaussian(nnx.Module):
 
 
 class Bernoulli(nnx.Module):
-    """The features are the logits of independent Bernoulli variables; data in [0, 1].
-
-    Raises:
-        UserError: The network's output does not have the shape of the data.
-    """
+    """The features are the logits of independent Bernoulli variables; data in [0, 1]."""
 
     def __init__(self, features_shape: Shape, data_shape: Shape):
         _require_data_shape("Bernoulli", "logits", features_shape, data_shape)
@@ -299,41 +284,28 @@ def diagonal_mixture(logits: jax.Array, loc: jax.Array, scale: jax.Array) -> Mix
     return dist.MixtureSameFamily(dist.Categorical(logits=logits, **_UNCHECKED), _diagonal(loc, scale), **_UNCHECKED)
 
 
-@functools.singledispatch
-def kl_to_standard_normal(q: Distribution) -> jax.Array:  # noqa: ARG001 (the methods for Gaussians follow)
+def kl_to_standard_normal(q: Distribution) -> jax.Array:
     """KL(q || N(0, I)) in nats, `[B]`, for the Gaussian heads: (tr S + m^T m - e - log det S) / 2.
 
     Raises:
         UserError: `q` is not Gaussian, so there is no closed form.
     """
-    raise UserError(_NEEDS_GAUSSIAN)
-
-
-@kl_to_standard_normal.register
-def _(q: dist.MultivariateNormal) -> jax.Array:
-    variance, log_scale = jnp.square(q.scale_tril).sum(-1), jnp.log(triangular.diagonal(q.scale_tril))
-    return _gaussian_kl(q.mean, variance, log_scale)
-
-
-@kl_to_standard_normal.register
-def _(q: dist.Independent) -> jax.Array:
-    if not isinstance(q.base_dist, dist.Normal):
-        raise UserError(_NEEDS_GAUSSIAN)
-    return _gaussian_kl(q.mean, q.variance, jnp.log(q.base_dist.scale))
-
-
-def _gaussian_kl(loc: jax.Array, variance: jax.Array, log_scale: jax.Array) -> jax.Array:
-    return 0.5 * (variance + jnp.square(loc) - 1.0).sum(-1) - log_scale.sum(-1)  # sums over e
+    if isinstance(q, dist.MultivariateNormal):
+        variance, log_scale = jnp.square(q.scale_tril).sum(-1), jnp.log(triangular.diagonal(q.scale_tril))
+    elif isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
+        variance, log_scale = q.variance, jnp.log(q.base_dist.scale)
+    else:
+        raise UserError("the posterior must be DiagonalGaussian or TriLGaussian: the ELBO needs its KL in closed form")
+    return 0.5 * (variance + jnp.square(q.mean) - 1.0).sum(-1) - log_scale.sum(-1)  # sums over e
 
 
 class _TriLNormal(dist.MultivariateNormal):
-    """A MultivariateNormal whose log-density uses `triangular.solve` in place of JAX's solvers."""
+    """A MultivariateNormal whose log-density uses `triangular.solve`, which is faster than JAX's solvers."""
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         difference = value - self.loc
-        noise = triangular.solve(
-            jnp.broadcast_to(self.scale_tril, (*difference.shape, difference.shape[-1])), difference
-        )
+        scale_tril = jnp.broadcast_to(self.scale_tril, (*difference.shape, difference.shape[-1]))
+        noise = triangular.solve(scale_tril, difference)
         log_determinant = jnp.log(triangular.diagonal(self.scale_tril)).sum(-1)
         return _standard_log_prob(noise) - log_determinant
 
@@ -354,47 +326,30 @@ def kl_divergence(q: dist.Distribution, p: dist.Distribution) -> jax.Array:
     return 0.5 * (trace + distance - q.event_shape[0]) + log_determinants
 
 
-@functools.singledispatch
 def sample_and_log_prob(
     q: Distribution, key: jax.Array, sample_shape: Sequence[int] = ()
 ) -> tuple[jax.Array, jax.Array]:
     """Draws z `[*sample_shape, B, e]` from `q` and returns it with its log-density `[*sample_shape, B]` in nats."""
+    if isinstance(q, AutoregressiveMixture):
+        return q.sample_and_log_prob(key, sample_shape)
+    if isinstance(q, dist.MultivariateNormal):
+        noise = jax.random.normal(key, q.shape(sample_shape))  # its log-density needs no triangular solve
+        log_determinant = jnp.log(triangular.diagonal(q.scale_tril)).sum(-1)
+        return q.loc + jnp.einsum("...ij,...j->...i", q.scale_tril, noise), _standard_log_prob(noise) - log_determinant
     z = q.sample(key, sample_shape)
     return z, q.log_prob(z)
 
 
-@sample_and_log_prob.register
-def _(q: AutoregressiveMixture, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
-    return q.sample_and_log_prob(key, sample_shape)
-
-
-@sample_and_log_prob.register
-def _(q: dist.MultivariateNormal, key: jax.Array, sample_shape: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
-    noise = jax.random.normal(key, q.shape(sample_shape))  # its log-density needs no triangular solve
-    log_determinant = jnp.log(triangular.diagonal(q.scale_tril)).sum(-1)
-    return q.loc + jnp.einsum("...ij,...j->...i", q.scale_tril, noise), _standard_log_prob(noise) - log_determinant
-
-
-@functools.singledispatch
 def entropy(q: Distribution, key: jax.Array, num_samples: int) -> jax.Array:
     """Entropy of `q` in nats, `[B]`: in closed form for Gaussians, else by Monte Carlo with `num_samples` draws."""
+    if isinstance(q, dist.Distribution):
+        return q.entropy()
     return -sample_and_log_prob(q, key, (num_samples,))[1].mean(0)
 
 
-@entropy.register
-def _(q: dist.Distribution, key: jax.Array, num_samples: int) -> jax.Array:  # noqa: ARG001
-    return q.entropy()
-
-
-@functools.singledispatch
 def mean(q: Distribution, key: jax.Array, num_samples: int) -> jax.Array:
     """Mean of `q`, `[B, e]`: exact for Gaussians, else the mean of `num_samples` draws."""
-    return q.sample(key, (num_samples,)).mean(0)
-
-
-@mean.register
-def _(q: dist.Distribution, key: jax.Array, num_samples: int) -> jax.Array:  # noqa: ARG001
-    return q.mean
+    return q.mean if isinstance(q, dist.Distribution) else q.sample(key, (num_samples,)).mean(0)
 
 
 def _diagonal(loc: jax.Array, scale: jax.Array) -> dist.Distribution:

@@ -55,24 +55,18 @@ POLICIES: dict[str, Policy] = {"sampling": sampling_policy, "lookahead": lookahe
 def features_that_fit(
     model: LookaheadPosterior, x: jax.Array, b: jax.Array, num_samples: int, memory_budget_gb: float
 ) -> int:
-    """The number of features that the sampling policy can evaluate together for a batch within a memory budget, >= 1.
+    """The number of features that the sampling policy can evaluate together within a memory budget (1e9 bytes), >= 1.
 
-    Args:
-        model: The model.
-        x: A batch for one device, `[B, *input_shape]`; only its shape matters.
-        b: Its masks.
-        num_samples: Imputations per example.
-        memory_budget_gb: Gigabytes (1e9 bytes) for the features' intermediate results.
+    Of `x`, a batch for one device, only the shape matters.
     """
 
-    def gains(model, x, b):
+    def gains(model: LookaheadPosterior, x: jax.Array, b: jax.Array) -> jax.Array:
         return jax.vmap(lambda x, b: sampling_policy(model, x, b, num_samples, jax.random.key(0)))(x, b)
 
     memory = nnx.jit(gains).lower(model, x, b).compile().memory_analysis()
     if memory is None:  # a backend that does not report it
         return 1
-    one_feature_gb = memory.temp_size_in_bytes / 1e9
-    return max(1, min(b[0].size, int(memory_budget_gb / one_feature_gb)))
+    return max(1, min(b[0].size, int(memory_budget_gb * 1e9 / memory.temp_size_in_bytes)))
 
 
 class Trajectory(NamedTuple):
@@ -87,11 +81,7 @@ class Trajectory(NamedTuple):
 
 
 def greedy_action(gains: jax.Array) -> jax.Array:
-    """The feature of largest gain, or the first within `TIE` of it; -1 if all gains are -inf.
-
-    Args:
-        gains: `[num_features]`, -inf for features that cannot be chosen.
-    """
+    """The feature of largest gain, or the first within `TIE` of it; -1 if all gains, `[num_features]`, are -inf."""
     best = gains.max()
     return jnp.where(jnp.isneginf(best), -1, jnp.argmax(gains >= best - TIE))
 
@@ -120,7 +110,7 @@ def acquire(
         num_samples: Imputations for the mean imputation and for the gains.
     """
 
-    def step(b, key):
+    def step(b: jax.Array, key: jax.Array) -> tuple[jax.Array, Trajectory]:
         key_impute, key_gains = jax.random.split(key)
         imputation = model.pm_vae.point(x[None], b[None], num_samples, key=key_impute)[0]
         gains = policy(model, x, b, num_samples, key_gains)

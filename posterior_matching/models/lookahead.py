@@ -12,7 +12,7 @@ from posterior_matching.masking import checked, mask_shape
 from posterior_matching.models import distributions
 from posterior_matching.models.columns import column_partial_input, column_partial_input_shape
 from posterior_matching.models.distributions import Distribution, ExplicitDistribution
-from posterior_matching.models.networks import NETWORKS, Shape
+from posterior_matching.models.networks import NETWORKS, Network, Shape
 from posterior_matching.models.vae import PosteriorMatchingVAE
 from posterior_matching.numerics import map_in_cache
 
@@ -42,33 +42,17 @@ class LookaheadPosterior(nnx.Module):
             PosteriorMatchingVAE, pm_vae, "pm_vae", input_shape=input_shape, rngs=rngs
         )
         self.cardinalities = self.pm_vae.vae.cardinalities
-        self.encoder = build(
-            NETWORKS,
-            pm_vae["encoder"] if lookahead_encoder is None else lookahead_encoder,
-            "lookahead_encoder",
-            input_shape=column_partial_input_shape(input_shape, self.cardinalities),
-            rngs=rngs,
-        )
+        encoder = pm_vae["encoder"] if lookahead_encoder is None else lookahead_encoder
+        shape = column_partial_input_shape(input_shape, self.cardinalities)
+        self.encoder: Network = build(NETWORKS, encoder, "lookahead_encoder", input_shape=shape, rngs=rngs)
         self.num_features = math.prod(mask_shape(input_shape))
-        latent_dim = self.pm_vae.vae.latent_dim
-        self.head = distributions.PerFeatureGaussian(
-            self.encoder.output_shape, self.num_features, latent_dim, rngs=rngs
-        )
+        sizes = self.encoder.output_shape, self.num_features, self.pm_vae.vae.latent_dim
+        self.head = distributions.PerFeatureGaussian(*sizes, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, b: jax.Array, chosen: jax.Array | slice = slice(None), rngs: nnx.Rngs | None = None
     ) -> ExplicitDistribution:
-        """The lookahead posteriors of the `chosen` features (flat mask entries; default: all).
-
-        Args:
-            x: `[B, *input_shape]`; values where b = 0 have no influence.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            chosen: Indices `[K]`.
-            rngs: Dropout streams, while training.
-
-        Returns:
-            A distribution over z with batch shape `[B, K]` and event shape `[e]`.
-        """
+        """The lookahead posteriors, over `[B, K, e]`, of the `chosen` features, `[K]` flat mask entries or all."""
         return self.head(self.encoder(column_partial_input(x, b, self.cardinalities), rngs), chosen)
 
     def log_prob_of_samples(
@@ -93,8 +77,8 @@ class LookaheadPosterior(nnx.Module):
             x: `[B, *input_shape]`, finite.
             b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
             key: Random key.
-            num_samples: Imputations per example.
-            num_features: Features to choose.
+            num_samples: See above.
+            num_features: See above.
             available: Mask of the values that exist in the data; None: all. Others are never revealed.
             target: The variance that the lookahead posteriors should have. By the law of total variance
                 Var(z | x_o) = E[Var(z | x_o, x_i)] + Var(E[z | x_o, x_i]), expectations over x_i given x_o.
@@ -114,7 +98,7 @@ class LookaheadPosterior(nnx.Module):
         imputations = self.pm_vae.impute(x, b, num_samples, key=key_impute)
         lookahead = self(x, b, chosen, rngs)
         if target == "marginal":
-            z = self._sample_revealed(x, b, chosen, imputations, _draw, key_z)
+            z = self._sample_revealed(x, b, chosen, imputations, lambda q, key: q.sample(key), key_z)
         else:
             centre = distributions.mean(self.pm_vae.partial_posterior(x, b), key_centre, num_samples)[:, None]
             z = self._sample_revealed(x, b, chosen, imputations, _centred_draw, key_z)
@@ -139,7 +123,7 @@ class LookaheadPosterior(nnx.Module):
         """
         values = imputations.reshape(len(imputations), len(x), self.num_features, -1)  # [S, B, features, C]
 
-        def reveal_feature(inputs):  # -> [S, B, e]
+        def reveal_feature(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:  # [S, B, e]
             i, key = inputs
             posterior = self.pm_vae.partial_posterior.with_feature(x, b, i)
             keys = jax.random.split(key, len(values))
@@ -152,16 +136,8 @@ class LookaheadPosterior(nnx.Module):
     def info_gains(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
         """Estimates the information about z that each unobserved feature would bring, in one forward pass.
 
-        For feature i: the entropy of q(z | x_o) minus the entropy of lookahead posterior i, in nats.
-
-        Args:
-            x: `[B, *input_shape]`.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            num_samples: Draws to estimate the entropy of q(z | x_o) if it is not Gaussian.
-            key: Random key for these draws.
-
-        Returns:
-            `[B, num_features]`, one entry per mask entry, -inf where observed.
+        For feature i: the entropy of q(z | x_o), estimated with `num_samples` draws if it is not Gaussian, minus the
+        entropy of lookahead posterior i, in nats. `[B, num_features]`, one per mask entry, -inf where observed.
         """
         x, b = checked(x, b, self.pm_vae.vae.input_shape)
         now = distributions.entropy(self.pm_vae.partial_posterior(x, b), key, num_samples)
@@ -171,23 +147,11 @@ class LookaheadPosterior(nnx.Module):
         """`info_gains` less the entropy of q(z | x_o), which is the same for all features: what a choice depends on.
 
         Unlike `info_gains`, this is fast and exact if q(z | x_o) has no closed-form entropy.
-
-        Args:
-            x: `[B, *input_shape]`.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-
-        Returns:
-            `[B, num_features]`, minus the entropies of the lookahead posteriors in nats, -inf where observed.
         """
         x, b = checked(x, b, self.pm_vae.vae.input_shape)
         # The lookahead posteriors are Gaussian, so their entropy needs no draws.
         then = distributions.entropy(self(x, b), jax.random.key(0), 0)
         return jnp.where(b.reshape(len(b), -1) == 1, -jnp.inf, -then)
-
-
-def _draw(q: Distribution, key: jax.Array) -> jax.Array:
-    """z ~ q."""
-    return q.sample(key)
 
 
 def _centred_draw(q: Distribution, key: jax.Array) -> jax.Array:

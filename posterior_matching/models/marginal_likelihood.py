@@ -12,17 +12,11 @@ from posterior_matching.models.proposals import Annealing, DefensiveMixture, Log
 
 
 def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Array, b: jax.Array) -> jax.Array:
-    """log p(x_o | z): the independent features' log-probabilities, summed where observed.
+    """log p(x_o | z) in nats, `[..., B]`: log-probabilities of independent features, summed where b is 1.
 
-    Args:
-        p: p(x | z), a distribution with one independent entry per feature and batch shape `[..., B, *data_shape]`.
-        x: `[B, d]` or `[B, H, W, C]`; unobserved values have no influence, even if not finite.
-        b: Mask, `[B, d]` or `[B, H, W, 1]`; ones for log p(x | z).
-
-    Returns:
-        `[..., B]`, nats.
+    `p` has batch shape `[..., B, *data_shape]`. Unobserved values have no influence, even if not finite.
     """
-    # `where` in place of a product, and on both sides: -inf * 0 is NaN, in the value or in its gradient.
+    # `where` instead of a product, and on both sides: -inf * 0 is NaN, in the value or in its gradient.
     log_prob = jnp.where(b == 1, p.log_prob(jnp.where(b == 1, x, 0.0)), 0.0)
     return log_prob.sum(tuple(range(log_prob.ndim - (x.ndim - 1), log_prob.ndim)))  # over features
 
@@ -41,7 +35,6 @@ def tempered_weights(log_weights: jax.Array, min_share: float = 0.1) -> jax.Arra
     Returns:
         `[S, B]`, with sum 1 over S.
     """
-
     log_weights = jnp.maximum(log_weights, jnp.finfo(log_weights.dtype).min / 2)  # finite, so that 0 times them is 0
 
     def weights(t: jax.Array) -> jax.Array:
@@ -79,15 +72,8 @@ class ConditionalLogProb(NamedTuple):
     @classmethod
     def of(cls, full: "ImportanceEstimate", observed: "ImportanceEstimate") -> "ConditionalLogProb":
         """From the estimates of log p(x) and log p(x_o)."""
-        return cls(
-            log_p_x=full.log_prob,
-            log_p_xo=observed.log_prob,
-            log_p_xu_given_xo=full.log_prob - observed.log_prob,
-            ess_x=full.effective_sample_size,
-            ess_xo=observed.effective_sample_size,
-            gap_x=full.gap,
-            gap_xo=observed.gap,
-        )
+        log_probs = full.log_prob, observed.log_prob, full.log_prob - observed.log_prob
+        return cls(*log_probs, full.effective_sample_size, observed.effective_sample_size, full.gap, observed.gap)
 
 
 class ImportanceEstimate(NamedTuple):
@@ -135,7 +121,7 @@ def importance_log_prob(
     if annealing_steps:
         annealing = Annealing(log_joint, proposal, jax.random.fold_in(key, 2), annealing_steps)
 
-    def log_weights(key, chunk_size):
+    def log_weights(key: jax.Array, chunk_size: int) -> jax.Array:
         if annealing_steps:
             return annealing.log_weights(key, chunk_size)
         z, log_q = sample_and_log_prob(proposal, key, (chunk_size,))
@@ -152,23 +138,20 @@ def importance_log_prob(
     return estimate._replace(upper_bound=log_sum - jnp.log(num_samples + 1))
 
 
+_Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
 def log_mean_weight(
     log_weights: Callable[[jax.Array, int], jax.Array], key: jax.Array, num_samples: int, chunk_size: int
 ) -> ImportanceEstimate:
-    """Estimates the log of the mean of importance weights from `num_samples` draws of their logs.
+    """Estimates the log of the mean of importance weights from `num_samples` draws, `log_weights(key, S) -> [S, B]`.
 
     Works in log space throughout, `chunk_size` samples at a time, so memory does not grow with `num_samples`.
-
-    Args:
-        log_weights: `log_weights(key, S)` draws `[S, B]`, nats.
-        key: Random key.
-        num_samples: K.
-        chunk_size: Maximum samples held at once.
     """
     chunk_size = min(chunk_size, num_samples)
     num_chunks = -(-num_samples // chunk_size)
 
-    def add_chunk(sums, inputs):
+    def add_chunk(sums: _Sums, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Sums, None]:
         index, key = inputs
         log_weight = log_weights(key, chunk_size)
         counted = index * chunk_size + jnp.arange(chunk_size) < num_samples  # the last chunk may be partial

@@ -1,8 +1,6 @@
 """Network bodies, which map arrays to features. The heads in `distributions.py` map the features to distributions.
 
-Every network takes `x: [B, *input_shape]` and returns `[B, *output_shape]`: `after_first(first(x))`, where `first` is
-affine. `rngs` is passed only in training: without it, dropout is off. Kernels are initialised from a truncated normal
-with standard deviation 1 / sqrt(fan_in), biases with zeros.
+Kernels are initialised from a truncated normal with standard deviation 1 / sqrt(fan_in), biases with zeros.
 """
 
 import functools
@@ -30,6 +28,24 @@ ConvLayers = Annotated[
 _SMALLEST_SIDE = 8  # of the last feature map of networks that adapt to the image
 
 
+class Network(nnx.Module):
+    """Base class. `rngs` is passed only in training: without it, dropout is off."""
+
+    output_shape: Shape
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Maps `[B, *input_shape]` to `[B, *output_shape]`."""
+        return self.after_first(self.first(x), rngs)
+
+    def first(self, x: jax.Array) -> jax.Array:
+        """The first layer, which is affine."""
+        raise NotImplementedError
+
+    def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """The remaining layers."""
+        raise NotImplementedError
+
+
 class Linear(nnx.Linear):
     """`nnx.Linear`, which starts faster."""
 
@@ -37,7 +53,7 @@ class Linear(nnx.Linear):
         super().__init__(features_in, features, kernel_init=lecun_normal, bias_init=_zeros, rngs=rngs)
 
 
-class ResidualMLP(nnx.Module):
+class ResidualMLP(Network):
     """Pre-activation residual blocks of two linear layers each.
 
     Args:
@@ -66,16 +82,10 @@ class ResidualMLP(nnx.Module):
         self.dropout = nnx.Dropout(dropout)
         self.layer_norm = layer_norm
 
-    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Maps `[B, *input_shape]` to `[B, hidden_units]`."""
-        return self.after_first(self.first(x), rngs)
-
     def first(self, x: jax.Array) -> jax.Array:
-        """The first linear layer, `[B, hidden_units]`."""
         return self.linear_in(x.reshape(x.shape[0], -1))
 
     def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """The remaining layers, for `h: [..., hidden_units]`."""
         h = self._norm(h)
         for first, second in self.blocks:
             residual = self._norm(first(jax.nn.relu(h)))
@@ -101,14 +111,7 @@ class KeySource(Protocol):
 class Conv(nnx.Module):
     """A convolution with bias, computed in the precision of its input; see `convolution.conv`.
 
-    Args:
-        features_in: Channels of the input.
-        features: Channels of the output.
-        size: Height and width of the kernel.
-        stride: Stride of both axes.
-        padding: "SAME" or "VALID".
-        kernel_scale: Scales the initial kernel.
-        rngs: Source of initial weights.
+    The kernel is `[size, size, features_in, features]`, the padding "SAME" or "VALID".
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class ConvTranspose(nnx.Module):
         return conv_transpose(x, self.kernel[...], self.stride, self.padding) + self.bias[...]
 
 
-class ConvEncoder(nnx.Module):
+class ConvEncoder(Network):
     """Convolutions, each followed by a leaky ReLU; padding SAME, the last layer VALID.
 
     Args:
@@ -182,22 +185,16 @@ class ConvEncoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.output_shape = (height, width, channels)
 
-    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Maps `[B, H, W, C]` to `[B, *output_shape]`."""
-        return self.after_first(self.first(x), rngs)
-
     def first(self, x: jax.Array) -> jax.Array:
-        """The first convolution."""
         return self.layers[0](x)
 
     def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
-        """The remaining layers."""
         for layer in self.layers[1:]:
             h = layer(jax.nn.leaky_relu(h))
         return jax.nn.leaky_relu(h)
 
 
-class ConvDecoder(nnx.Module):
+class ConvDecoder(Network):
     """Transposed convolutions from one position, leaky ReLU between them; the first layer VALID, the rest SAME.
 
     Args:
@@ -236,16 +233,10 @@ class ConvDecoder(nnx.Module):
         self.crop = (position, position) if crop is None else tuple(crop)
         self.output_shape = (*self.crop, channels)
 
-    def __call__(self, z: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Maps `[B, d]` to `[B, *output_shape]`."""
-        return self.after_first(self.first(z), rngs)
-
-    def first(self, z: jax.Array) -> jax.Array:
-        """The first transposed convolution."""
-        return self.layers[0](z[:, None, None, :])
+    def first(self, x: jax.Array) -> jax.Array:
+        return self.layers[0](x[:, None, None, :])
 
     def after_first(self, h: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:  # noqa: ARG002 (no dropout here)
-        """The remaining layers."""
         for layer in self.layers[1:]:
             h = layer(jax.nn.leaky_relu(h))
         h = h[:, : self.crop[0], : self.crop[1]]

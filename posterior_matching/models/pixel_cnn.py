@@ -8,6 +8,7 @@ The layers compute a `Region` of the grid: all of it in training, and one row (v
 positions, so a new code costs one position's work and a whole grid no more than one pass.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -78,15 +79,9 @@ class CausalConv(nnx.Module):
         self.depth, self.output_depth = depth, depth + (stride > 1)
 
     def __call__(self, x: jax.Array, region: Region, cache: Cache | None) -> jax.Array:
-        """Convolves features of a region.
+        """Maps `[B, h, w, C]`, the input at the region, to `[B, ceil(h / stride), ceil(w / stride), features]`.
 
-        Args:
-            x: `[B, h, w, C]`, the input at `region.at(depth)`.
-            region: The region.
-            cache: Holds the input at earlier positions; x is added to it. None: the region is the whole grid.
-
-        Returns:
-            `[B, ceil(h / stride), ceil(w / stride), features]`.
+        The cache holds the input at earlier positions, and x is added to it; None: the region is the whole grid.
         """
         if cache is None:
             pads, layout = [(-low, high) for low, high in (self.rows, self.columns)], ("NHWC", "HWIO", "NHWC")
@@ -164,7 +159,7 @@ class GatedResidual(nnx.Module):
         self.depth = depth
         self.first = CausalConv(2 * features, features, rows, columns, depth, rngs=rngs)
         self.second = CausalConv(2 * features, 2 * features, rows, columns, depth, rngs=rngs)
-        # The layer of the auxiliary features. Saved runs have its weights under this name.
+        # Of the auxiliary features; saved runs have its weights under this name.
         self.beside = Linear(2 * auxiliary_features, features, rngs=rngs) if auxiliary_features else None
         self.condition = Linear(conditional_dim, 2 * features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
@@ -172,7 +167,7 @@ class GatedResidual(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        auxiliary: list[jax.Array],
+        auxiliary: Sequence[jax.Array],
         condition: jax.Array,
         region: Region,
         cache: Cache | None,
@@ -191,16 +186,8 @@ class GatedResidual(nnx.Module):
 class Stack(nnx.Module):
     """One of the two stacks: `num_resnet` layers down every hierarchy, and as many up again with skip connections.
 
-    Args:
-        rows: The rows that its convolutions see.
-        columns: The columns that its convolutions see.
-        vertical: Whether it is the vertical stack. Each horizontal layer also sees the corresponding vertical one.
-        num_resnet: See `PixelCNN`.
-        num_filters: See `PixelCNN`.
-        num_hierarchies: See `PixelCNN`.
-        dropout: See `PixelCNN`.
-        conditional_dim: See `PixelCNN`.
-        rngs: Source of initial weights.
+    `rows` and `columns` are those that its convolutions see, `vertical` says which stack it is; see `PixelCNN` for the
+    rest. Each horizontal layer also sees the vertical one of the same number.
     """
 
     def __init__(
@@ -249,14 +236,14 @@ class Stack(nnx.Module):
             rngs: Dropout stream, while training.
         """
         outputs: list[jax.Array] = []
+        vertical_outputs = iter(vertical or ())
 
-        def layer(block: GatedResidual, h: jax.Array, skip: list[jax.Array]) -> jax.Array:
-            auxiliary = skip
-            if vertical is not None:
-                here = region.at(block.depth)._replace(row=0)
-                auxiliary = [crop(vertical[len(outputs)], here), *skip]
-            outputs.append(materialise(block(h, auxiliary, condition, region, cache, rngs)))
-            return outputs[-1]
+        def layer(block: GatedResidual, h: jax.Array, *skip: jax.Array) -> jax.Array:
+            in_this_row = region.at(block.depth)._replace(row=0)
+            seen = [crop(next(vertical_outputs), in_this_row)] if vertical else []
+            h = materialise(block(h, [*seen, *skip], condition, region, cache, rngs))
+            outputs.append(h)
+            return h
 
         skips = [h]
         for depth, blocks in enumerate(self.down):
@@ -264,12 +251,12 @@ class Stack(nnx.Module):
                 h = self.shrink[depth - 1](h, region, cache)
                 skips.append(h)
             for block in blocks:
-                h = layer(block, h, [])
+                h = layer(block, h)
                 skips.append(h)
-        skips.pop()
+        skips.pop()  # the way up starts from it
         for depth in reversed(range(len(self.up))):
             for block in self.up[depth]:
-                h = layer(block, h, [skips.pop()])
+                h = layer(block, h, skips.pop())
             if depth:
                 h = self.grow[depth - 1].upsample(h, region)
         return h, outputs
@@ -313,7 +300,7 @@ class PixelCNN(nnx.Module):
                 "num_hierarchies",
                 f"a code grid of {grid[0]}x{grid[1]} cannot be halved {num_hierarchies - 1} times: lower {{}}",
             )
-        self.grid, f = (grid[0], grid[1]), num_filters
+        self.grid, f = grid, num_filters
         embedding_init = nnx.initializers.normal(f**-0.5 if embedding_std is None else embedding_std)
         self.embedding = nnx.Embed(codebook_size, f, embedding_init=embedding_init, rngs=rngs)
         # The first layers exclude the current position, so all later ones may include it.
@@ -328,13 +315,7 @@ class PixelCNN(nnx.Module):
             conv.name = name
 
     def logits(self, codes: jax.Array, condition: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Logits `[B, H, W, K]` of every code given those before it; one pass.
-
-        Args:
-            codes: `[B, H, W]`, int32.
-            condition: `[B, conditional_dim]`.
-            rngs: Dropout stream, while training.
-        """
+        """Logits `[B, H, W, K]` of every code given those before it, for int32 codes `[B, H, W]`; one pass."""
         embedded, everywhere = self.embedding(codes), Region(0, 0, *self.grid)
         h = self.vertical_in(embedded, everywhere, None)
         _, vertical = self.vertical(h, None, condition, everywhere, None, rngs)

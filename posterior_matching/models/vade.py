@@ -11,10 +11,10 @@ from posterior_matching.errors import OptionError
 from posterior_matching.masking import checked, existing, observed_only
 from posterior_matching.models import distributions
 from posterior_matching.models.columns import Cardinalities
-from posterior_matching.models.distributions import ExplicitDistribution, Mixture
-from posterior_matching.models.marginal_likelihood import log_prob_of_observed
+from posterior_matching.models.distributions import Mixture
 from posterior_matching.models.networks import Shape
-from posterior_matching.models.vae import VAE, ImputationMixin, PartialPosterior
+from posterior_matching.models.vae import VAE, PartialPosterior
+from posterior_matching.models.vae_inference import ImputationMixin
 
 
 class VaDETerms(NamedTuple):
@@ -31,17 +31,7 @@ class VaDETerms(NamedTuple):
 class VADE(VAE):
     """Variational deep embedding: the prior is p(z) = sum_c pi_c N(z; mean_c, diag(scale_c^2)), c the cluster.
 
-    Args:
-        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        latent_dim: Dimensions of z.
-        num_clusters: Components of the prior.
-        encoder: Network config.
-        posterior: Head config of q(z | x); a DiagonalGaussian.
-        decoder: Network config.
-        likelihood: Head config of p(x | z).
-        cardinalities: See `VAE`.
-        availability: See `VAE`.
-        rngs: Source of initial weights.
+    The options are those of `VAE`, and `num_clusters`, the components of the prior. q(z | x) is a DiagonalGaussian.
 
     Raises:
         UserError: An option is out of range, or the posterior is another distribution.
@@ -61,17 +51,8 @@ class VADE(VAE):
         availability: bool = False,
         rngs: nnx.Rngs,
     ):
-        super().__init__(
-            input_shape=input_shape,
-            latent_dim=latent_dim,
-            encoder=encoder,
-            posterior=posterior,
-            decoder=decoder,
-            likelihood=likelihood,
-            cardinalities=cardinalities,
-            availability=availability,
-            rngs=rngs,
-        )
+        parts = encoder, posterior, decoder, likelihood
+        super().__init__(input_shape, latent_dim, *parts, cardinalities, availability, rngs=rngs)
         if not isinstance(self.posterior_head, distributions.DiagonalGaussian):
             raise OptionError("posterior", "must be a DiagonalGaussian in a VaDE")
         self.num_clusters = num_clusters
@@ -79,12 +60,6 @@ class VADE(VAE):
         self.logits = nnx.Param(jnp.zeros(num_clusters))
         self.means = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
         self.log_scales = nnx.Param(jnp.zeros((num_clusters, latent_dim)))
-
-    def posterior(
-        self, x: jax.Array, rngs: nnx.Rngs | None = None, *, available: jax.Array | None = None
-    ) -> ExplicitDistribution:
-        """q(z | x), a diagonal Gaussian over `[B, e]`; see `VAE.posterior`."""
-        return self.posterior_head(self._encode(x, rngs, available))
 
     def initialise_prior(self, weights: jax.Array, means: jax.Array, variances: jax.Array) -> None:
         """Sets the mixture: weights `[K]`, means `[K, e]`, variances `[K, e]` (not standard deviations)."""
@@ -109,24 +84,16 @@ class VADE(VAE):
         available: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> VaDETerms:
-        """The terms of the ELBO.
+        """The terms of the ELBO; see `VAE.posterior`.
 
-        Args:
-            x: `[B, *input_shape]`, finite; missing values are zeros.
-            key: Random key of z.
-            corrupted_x: The encoder's input during training, x with noise or distortions. The decoder still
-                reconstructs x, so z learns to ignore them; the ELBO remains a bound on log p(x). None: x.
-            available: Mask of the values that exist in the data, `[B, d]` or `[B, H, W, 1]`; None: all.
-            rngs: Dropout streams, while training.
+        `corrupted_x` is the encoder's input during training, x with noise or distortions (None: x). The decoder still
+        reconstructs x, so z learns to ignore them; the ELBO remains a bound on log p(x).
         """
         q = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available)
         z = q.sample(key)  # reparameterised
-        # VaDE's ELBO has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) in place of log p(z). They are equal,
-        # because every bracket is log p(z) by Bayes' rule.
-        return VaDETerms(
-            reconstruction_ll=self._reconstruction_ll(z, x, available, rngs),
-            kl=q.log_prob(z) - self.prior().log_prob(z),
-        )
+        # VaDE's paper has sum_c gamma_c (log p(z | c) + log pi_c - log gamma_c) for log p(z). They are equal, because
+        # every bracket is log p(z) by Bayes' rule.
+        return VaDETerms(self.reconstruction_ll(z, x, available, rngs), q.log_prob(z) - self.prior().log_prob(z))
 
     def autoencoder_ll(
         self,
@@ -138,18 +105,14 @@ class VADE(VAE):
     ) -> jax.Array:
         """log p(x | z) in nats, `[B]`, where z is the mean of q(z | x): the objective of pretraining. See `terms`."""
         z = self.posterior(x if corrupted_x is None else corrupted_x, rngs, available=available).mean
-        return self._reconstruction_ll(z, x, available, rngs)
+        return self.reconstruction_ll(z, x, available, rngs)
 
     def cluster_probs(
         self, x: jax.Array, num_samples: int, *, key: jax.Array, available: jax.Array | None = None
     ) -> jax.Array:
         """q(c | x), `[B, K]`: the mean of gamma over `num_samples` draws of z ~ q(z | x).
 
-        Args:
-            x: `[B, *input_shape]`.
-            num_samples: See above.
-            key: Random key.
-            available: Mask of the values that exist; None: all that are not NaN.
+        `available` is the mask of the values that exist, by default what is not NaN.
         """
         available = existing(x) if available is None else available
         z = self.posterior(observed_only(x, available), available=available).sample(key, (num_samples,))
@@ -160,10 +123,6 @@ class VADE(VAE):
     ) -> jax.Array:
         """Returns the most probable cluster of every example, int32 `[B]`; see `cluster_probs`."""
         return self.cluster_probs(x, num_samples, key=key, available=available).argmax(-1)
-
-    def _reconstruction_ll(self, z, x, available, rngs):
-        everywhere = jnp.ones_like(x) if available is None else jnp.broadcast_to(available, x.shape)
-        return log_prob_of_observed(self.decode(z, rngs), x, everywhere)
 
 
 class PosteriorMatchingVADE(ImputationMixin):
@@ -188,12 +147,7 @@ class PosteriorMatchingVADE(ImputationMixin):
     ):
         self.vade: VADE = call(VADE, vade, "vade", input_shape=input_shape, rngs=rngs)
         self.partial_posterior = PartialPosterior(
-            input_shape=input_shape,
-            latent_dim=self.vade.latent_dim,
-            encoder=partial_encoder or vade["encoder"],
-            head=partial_posterior,
-            cardinalities=self.vade.cardinalities,
-            rngs=rngs,
+            self.vade, partial_encoder or vade["encoder"], partial_posterior, rngs=rngs
         )
 
     @property
@@ -212,12 +166,7 @@ class PosteriorMatchingVADE(ImputationMixin):
     ) -> jax.Array:
         """log q(z | x_o) in nats, `[B]`, for one z ~ q(z | x): the Posterior Matching objective (paper, equation 4).
 
-        Args:
-            x: `[B, *input_shape]`, finite; missing values are zeros.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            key: Random key of z.
-            available: Mask of the values that exist in the data; None: all.
-            rngs: Dropout streams of the partial posterior, while training.
+        The arguments are those of `PosteriorMatchingVAE.terms`; `rngs` are of the partial posterior.
         """
         z = jax.lax.stop_gradient(self.vade.posterior(x, available=available).sample(key))
         return self.partial_posterior(x, b, rngs).log_prob(z)
@@ -234,12 +183,5 @@ class PosteriorMatchingVADE(ImputationMixin):
         return self.vade.responsibilities(self._latents(x, b, num_samples, key)).mean(0)
 
     def partial_predict_cluster(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Returns the most probable cluster given x_o, int32 `[B]`.
-
-        Args:
-            x: `[B, *input_shape]`; values where b = 0 have no influence, and may be NaN.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            num_samples: Draws of z ~ q(z | x_o).
-            key: Random key.
-        """
+        """Returns the most probable cluster given x_o, int32 `[B]`; see `partial_cluster_probs`."""
         return self.partial_cluster_probs(x, b, num_samples, key=key).argmax(-1)

@@ -59,27 +59,20 @@ _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class BottleneckBlock(nnx.Module):
-    """Four convolutions, GELU before each: 1x1 down to `middle` channels, 3x3, 3x3, 1x1 to `features`.
+    """Four convolutions, GELU before each: 1x1 to the bottleneck's share of `width`, 3x3, 3x3, 1x1 to `features`.
 
-    Resolutions up to 2 have 1x1 convolutions only. Computed in `compute_dtype`; output in float32.
+    Resolutions up to 2 have 1x1 convolutions only. `scale` is that of the last initial kernel. Computed in
+    `compute_dtype`; output in float32.
     """
 
     def __init__(
-        self,
-        features_in: int,
-        middle: int,
-        features: int,
-        resolution: int,
-        compute_dtype: Any,
-        *,
-        output_scale: float = 1.0,
-        rngs: InitialKeys,
+        self, features_in: int, width: int, features: int, resolution: int, options: "BlockOptions", scale: float = 1.0
     ):
-        inner = 3 if resolution > 2 else 1
+        middle, inner, rngs = max(1, int(width * options.bottleneck)), 3 if resolution > 2 else 1, options.rngs
         sizes = ((features_in, middle, 1), (middle, middle, inner), (middle, middle, inner))
         self.convs = nnx.List(Conv(i, o, size, 1, "SAME", rngs=rngs) for i, o, size in sizes)
-        self.convs.append(Conv(middle, features, 1, 1, "SAME", kernel_scale=output_scale, rngs=rngs))
-        self.compute_dtype = compute_dtype
+        self.convs.append(Conv(middle, features, 1, 1, "SAME", kernel_scale=scale, rngs=rngs))
+        self.compute_dtype = options.compute_dtype
 
     @jax.jit  # traced once for all blocks of equal shapes
     def __call__(self, *inputs: jax.Array) -> jax.Array:
@@ -101,15 +94,6 @@ class BlockOptions(NamedTuple):
     rematerialise: bool
     rngs: InitialKeys
 
-    def block(
-        self, features_in: int, width: int, features: int, resolution: int, output_scale: float = 1.0
-    ) -> BottleneckBlock:
-        """A block with `bottleneck * width` channels in the middle."""
-        middle = max(1, int(width * self.bottleneck))
-        return BottleneckBlock(
-            features_in, middle, features, resolution, self.compute_dtype, output_scale=output_scale, rngs=self.rngs
-        )
-
 
 class PyramidEncoder(nnx.Module):
     """Residual blocks and average pooling, from an image to one activation per resolution."""
@@ -119,7 +103,7 @@ class PyramidEncoder(nnx.Module):
         self.widths = tuple(widths[layer.output_resolution] for layer in layers)  # after every block
         self.conv_in = Conv(channels, widths[layers[0].resolution], 3, 1, "SAME", rngs=options.rngs)
         self.blocks = nnx.List(
-            options.block(widths[r], widths[r], widths[r], r, output_scale=len(layers) ** -0.5) for r, _ in layers
+            BottleneckBlock(widths[r], widths[r], widths[r], r, options, len(layers) ** -0.5) for r, _ in layers
         )
         self.rematerialise = options.rematerialise
 
@@ -141,11 +125,11 @@ class DecoderBlock(nnx.Module):
         r, e = layer.resolution, latent_dim
         self.resolution, self.lower_resolution = layer
         self.width, self.latent_dim = width, latent_dim
-        self.posterior_head = options.block(2 * width, width, 2 * e, r)
-        self.prior_head = options.block(width, width, 2 * e + width, r, output_scale=0.0)
-        self.partial_posterior_head = options.block(2 * width, width, tril_gaussian_parameters(e), r)
+        self.posterior_head = BottleneckBlock(2 * width, width, 2 * e, r, options)
+        self.prior_head = BottleneckBlock(width, width, 2 * e + width, r, options, 0.0)
+        self.partial_posterior_head = BottleneckBlock(2 * width, width, tril_gaussian_parameters(e), r, options)
         self.project = Conv(e, width, 1, 1, "SAME", kernel_scale=num_blocks**-0.5, rngs=options.rngs)
-        self.resnet = options.block(width, width, width, r, output_scale=num_blocks**-0.5)
+        self.resnet = BottleneckBlock(width, width, width, r, options, num_blocks**-0.5)
 
     def prior(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Parameters of p(z_l | z_<l), a diagonal Gaussian at each of `[B, R, R]`, and a residual for the state."""
@@ -167,7 +151,7 @@ class DecoderBlock(nnx.Module):
         return x + self.resnet(x)
 
 
-# What happens at a decoder block: (block, key or noise, state) -> (residual from the prior, z, terms to collect).
+# At a decoder block: (block, key or noise, state) -> (residual from the prior, z, terms to collect).
 Step = Callable[[DecoderBlock, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
 # (block, state, encoded) -> q(z_l | z_<l, ...)
 Posterior = Callable[[DecoderBlock, jax.Array, dict[int, jax.Array]], Distribution]
@@ -249,13 +233,8 @@ class PosteriorMatchingVDVAE(nnx.Module):
             DecoderBlock(layer, widths[layer.resolution], latent_dim, len(decoder_layers), options)
             for layer in decoder_layers
         )
-        self.biases = nnx.Dict(
-            {
-                str(r): nnx.Param(zeros((r, r, widths[r])))
-                for r in {layer.resolution for layer in decoder_layers}
-                if r <= no_bias_above
-            }
-        )
+        learned = {layer.resolution for layer in decoder_layers if layer.resolution <= no_bias_above}
+        self.biases = nnx.Dict({str(r): nnx.Param(zeros((r, r, widths[r]))) for r in learned})
         self.gain = nnx.Param(jnp.ones(widths[size]))
         self.bias = nnx.Param(zeros(widths[size]))
         outputs = logistic_mixture_parameters(self.channels, num_components)
@@ -279,7 +258,9 @@ class PosteriorMatchingVDVAE(nnx.Module):
         """
         encoded, partially_encoded = self._encode(x), self._encode_observed(x, b)
 
-        def step(block, noise, state):
+        def step(
+            block: DecoderBlock, noise: jax.Array, state: jax.Array
+        ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
             prior, residual = block.prior(state)
             posterior = block.posterior(state, encoded)
             matched = block.partial_posterior(state, partially_encoded)
@@ -303,12 +284,12 @@ class PosteriorMatchingVDVAE(nnx.Module):
     def sample(self, num_samples: int, *, key: jax.Array, mean: bool = False) -> jax.Array:
         """Draws x ~ p(x | z) (or its mean if `mean`) for z ~ p(z); `[num_samples, H, W, C]`."""
 
-        def step(block, key, state):
+        def step(block: DecoderBlock, key: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array, None]:
             prior, residual = block.prior(state)
             return residual, diagonal_gaussian(prior).sample(key), None
 
         key_z, key_x = jax.random.split(key)
-        p, _ = self._decode(step, self._keys(key_z), num_samples)
+        p, _ = self._decode(step, jax.random.split(key_z, len(self.blocks)), num_samples)
         return p.mean if mean else p.sample(key_x)
 
     def reconstruct(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
@@ -316,17 +297,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         return self._decode_draw(self._posterior, self._encode(x), key, len(x))[0].mean
 
     def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Draws imputations: means of p(x | z) for z ~ q(z | x_o) where unobserved, the observed values elsewhere.
-
-        Args:
-            x: `[B, H, W, C]`; values where b = 0 have no influence, and may be NaN.
-            b: Mask, `[B, H, W, 1]`, 1 = observed.
-            num_samples: Imputations per example.
-            key: Random key.
-
-        Returns:
-            `[num_samples, B, H, W, C]`, integers 0..num_levels - 1.
-        """
+        """Draws imputations: means of p(x | z) for z ~ q(z | x_o), integers; see `protocols.Imputes`."""
         return self.impute_and_weigh(x, b, num_samples, key=key)[0]
 
     def impute_and_weigh(
@@ -336,7 +307,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         x, b = checked(x, b, self.input_shape)
         encoded = self._encode_observed(x, b)
 
-        def draw(key):
+        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             p, log_ratio = self._decode_draw(self._partial_posterior, encoded, key, len(x))
             return p.mean, log_prob_of_observed(p, x, b) + log_ratio
 
@@ -355,15 +326,8 @@ class PosteriorMatchingVDVAE(nnx.Module):
     ) -> ConditionalLogProb:
         """Importance-samples log p(x) with the posteriors as proposals, log p(x_o) with the partially observed ones.
 
-        A weight is p(x_o | z) prod_l p(z_l | z_<l) / q(z_l | z_<l, ...) over all blocks.
-
-        Args:
-            x: `[B, H, W, C]`, integers 0..num_levels - 1.
-            b: Mask, `[B, H, W, 1]`, 1 = observed.
-            num_samples: Samples of z for each of the two estimates.
-            key: Random key.
-            available: Mask of the pixels that exist in the data; None: all. Others are never scored.
-            chunk_size: Maximum samples per example held at once.
+        A weight is p(x_o | z) prod_l p(z_l | z_<l) / q(z_l | z_<l, ...) over all blocks. Pixels that are not available
+        (None: all are) are never scored. At most `chunk_size` of the `num_samples` of each estimate are held at once.
         """
         x, b = checked(x, b, self.input_shape)
         available = jnp.ones_like(b) if available is None else jnp.asarray(available)
@@ -372,7 +336,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         def estimate(
             posterior: Posterior, encoded: dict[int, jax.Array], mask: jax.Array, key: jax.Array
         ) -> ImportanceEstimate:
-            def log_weights(key, chunk_size):
+            def log_weights(key: jax.Array, chunk_size: int) -> jax.Array:
                 repeated, x_s, mask_s = jax.tree.map(lambda a: _repeat(a, chunk_size), (encoded, x, mask))
                 p, log_ratio = self._decode_draw(posterior, repeated, key, len(x_s))
                 return (log_prob_of_observed(p, x_s, mask_s) + log_ratio).reshape(chunk_size, len(x))
@@ -385,14 +349,11 @@ class PosteriorMatchingVDVAE(nnx.Module):
             estimate(self._partial_posterior, self._encode_observed(x, b), b, key_xo),
         )
 
-    def _scaled(self, x: jax.Array) -> jax.Array:
-        return 2.0 * x / (self.num_levels - 1) - 1.0
-
     def _encode(self, x: jax.Array) -> dict[int, jax.Array]:
-        return self.encoder(self._scaled(x))
+        return self.encoder(2.0 * x / (self.num_levels - 1) - 1.0)
 
     def _encode_observed(self, x: jax.Array, b: jax.Array) -> dict[int, jax.Array]:
-        return self.partial_encoder(partial_input(self._scaled(x), b))
+        return self.partial_encoder(partial_input(2.0 * x / (self.num_levels - 1) - 1.0, b))
 
     def _posterior(self, block: DecoderBlock, state: jax.Array, encoded: dict[int, jax.Array]) -> ExplicitDistribution:
         return diagonal_gaussian(block.posterior(state, encoded))
@@ -402,15 +363,12 @@ class PosteriorMatchingVDVAE(nnx.Module):
     ) -> ExplicitDistribution:
         return tril_gaussian(block.partial_posterior(state, encoded), self.latent_dim)
 
-    def _keys(self, key: jax.Array) -> jax.Array:
-        return jax.random.split(key, len(self.blocks))
-
     def _decode(
         self, step: Step, randomness: Iterable[jax.Array], batch: int
     ) -> tuple[DiscretisedLogisticMixture, list[Any]]:
         """Runs all blocks, each with its randomness; returns p(x | z) and what `step` collected at each."""
 
-        def run_block(block, randomness, state):
+        def run_block(block: DecoderBlock, randomness: jax.Array, state: jax.Array) -> tuple[jax.Array, Any]:
             residual, z, collected = step(block, randomness, state)
             return block.advance(state, residual, z), collected
 
@@ -420,12 +378,11 @@ class PosteriorMatchingVDVAE(nnx.Module):
             state = states[block.resolution] if block.resolution in states else self._initial_state(block, batch)
             if block.lower_resolution is not None:
                 lower = _with_channels(states[block.lower_resolution], block.width)
-                state = state + _upsample(lower, block.resolution)
+                state = state + upsample(lower, block.resolution)
             run = _checkpointed(functools.partial(run_block, block), self.rematerialise)
-            state, terms = run(of_block, state)
-            states[block.resolution] = state
+            states[block.resolution], terms = run(of_block, state)
             collected.append(terms)
-        parameters = self.conv_out(state * self.gain[...] + self.bias[...])
+        parameters = self.conv_out(states[self.input_shape[0]] * self.gain[...] + self.bias[...])
         return DiscretisedLogisticMixture(parameters, self.channels, self.num_levels), collected
 
     def _decode_draw(
@@ -433,13 +390,13 @@ class PosteriorMatchingVDVAE(nnx.Module):
     ) -> tuple[DiscretisedLogisticMixture, jax.Array]:
         """p(x | z) for z from a posterior, and log p(z) - log q(z), `[B]`."""
 
-        def step(block, key, state):
+        def step(block: DecoderBlock, key: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             prior, residual = block.prior(state)
             z, log_q = sample_and_log_prob(posterior(block, state, encoded), key)
             log_prior = diagonal_gaussian(prior).log_prob(z)
             return residual, z, (log_prior - log_q).sum((1, 2))  # over positions
 
-        p, log_ratios = self._decode(step, self._keys(key), batch)
+        p, log_ratios = self._decode(step, jax.random.split(key, len(self.blocks)), batch)
         return p, sum(log_ratios[1:], log_ratios[0])  # over blocks
 
     def _initial_state(self, block: DecoderBlock, batch: int) -> jax.Array:
@@ -455,13 +412,13 @@ class UnitRange(nnx.Module):
         self.vdvae = vdvae
 
     def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Returns imputations `[S, B, H, W, C]` in [0, 1] of images `[B, H, W, C]` in [0, 1]."""
+        """See `protocols.Imputes`."""
         return self.impute_and_weigh(x, b, num_samples, key=key)[0]
 
     def impute_and_weigh(
         self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Like `impute`; also returns log p(x_o, z) - log q(z | x_o) of each draw, `[S, B]`."""
+        """See `protocols.Imputes`."""
         imputations, log_weights = self.vdvae.impute_and_weigh(self.vdvae.to_levels(x), b, num_samples, key=key)
         return self.vdvae.from_levels(imputations), log_weights
 
@@ -479,7 +436,7 @@ def _average_pool(x: jax.Array, k: int) -> jax.Array:
     return x.reshape(n, height // k, k, width // k, k, channels).mean((2, 4))
 
 
-def _upsample(x: jax.Array, size: int) -> jax.Array:
+def upsample(x: jax.Array, size: int) -> jax.Array:
     """Nearest-neighbour upsampling: pixel i of `size` is pixel floor(i * small / size) of `[B, small, small, C]`."""
     factor, rest = divmod(size, x.shape[1])
     if rest == 0:  # the gradient is a sum; that of indexing is a scatter, which is slow on CPUs

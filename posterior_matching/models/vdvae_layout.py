@@ -1,4 +1,4 @@
-"""Parses the block strings of VDVAE configs, such as "28x6,28d2,14x4", which list the blocks of each resolution."""
+"""Parses the block strings of VDVAE configs, such as "28x6,28d2,14x4". An OptionError says what is wrong with one."""
 
 import itertools
 import re
@@ -40,16 +40,7 @@ def default_blocks(size: int) -> tuple[str, str]:
 def parse_blocks(blocks: str, letter: str, option: str) -> list[tuple[int, int | None]]:
     """Parses a block string: `RxN` is N blocks at resolution R, `RdK` or `RmK` one block that changes resolution.
 
-    Args:
-        blocks: Such as "28x6,28d2,14x4".
-        letter: Marks a block that changes resolution, "d" or "m".
-        option: The option's name, for messages.
-
-    Returns:
-        R and K of every block; K is None unless the block changes resolution.
-
-    Raises:
-        OptionError: A part has neither form.
+    The letter is "d" or "m". Returns R and K of every block; K is None unless the block changes resolution.
     """
     parsed: list[tuple[int, int | None]] = []
     for part in blocks.split(","):
@@ -68,8 +59,7 @@ def parse_blocks(blocks: str, letter: str, option: str) -> list[tuple[int, int |
 def parse_encoder(blocks: str, size: int) -> list[EncoderLayer]:
     """Parses the encoder's blocks for images of `size` x `size` pixels.
 
-    Raises:
-        OptionError: The string is malformed, or a block is not at the resolution after the previous one.
+    Each block is at the resolution after the one before.
     """
     layers: list[EncoderLayer] = []
     for resolution, pool in parse_blocks(blocks, "d", "encoder"):
@@ -93,9 +83,7 @@ def encoder_resolutions(layers: list[EncoderLayer]) -> list[int]:
 def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[DecoderLayer]:
     """Parses the decoder's blocks for images of `size` x `size` pixels and an encoder with these `resolutions`.
 
-    Raises:
-        OptionError: The string is malformed, uses a resolution that the encoder does not have or the decoder has not
-            reached yet, or does not end at the image's resolution.
+    Blocks use resolutions that the encoder has and, for `RmK`, that the decoder has reached; the last has the image's.
     """
     layers = [DecoderLayer(*block) for block in parse_blocks(blocks, "m", "decoder")]
     reached: set[int] = set()
@@ -113,11 +101,7 @@ def parse_decoder(blocks: str, size: int, resolutions: list[int]) -> list[Decode
 
 
 def parse_widths(widths: str, width: int, resolutions: list[int]) -> dict[int, int]:
-    """Returns the width at every resolution: `width` except where `widths`, such as "14:128,7:256", says otherwise.
-
-    Raises:
-        OptionError: A part is malformed, or its resolution is not among `resolutions`.
-    """
+    """Returns the width at every resolution: `width` except where `widths`, such as "14:128,7:256", says otherwise."""
     width_at = dict.fromkeys(resolutions, width)
     for part in filter(None, widths.split(",")):
         match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", part.strip())

@@ -1,5 +1,6 @@
 """The VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937), and Posterior Matching over its discrete latents."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
@@ -19,21 +20,18 @@ from posterior_matching.models.pixel_cnn import PixelCNN
 from posterior_matching.numerics import first_argmin
 
 Stride = Annotated[int, Field(ge=1, le=64)]
+_EPSILON = 1e-5  # Laplace smoothing of the codes' average counts
 
 
 class ResidualStack(nnx.Module):
     """Residual blocks `x + Conv1x1(ReLU(Conv3x3(ReLU(x))))`, and a ReLU at the end."""
 
     def __init__(self, features: int, residual_units: int, residual_blocks: int, *, rngs: nnx.Rngs):
-        self.blocks = nnx.List(
-            nnx.List(
-                (
-                    Conv(features, residual_units, 3, 1, "SAME", rngs=rngs),
-                    Linear(residual_units, features, rngs=rngs),  # a 1x1 convolution
-                )
-            )
-            for _ in range(residual_blocks)
-        )
+        def block() -> nnx.List:  # a 3x3 and a 1x1 convolution
+            parts = Conv(features, residual_units, 3, 1, "SAME", rngs=rngs), Linear(residual_units, features, rngs=rngs)
+            return nnx.List(parts)
+
+        self.blocks = nnx.List(block() for _ in range(residual_blocks))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, features]` to the same shape."""
@@ -43,14 +41,9 @@ class ResidualStack(nnx.Module):
 
 
 class GridFeatures(nnx.Module):
-    """Images to a grid of features: two 4x4 convolutions, possibly strided, a 3x3 one, residual blocks.
+    """Images to a grid of features: two 4x4 convolutions with `strides`, a 3x3 one, residual blocks.
 
-    Args:
-        input_shape: `(H, W, C)`.
-        hidden_units: Channels of the output; half as many after the first convolution.
-        residual_units: Channels inside the residual blocks.
-        residual_blocks: Number of residual blocks.
-        strides: Strides of the two 4x4 convolutions.
+    The first convolution has half as many channels as the others, `hidden_units`.
 
     Raises:
         UserError: The data are not images, or the strides do not divide their size.
@@ -75,13 +68,9 @@ class GridFeatures(nnx.Module):
                 "strides",
                 f"{{}}={tuple(strides)}: images of {height}x{width} do not fit a code grid {shrink} times smaller",
             )
-        self.convs = nnx.List(
-            (
-                Conv(channels, hidden_units // 2, 4, strides[0], "SAME", rngs=rngs),
-                Conv(hidden_units // 2, hidden_units, 4, strides[1], "SAME", rngs=rngs),
-                Conv(hidden_units, hidden_units, 3, 1, "SAME", rngs=rngs),
-            )
-        )
+        widths = channels, hidden_units // 2, hidden_units, hidden_units
+        layers = zip(itertools.pairwise(widths), (4, 4, 3), (*strides, 1), strict=True)
+        self.convs = nnx.List(Conv(*sizes, kernel, stride, "SAME", rngs=rngs) for sizes, kernel, stride in layers)
         self.residual = ResidualStack(hidden_units, residual_units, residual_blocks, rngs=rngs)
         self.output_shape = (height // shrink, width // shrink, hidden_units)
 
@@ -153,7 +142,6 @@ class VectorQuantizer(nnx.Module):
         commitment_cost: Weight of the squared distance that keeps the encoder close to the codebook.
         use_ema: Use moving averages instead of a codebook loss.
         decay: Decay of the moving averages.
-        epsilon: Laplace smoothing of the codes' average counts.
         rngs: Source of the initial codebook.
     """
 
@@ -164,7 +152,6 @@ class VectorQuantizer(nnx.Module):
         commitment_cost: float = 0.25,
         use_ema: bool = True,
         decay: float = 0.99,
-        epsilon: float = 1e-5,
         *,
         rngs: nnx.Rngs,
     ):
@@ -175,7 +162,7 @@ class VectorQuantizer(nnx.Module):
             self.count_average = Average(jnp.zeros(codebook_size))
             self.sum_average = Average(jnp.zeros((codebook_size, embedding_dim)))
             self.num_updates = Average(jnp.zeros((), jnp.int32))
-        self.commitment_cost, self.use_ema, self.decay, self.epsilon = commitment_cost, use_ema, decay, epsilon
+        self.commitment_cost, self.use_ema, self.decay = commitment_cost, use_ema, decay
 
     def __call__(self, z: jax.Array) -> Quantized:
         """Quantises `z: [B, h, w, e]`."""
@@ -202,12 +189,8 @@ class VectorQuantizer(nnx.Module):
         """Moves the codebook towards the vectors assigned to it; call this once per training step.
 
         Averages are divided by `1 - decay^t` to correct for their start at zero. A code that was never chosen keeps its
-        initial value (the formula would move it to zero).
-
-        Args:
-            z: Encoder outputs `[B, h, w, e]`.
-            indices: `[B, h, w]`, from `__call__`.
-            axis_name: Axis of the devices over which to sum the statistics; None: this device only.
+        initial value (the formula would move it to zero). Statistics of the encoder's outputs z, `[B, h, w, e]`, and
+        their `indices` are summed over the devices of `axis_name`; None: this device only.
         """
         if not self.use_ema:
             return
@@ -223,7 +206,7 @@ class VectorQuantizer(nnx.Module):
         unbiased = 1 - self.decay ** self.num_updates[...].astype(jnp.float32)
         sizes, sums = self.count_average[...] / unbiased, self.sum_average[...] / unbiased
         total = sizes.sum()
-        smoothed = (sizes + self.epsilon) / (total + len(sizes) * self.epsilon) * total
+        smoothed = (sizes + _EPSILON) / (total + len(sizes) * _EPSILON) * total
         self.codebook[...] = jnp.where(sizes[:, None] > 0, sums / smoothed[:, None], self.codebook[...])
 
 
@@ -303,13 +286,7 @@ class VQVAE(nnx.Module):
         return jnp.clip(self.decode(self.indices(x)).mean, 0.0, 1.0)
 
     def terms(self, x: jax.Array, *, update_codebook: bool = False, axis_name: str | None = None) -> VQVAETerms:
-        """The terms of the training objective.
-
-        Args:
-            x: `[B, H, W, C]` in [0, 1].
-            update_codebook: Whether to update the codebook, as in training.
-            axis_name: Axis of the devices over which the codebook's statistics are summed.
-        """
+        """The terms of the training objective for images in [0, 1]; in training, also updates the codebook."""
         z = self.encoder(x)
         quantized = self.quantizer(z)
         p = self.likelihood_head(self.decoder(quantized.z))
@@ -324,8 +301,8 @@ class PosteriorMatchingVQVAE(nnx.Module):
 
     Args:
         input_shape: `(H, W, C)`.
-        vqvae: The options of `VQVAE`. The partial encoder, which sees `[x * b, b]`, is built like its encoder but for
-            the 1x1 convolution, in place of which it has a linear layer.
+        vqvae: The options of `VQVAE`. The partial encoder, which sees `[x * b, b]`, is built like its encoder, but with
+            a linear layer instead of the 1x1 convolution.
         conditional_dim: Length of the PixelCNN's conditional input.
         pixel_cnn: The options of `PixelCNN`.
         rngs: Source of initial weights.
@@ -338,12 +315,8 @@ class PosteriorMatchingVQVAE(nnx.Module):
         strides = vqvae.get("strides", (2, 2))
         self.partial_encoder = GridFeatures(partial_input_shape(input_shape), **body, strides=strides, rngs=rngs)
         self.condition = Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
-        context = {
-            "grid": self.vqvae.grid,
-            "codebook_size": self.vqvae.codebook_size,
-            "conditional_dim": conditional_dim,
-        }
-        self.pixel_cnn: PixelCNN = call(PixelCNN, pixel_cnn, "pixel_cnn", **context, rngs=rngs)
+        sizes = {"grid": self.vqvae.grid, "codebook_size": self.vqvae.codebook_size, "conditional_dim": conditional_dim}
+        self.pixel_cnn: PixelCNN = call(PixelCNN, pixel_cnn, "pixel_cnn", **sizes, rngs=rngs)
 
     def conditional_input(self, x: jax.Array, b: jax.Array) -> jax.Array:
         """The PixelCNN's conditional input, from the observed pixels of `x: [B, H, W, C]`: `[B, conditional_dim]`."""
@@ -351,27 +324,11 @@ class PosteriorMatchingVQVAE(nnx.Module):
         return self.condition(features.reshape(len(x), -1))
 
     def matching_ll(self, x: jax.Array, b: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """log q(z | x_o) in nats, `[B]`, at the code z of x: its mean is the Posterior Matching objective.
-
-        Args:
-            x: `[B, H, W, C]` in [0, 1].
-            b: Mask, `[B, H, W, 1]`, 1 = observed.
-            rngs: Dropout stream, while training.
-        """
+        """log q(z | x_o) in nats, `[B]`, at the code z of x: its mean is the Posterior Matching objective."""
         return self.pixel_cnn.log_prob(self.vqvae.indices(x), self.conditional_input(x, b), rngs)
 
     def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Draws imputations: decoder means for z ~ q(z | x_o), clipped to [0, 1]; observed values are copied.
-
-        Args:
-            x: `[B, H, W, C]` in [0, 1]; values where b = 0 have no influence, and may be NaN.
-            b: Mask, `[B, H, W, 1]`, 1 = observed.
-            num_samples: Imputations per example.
-            key: Random key.
-
-        Returns:
-            `[num_samples, B, H, W, C]`.
-        """
+        """Draws imputations: decoder means for z ~ q(z | x_o), clipped to [0, 1]; see `protocols.Imputes`."""
         return self.impute_and_weigh(x, b, num_samples, key=key)[0]
 
     def impute_and_weigh(
