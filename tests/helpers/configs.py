@@ -24,6 +24,11 @@ GMM = {"name": "AutoregressiveGMM", "num_components": 2, "residual_blocks": 0, "
 LEAST = {"latent_dim": 2, "encoder": MLP, "decoder": MLP, "posterior": DIAGONAL}  # what every VAE must be told
 LEAST |= {"likelihood": {"name": "IdentityGaussian"}}
 
+# The config of an imputer that is fitted within a second.
+TINY = {"steps": 2, "validation_every": 2, "batch_size": 2}
+TINY["model"] = {"latent_dim": 2, "posterior": DIAGONAL, "partial_posterior": DIAGONAL}
+TINY["model"] |= dict.fromkeys(("encoder", "decoder", "partial_encoder"), MLP | {"hidden_units": 4})
+
 QUICK = {"train_split": "test", "steps": 6, "validation_every": 3, "log_every": 1, "batch_size": 4}
 _PARTIAL = {"model.latent_dim": 2, "model.partial_posterior": GMM}
 TABULAR = _PARTIAL | {f"model.{part}": MLP for part in ("encoder", "decoder", "partial_encoder")}
