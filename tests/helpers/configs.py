@@ -13,7 +13,8 @@ from posterior_matching.config import plain
 from posterior_matching.training.pretrained import Pretrained
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"  # tables that are not part of the repository
+DATA = ROOT / "tests" / "data"  # small files of our own, each with the trait of a user's file
+SHARED = ROOT.parent / "shared" / "data"  # the users' files and public tables, which are not part of the repository
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*_*.py"))
 FAMILIES = synthetic.families()
