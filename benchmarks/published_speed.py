@@ -96,10 +96,11 @@ def run(script_name: str, config: Any, seconds: float | None = None) -> tuple[st
     directory = tempfile.mkdtemp(dir=".")
     rate = None
 
-    def fit(trainer: Any, train_dataset: Any, *_: Any, initial_params=None, initial_state=None, **__: Any) -> Any:
+    def fit(trainer: Any, train_dataset: Any, *_: Any, **given: Any) -> Any:
         nonlocal rate
         batch = train_dataset.only_batch
-        state = trainer._get_initial_train_state(trainer._prng.next(), batch, initial_params, initial_state, None)
+        initial = given.get("initial_params"), given.get("initial_state")
+        state = trainer._get_initial_train_state(trainer._prng.next(), batch, *initial, None)
         pathlib.Path(directory, "train_state.pkl").write_bytes(pickle.dumps(state))
         if seconds is not None:
             rate = steps_per_second(trainer, state, batch, seconds)
