@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = runs/demo
 
-.PHONY: help install demo test test-fast lint
+.PHONY: help install demo test test-fast test-matrix lint
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: install  ## run all tests
 
 test-fast: install  ## run the tests that start no process and train no model
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not process and not slow"
+
+test-matrix:  ## run the fast tests with every promised version of Python and JAX that can be had here
+	$(PYTHON) tests/matrix.py
 
 lint: install  ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -2,10 +2,10 @@
 
     OLD_PYTHON benchmarks/published_speed.py --config=configs/pm_vae_gas.py --checkout=../posterior-matching
 
-It runs the training scripts of a checkout of https://github.com/lupalab/posterior-matching themselves, on one batch of
-random data, with the training loop of Bax replaced by one that measures: the step, its random key, and the metrics
-brought to the host, without their averages and TensorBoard. The experiments that need a trained base get an untrained
-one. It needs an old JAX, so it imports nothing of this repository, and no TensorFlow, whose data it replaces:
+It runs the training scripts of a checkout of https://github.com/lupalab/posterior-matching on one batch of random data,
+with the training loop of Bax replaced by one that measures: the step, its random key, and the metrics brought to the
+host. The experiments that need a trained base get an untrained one. It needs an old JAX, so it imports nothing of this
+repository, and no TensorFlow:
 
     python3.11 -m venv old
     old/bin/pip install --no-deps -r benchmarks/published_requirements.txt
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -36,20 +36,16 @@ class RandomData:
     def __init__(self, batch: Any):
         self.only_batch = self.element_spec = batch
 
-    def as_numpy_iterator(self):
+    def as_numpy_iterator(self) -> Iterator[Any]:
         return iter([self.only_batch])
 
-    def map(self, function):
+    def map(self, function: Callable[[Any], Any]) -> "RandomData":
         return RandomData(function(self.only_batch))
 
-    def unbatch(self):
+    def unbatch(self, *_: Any, **__: Any) -> "RandomData":
         return self
 
-    def batch(self, *_, **__):
-        return self
-
-    def repeat(self):
-        return self
+    batch = repeat = unbatch
 
 
 def load_datasets(config: Any, normalize_images: bool = True) -> tuple[RandomData, RandomData]:
@@ -72,7 +68,7 @@ def steps_per_second(trainer: Any, state: Any, batch: Mapping[str, Any], seconds
     """Median rate of the training steps of a `bax.Trainer`; `train_speed.py` measures ours in the same way."""
     import jax
 
-    def step():
+    def step() -> None:
         nonlocal state
         state, *metrics = trainer._grad_fn(state, trainer._get_pmap_keys(), 0, batch)
         jax.device_get(metrics)
@@ -92,7 +88,7 @@ def steps_per_second(trainer: Any, state: Any, batch: Mapping[str, Any], seconds
 def run(script_name: str, config: Any, seconds: float | None = None) -> tuple[str, float | None]:
     """Runs `train_<script_name>.py`, and measures for `seconds` where its last training loop would begin.
 
-    Returns the run directory, which has an untrained state, and the steps per second; None without `seconds`.
+    Returns the run directory, with an untrained state, and the steps per second; None without `seconds`.
     """
     from absl import flags
     from bax import Trainer
@@ -100,10 +96,11 @@ def run(script_name: str, config: Any, seconds: float | None = None) -> tuple[st
     directory = tempfile.mkdtemp(dir=".")
     rate = None
 
-    def fit(trainer, train_dataset, *_, initial_params=None, initial_state=None, **__):
+    def fit(trainer: Any, train_dataset: Any, *_: Any, **given: Any) -> Any:
         nonlocal rate
         batch = train_dataset.only_batch
-        state = trainer._get_initial_train_state(trainer._prng.next(), batch, initial_params, initial_state, None)
+        initial = given.get("initial_params"), given.get("initial_state")
+        state = trainer._get_initial_train_state(trainer._prng.next(), batch, *initial, None)
         pathlib.Path(directory, "train_state.pkl").write_bytes(pickle.dumps(state))
         if seconds is not None:
             rate = steps_per_second(trainer, state, batch, seconds)
@@ -123,8 +120,8 @@ def run(script_name: str, config: Any, seconds: float | None = None) -> tuple[st
 def config_of(name: str) -> Any:
     """The published counterpart of `configs/<name>.py`.
 
-    In the published configs of tables, the keys of the partial posterior's mixture are misspelt, so a Gaussian is
-    trained, as in `pm_vae_gas_gaussian`. For `pm_vae_gas` they are set right here.
+    There, the keys of the partial posterior's mixture are misspelt, so a Gaussian is trained, as in
+    `pm_vae_gas_gaussian`. For `pm_vae_gas` they are set right here.
     """
     config = importlib.import_module(f"configs.{name.removesuffix('_gaussian')}").get_config()
     if name == "pm_vae_gas":

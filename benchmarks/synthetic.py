@@ -56,6 +56,11 @@ def dataset(name: str, rows: int) -> data.Dataset:
     return data.Dataset(name, "train", rng.standard_normal((rows, *shape), np.float32))
 
 
+def load(config_name: str) -> ConfigDict:
+    """The config of `configs/<config_name>.py`."""
+    return importlib.import_module(f"configs.{config_name}").get_config()
+
+
 @functools.cache
 def families() -> dict[str, Family]:
     """The families of all training scripts, by name."""
@@ -75,7 +80,7 @@ def untrained_base(config_name: str) -> Pretrained | None:
     if base is None or not base.required:
         return None
     name = BASE_CONFIGS.get(config_name, config_name.replace(chosen.name, base.model, 1))
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = load(name)
     rows = dataset(dataset_of(name, config), 16)
     untrained = experiment(name, config, rows)
     description = {"input_shape": rows.input_shape, "config": {"dataset": rows.name}}
@@ -92,10 +97,7 @@ def experiment(config_name: str, config: ConfigDict, rows: data.Dataset) -> Expe
 class TrainingStep:
     """The compiled training step of `configs/<config_name>.py` with this `config`, on the rows of a dataset.
 
-    Attributes:
-        compiled: The program.
-        compile_seconds: How long it took to compile.
-        per_dispatch: Steps of one dispatch.
+    Attributes: `compiled`, the program; `compile_seconds`; `per_dispatch`, the steps of one dispatch.
     """
 
     def __init__(self, config_name: str, config: ConfigDict, rows: data.Dataset):

@@ -6,13 +6,11 @@
       --published_python ../old/bin/python
 
 Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, and how
-near a step is to three bounds: its floating-point operations beside the rate of a large matrix product; the time that
-its own matrix products and convolutions take, each run by itself; and the bytes that its operations read and write
-beside the bandwidth at which one large array is added to another. All are measured in the same run. All rates are
-medians. To compare machines, use the shares. (XLA counts operations and bytes in the compiled program. On CPUs, strided
-transposed convolutions run at stride one, and their multiplications by zero count. The body of a loop counts once, so
-the true shares of lookahead configs, which loop over features, are higher than printed; their products are counted in
-full. Bytes that stay in the cache count, so their share may exceed 100%.)
+near a step is to three bounds, measured in the same run: its floating-point operations over the rate of a large matrix
+product; the time of its own matrix products and convolutions, each run alone; and the bytes that its operations read
+and write over the bandwidth at which one large array is added to another. Rates are medians. To compare machines, use
+the shares. (XLA counts operations and bytes in the compiled program: the body of a loop once, and bytes that stay in
+the cache, too.)
 
 With `--against`, this checkout and another one are measured in turn, each with its own code and its own config of that
 name, and the ratios of their speeds are printed. Machines are noisy: raise `--rounds` before you believe a difference
@@ -37,39 +35,28 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from benchmarks import synthetic, timing
 from posterior_matching import cli
 from posterior_matching.errors import UserError
 from posterior_matching.numerics.compilation import compile_without_unrolling
 
-_CONFIG = cli.config_flag("the experiment to measure")
-_SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
-_MATRIX_SIZE = flags.DEFINE_integer("matrix_size", 4096, "Rows and columns of the large matrices.", lower_bound=1)
-_PRODUCTS = flags.DEFINE_bool("products", True, "Measure the step's own matrix products and convolutions, too.")
-_AGAINST = flags.DEFINE_string("against", None, "Another checkout of this repository, to compare with this one.")
-_PUBLISHED_PYTHON = flags.DEFINE_string(
-    "published_python", None, "If --against is the published code: a Python that has its packages."
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "With --against: measurements of each checkout.", lower_bound=1)
 
-
-def main() -> None:
-    """Measures one checkout, or compares two."""
-    if _AGAINST.value is None:
-        measure()
-    else:
-        compare(pathlib.Path(_AGAINST.value).resolve(), _ROUNDS.value)
-
-
-def compare(other: pathlib.Path, rounds: int) -> None:
+def compare(other: pathlib.Path, rounds: int, published_python: str | None, arguments: Sequence[str]) -> None:
     """Measures two checkouts in turn, theirs first, and prints their steps per second and the ratios.
+
+    Args:
+        other: A checkout of this repository or of the published code.
+        rounds: Measurements of each.
+        published_python: A Python that has the packages of the published code.
+        arguments: Those of this script.
 
     Raises:
         UserError: `other` is no checkout, or a measurement failed.
     """
     own = ("--against", "--published_python", "--rounds")
-    arguments = [argument for argument in _joined(sys.argv[1:]) if argument.split("=")[0] not in own]
+    arguments = [argument for argument in _joined(arguments) if argument.split("=")[0] not in own]
     command = [sys.executable, "benchmarks/train_speed.py", *arguments]
     other_command = command
     if not (other / "benchmarks" / "train_speed.py").is_file():
@@ -78,14 +65,13 @@ def compare(other: pathlib.Path, rounds: int) -> None:
                 f"--against={other} is not a checkout of this repository, with benchmarks/train_speed.py, or of the "
                 "published code"
             )
-        if _PUBLISHED_PYTHON.value is None:
+        if published_python is None:
             raise UserError(
                 f"--against={other} is the published code: set --published_python to a Python that has its packages; "
                 "benchmarks/published_speed.py says which"
             )
         script = str(synthetic.ROOT / "benchmarks" / "published_speed.py")
-        python = str(pathlib.Path(_PUBLISHED_PYTHON.value).absolute())
-        other_command = [python, script, f"--checkout={other}", *arguments]
+        other_command = [str(pathlib.Path(published_python).absolute()), script, f"--checkout={other}", *arguments]
     ratios = []
     for number in range(rounds):
         theirs = steps_per_second(other, other_command)
@@ -97,29 +83,28 @@ def compare(other: pathlib.Path, rounds: int) -> None:
 
 def _joined(arguments: Sequence[str]) -> list[str]:
     """Arguments with `--flag value` written `--flag=value`."""
-    found: list[str] = []
+    joined: list[str] = []
     for argument in arguments:
         if argument.startswith("-"):
-            found.append(f"--{argument.lstrip('-')}")
+            joined.append(f"--{argument.lstrip('-')}")
         else:
-            found[-1] += f"={argument}"
-    return found
+            joined[-1] += f"={argument}"
+    return joined
 
 
 def steps_per_second(checkout: pathlib.Path, command: Sequence[str]) -> float:
     """Measures a checkout in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    found = re.search(r"^steps per second +(\S+)", result.stdout, re.MULTILINE)
-    if result.returncode or found is None:
+    printed = re.search(r"^steps per second +(\S+)", result.stdout, re.MULTILINE)
+    if result.returncode or printed is None:
         raise UserError(f"measuring {checkout} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return float(found[1])
+    return float(printed[1])
 
 
-def measure() -> None:
+def measure(config: ConfigDict, seconds: float, matrix_size: int, products: bool) -> None:
     """Measures this checkout and prints."""
     compile_without_unrolling()  # as training does
-    config = _CONFIG.value
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")
     dataset = synthetic.dataset_of(cli.config_name(), config)
@@ -132,22 +117,22 @@ def measure() -> None:
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     cost: Any = step.compiled.cost_analysis()  # XLA counts the body of a loop over steps once
     step_flops, step_bytes = cost["flops"], cost["bytes accessed"]
-    bandwidth = timing.memory_bandwidth(4 * _MATRIX_SIZE.value**2)  # 256 MiB, beyond any cache
+    bandwidth = timing.memory_bandwidth(4 * matrix_size**2)  # 256 MiB, beyond any cache
 
     dtype = config.get("model", {}).get("compute_dtype", "float32")
 
     # The machine may be shared, so every measurement of the step lies between two of the matrix product.
     rates: list[float] = []
-    matrix_rates = [timing.matrix_product_flops_per_second(_MATRIX_SIZE.value, dtype)]
-    end = time.perf_counter() + _SECONDS.value
+    matrix_rates = [timing.matrix_product_flops_per_second(matrix_size, dtype)]
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0
-        while time.perf_counter() - start < _SECONDS.value / 10 or dispatches < 2:
+        while time.perf_counter() - start < seconds / 10 or dispatches < 2:
             step.dispatch()
             dispatches += 1
         step.wait()
         rates.append(dispatches * step.per_dispatch / (time.perf_counter() - start))
-        matrix_rates.append(timing.matrix_product_flops_per_second(_MATRIX_SIZE.value, dtype))
+        matrix_rates.append(timing.matrix_product_flops_per_second(matrix_size, dtype))
     beside = (np.array(matrix_rates[:-1]) + np.array(matrix_rates[1:])) / 2
     shares = step_flops * np.array(rates) / beside
 
@@ -165,10 +150,10 @@ def measure() -> None:
     print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
     print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)}), {dtype}")
     print(f"share                  {np.median(shares):.0%}  ({min(shares):.0%} to {max(shares):.0%})")
-    if _PRODUCTS.value:
-        products, seconds = timing.seconds_of_products(step.jaxpr())
-        seconds *= rate / step.per_dispatch
-        print(f"its products alone     {seconds:.0%} of the step, {products / step.per_dispatch:.0f} of them")
+    if products:
+        count, alone = timing.seconds_of_products(step.jaxpr())
+        share = alone * rate / step.per_dispatch
+        print(f"its products alone     {share:.0%} of the step, {count / step.per_dispatch:.0f} of them")
     print(f"bytes per step         {step_bytes / 1e9:.4g} GB on each device")
     print(f"bandwidth              {step_bytes * rate / 1e9:.4g} GB/s")
     print(f"addition of arrays     {bandwidth / 1e9:.4g} GB/s")
@@ -181,4 +166,21 @@ def spread(values: list[float], unit: float = 1.0) -> str:
 
 
 if __name__ == "__main__":
+    _config = cli.config_flag("the experiment to measure")
+    _seconds = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
+    _size = flags.DEFINE_integer("matrix_size", 4096, "Rows and columns of the large matrices.", lower_bound=1)
+    _products = flags.DEFINE_bool("products", True, "Measure the step's own matrix products and convolutions, too.")
+    _against = flags.DEFINE_string("against", None, "Another checkout of this repository, to compare with this one.")
+    _python = flags.DEFINE_string(
+        "published_python", None, "If --against is the published code: a Python that has its packages."
+    )
+    _rounds = flags.DEFINE_integer("rounds", 2, "With --against: measurements of each checkout.", lower_bound=1)
+
+    def main() -> None:
+        """Measures one checkout, or compares two."""
+        if _against.value is None:
+            measure(_config.value, _seconds.value, _size.value, _products.value)
+        else:
+            compare(pathlib.Path(_against.value).resolve(), _rounds.value, _python.value, sys.argv[1:])
+
     cli.run(main)

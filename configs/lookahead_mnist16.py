@@ -3,10 +3,12 @@
 python train_lookahead_posterior.py --config configs/lookahead_mnist16.py --config.pm_vae_dir=RUN
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.lookahead()
     config.dataset = "mnist16"
     config.evaluate_checkpoint = "best"

@@ -3,12 +3,12 @@
 python train_pm_vade.py --config configs/pm_vade_images.py --config.vade_dir=RUN
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vade()
     config.model = {
         "partial_encoder": None,  # the VaDE encoder's, with its own weights

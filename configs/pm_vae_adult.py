@@ -3,11 +3,13 @@
 python train_pm_vae.py --config configs/pm_vae_adult.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 from posterior_matching.impute.defaults import table_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vae()
     del config.beta  # of a schedule with other options
     config.update(table_config(num_rows=22_004, num_columns=14))

@@ -6,10 +6,12 @@ There are only 1,257 training images: without averaged weights (EMA) and noise o
 nearest neighbours'.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vae_image(
         latent_dim=16,
         encoder_layers=((32, 3, 1), (64, 3, 2), (128, 4, 1)),

@@ -6,10 +6,12 @@ Like `pm_vae_mnist16`, it has masks that start from nothing observed, as acquisi
 whose entropy is in closed form, so that sampling-based gains are exact up to the sampled imputations.
 """
 
+from ml_collections import ConfigDict
+
 from configs import pm_vae_digits
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = pm_vae_digits.get_config()
     config.model.partial_posterior = {"name": "TriLGaussian"}
     config.mask_generator = {"name": "UniformMaskGenerator", "bounds": (0.0, 0.5)}

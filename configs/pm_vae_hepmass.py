@@ -3,10 +3,12 @@
 python train_pm_vae.py --config configs/pm_vae_hepmass.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vae_tabular(latent_dim=16)
     config.dataset = "hepmass"
     config.batch_size = 512

@@ -3,10 +3,12 @@
 python train_pm_vae.py --config configs/pm_vae_mnist.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vae_image(
         latent_dim=32,
         encoder_layers=((32, 5, 1), (32, 5, 2), (64, 5, 1), (64, 5, 2), (128, 7, 1)),

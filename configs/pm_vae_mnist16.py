@@ -3,10 +3,12 @@
 python train_pm_vae.py --config configs/pm_vae_mnist16.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vae_image(
         latent_dim=10,
         encoder_layers=((32, 3, 1), (32, 3, 2), (64, 3, 2), (64, 1, 1)),

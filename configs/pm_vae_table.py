@@ -3,13 +3,13 @@
 python train_pm_vae.py --config configs/pm_vae_table.py --config.dataset=mine.csv
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 from posterior_matching.impute.defaults import table_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vae()
     del config.beta  # of a schedule with other options
     config.update(table_config())

@@ -3,10 +3,12 @@
 python train_pm_vae.py --config configs/pm_vae_whitewine.py --config.dataset=winequality-white.csv
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vae_tabular(latent_dim=12)
     config.dataset = "winequality-white.csv"
     config.model.partial_posterior = common.autoregressive_gmm(residual_blocks=2, hidden_units=128)

@@ -5,10 +5,12 @@
 Blocks are recomputed in the backward pass and convolutions use bfloat16, to fit 4 images per device.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vdvae()
     config.dataset = "celeb_a"
     config.mask_generator = {"name": "CelebAMaskGenerator"}

@@ -5,10 +5,12 @@
 Pixels take 17 values, 0..16, so a uniform guess costs log2(17) = 4.09 bits per dimension.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vdvae()
     config.dataset = "digits"
     config.mask_generator = {

@@ -3,12 +3,12 @@
 python train_pm_vdvae.py --config configs/pm_vdvae_images.py --config.dataset=photos --config.images.size=32
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vdvae()
     common.for_images(config)
     config.model.encoder = config_dict.placeholder(str)  # found from the size

@@ -3,10 +3,12 @@
 python train_pm_vdvae.py --config configs/pm_vdvae_mnist.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vdvae()
     config.dataset = "mnist"
     config.mask_generator = {"name": "MNISTMaskGenerator", "dim": 28}

@@ -3,10 +3,12 @@
 python train_pm_vqvae.py --config configs/pm_vqvae_digits.py --config.vqvae_dir=RUN
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vqvae(num_resnet=2, num_filters=48, conditional_dim=128)
     config.dataset = "digits"
     config.mask_generator = {"name": "MNISTMaskGenerator", "dim": 8}

@@ -3,10 +3,12 @@
 python train_pm_vqvae.py --config configs/pm_vqvae_mnist.py --config.vqvae_dir=RUN
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.pm_vqvae(num_resnet=8)
     config.dataset = "mnist"
     config.mask_generator = {"name": "MNISTMaskGenerator", "dim": 28}

@@ -6,10 +6,12 @@ A plain autoencoder of the 1,257 images clusters no better than k-means. Distort
 the latents forget slant, size and position, which raises the accuracy.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.vade()
     network = common.residual_mlp(residual_blocks=1)
     config.dataset = "digits"

@@ -3,12 +3,12 @@
 python train_vade.py --config configs/vade_images.py --config.dataset=photos --config.images.size=32
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.vade()
     config.model = {
         "latent_dim": 10,

@@ -3,12 +3,12 @@
 python train_vade.py --config configs/vade_table.py --config.dataset=mine.csv --config.model.num_clusters=5
 """
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.vade()
     network = common.residual_mlp(residual_blocks=1)
     config.model = {

@@ -8,10 +8,12 @@ With aligned faces in files of 89x109 pixels, half of CelebA's size:
         --config.images.crop="(22, 12, 64, 64)"
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.vqvae(hidden_units=128, residual_units=32, codebook_size=512)
     config.dataset = "celeb_a"
     config.batch_size = 64

@@ -3,10 +3,12 @@
 python train_vqvae.py --config configs/vqvae_digits.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.vqvae(hidden_units=64, residual_units=32, codebook_size=16, embedding_dim=16)
     config.dataset = "digits"
     config.model.strides = (2, 1)  # a 4x4 code grid; a 2x2 grid has too few codes

@@ -3,10 +3,12 @@
 python train_vqvae.py --config configs/vqvae_mnist.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common.vqvae(hidden_units=32, residual_units=32, codebook_size=256)
     config.dataset = "mnist"
     config.batch_size = 32

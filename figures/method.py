@@ -54,19 +54,19 @@ def draw(run_dir: str, example: int) -> plt.Figure:
     canvas.set(xlim=(0, 9), ylim=(0, 3.3))
     canvas.set_axis_off()
 
-    def show(pixels, left, bottom, size, title=""):
+    def show(pixels: np.ndarray, left: float, bottom: float, size: float, title: str = "") -> None:
         axis = figure.add_axes((left / 9, bottom / 3.3, size / 9, size / 3.3))
         axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=9)
 
-    def box(text, left, bottom, colour):
+    def box(text: str, left: float, bottom: float, colour: str) -> None:
         canvas.add_patch(
             FancyBboxPatch((left, bottom), 1.15, 0.5, boxstyle="round,pad=0.05", facecolor="white", edgecolor=colour)
         )
         canvas.text(left + 0.575, bottom + 0.25, text, ha="center", va="center", fontsize=9)
 
-    def arrow(start, end, colour="black"):
+    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = "black") -> None:
         canvas.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=colour))
 
     show(image[0], 0.25, 1.95, 1.0, "$x$")

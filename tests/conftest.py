@@ -26,7 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit these
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", action="store_true", help="Write the recorded losses in tests/goldens anew.")
+    parser.addoption("--record", action="store_true", help="Write the recorded losses in tests/goldens.")
 
 
 def pytest_runtest_teardown():
@@ -48,6 +48,17 @@ def pytest_runtest_protocol(item):
         if not item.get_closest_marker("process"):
             patch.setattr(subprocess.Popen, "__init__", refuse)
         return (yield)
+
+
+@pytest.fixture(params=["own", "shared"])
+def cases(request):
+    """The folder of the files that once were read wrongly: our own small ones, and those of the users."""
+    from helpers.configs import DATA, SHARED
+
+    folder = (DATA if request.param == "own" else SHARED) / "cases"
+    if not folder.is_dir():
+        pytest.skip("the shared data are not here")
+    return folder
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.configs import SHARED, needs_shared
 from posterior_matching.data.tables.read import TableOptions, read_table
 from posterior_matching.data.tables.schema import TableSchema
 from posterior_matching.errors import UserError
@@ -180,9 +179,8 @@ def test_a_density_in_the_units_of_the_file_integrates_to_one(options):
     assert np.trapezoid(density, grid) == pytest.approx(expected, abs=2e-3)
 
 
-@needs_shared
-def test_case_of_units():
-    folder = SHARED / "cases" / "f20_log_prob_units"
+def test_case_of_units(cases):
+    folder = cases / "f20_log_prob_units"
     columns = [TableSchema.fit(read(folder / name)) for name in ("A.csv", "A_scaled.csv")]
     x = [c.encode(read(folder / name)) for c, name in zip(columns, ("A.csv", "A_scaled.csv"), strict=True)]
     np.testing.assert_allclose(x[0], x[1], atol=0.01)
@@ -193,9 +191,8 @@ def test_case_of_units():
 # Later data ----------------------------------------------------------------------------------------------------------
 
 
-@needs_shared
-def test_case_of_a_new_file_with_an_empty_column():
-    folder = SHARED / "cases" / "f01_new_file_wanted_column_empty"
+def test_case_of_a_new_file_with_an_empty_column(cases):
+    folder = cases / "f01_new_file_wanted_column_empty"
     columns = TableSchema.fit(read(folder / "A.csv"))
     for name, rows in (("new.csv", 3), ("new_one_row.csv", 1)):
         table = read(folder / name)
@@ -206,9 +203,8 @@ def test_case_of_a_new_file_with_an_empty_column():
         np.testing.assert_allclose(filled["d"].astype(float), columns.columns[3].mean, rtol=1e-6)
 
 
-@needs_shared
-def test_case_of_permuted_columns():
-    folder = SHARED / "cases" / "f03_columns_permuted_evaluation"
+def test_case_of_permuted_columns(cases):
+    folder = cases / "f03_columns_permuted_evaluation"
     columns = TableSchema.fit(read(folder / "train.csv"))
     x = columns.encode(read(folder / "train.csv"))
     np.testing.assert_array_equal(columns.encode(read(folder / "same_rows_reordered.csv")), x)

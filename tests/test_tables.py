@@ -55,7 +55,6 @@ def fails(path, **options):
 # The cases -----------------------------------------------------------------------------------------------------------
 
 
-@needs_shared
 @pytest.mark.parametrize(
     ("case", "rows", "names"),
     [
@@ -72,19 +71,18 @@ def fails(path, **options):
         ("f22_latin1/latin1.csv", 60, ["Größe", *"bcd"]),
     ],
 )
-def test_cases_are_the_same_table(case, rows, names):
+def test_cases_are_the_same_table(cases, case, rows, names):
     # All of these hold the numbers of this one, written in another way.
-    plain = read(SHARED / "cases" / "f11_small_file_default_config" / "plain.csv")
-    table = read(SHARED / "cases" / case)
+    plain = read(cases / "f11_small_file_default_config" / "plain.csv")
+    table = read(cases / case)
     columns = TableSchema.fit(table)
     assert len(table) == rows and [column.name for column in columns.columns] == list(names)
     np.testing.assert_array_equal(columns.encode(table), TableSchema.fit(plain).encode(plain))
     assert np.isnan(columns.encode(table)).sum() == 19
 
 
-@needs_shared
-def test_case_of_a_sentinel(caplog):
-    path = SHARED / "cases" / "f06_sentinel_minus200" / "air.csv"
+def test_case_of_a_sentinel(cases, caplog):
+    path = cases / "f06_sentinel_minus200" / "air.csv"
     with caplog.at_level("WARNING", logger="absl"):
         TableSchema.fit(read(path))
     assert "-200 repeats in 'no2', 'nox', 'co', 'o3'" in caplog.text
@@ -94,25 +92,22 @@ def test_case_of_a_sentinel(caplog):
     assert np.isnan(TableSchema.fit(table).encode(table)).sum() == 50 and "repeats" not in caplog.text
 
 
-@needs_shared
-def test_case_of_observed_cells(tmp_path):
-    path = SHARED / "cases" / "f07_observed_cells_changed_skewed" / "money.csv"
+def test_case_of_observed_cells(cases, tmp_path):
+    path = cases / "f07_observed_cells_changed_skewed" / "money.csv"
     table = read(path)
     columns = TableSchema.fit(table)
     write_table(tmp_path / "out.csv", columns.fill(table, columns.encode(table)))
     assert (tmp_path / "out.csv").read_bytes() == path.read_bytes()
 
 
-@needs_shared
-def test_cases_that_are_refused():
-    assert "column 1 ('h')" in (message := fails(SHARED / "cases" / "f08_values_1e200" / "huge.csv"))
+def test_cases_that_are_refused(cases):
+    assert "column 1 ('h')" in (message := fails(cases / "f08_values_1e200" / "huge.csv"))
     assert "too large" in message
-    assert "'code' holds 35 texts" in fails(SHARED / "cases" / "f14_underscore_number" / "underscore.csv")
+    assert "'code' holds 35 texts" in fails(cases / "f14_underscore_number" / "underscore.csv")
 
 
-@needs_shared
-def test_case_of_booleans():
-    columns = TableSchema.fit(read(SHARED / "cases" / "f13_booleans" / "bools.csv"))
+def test_case_of_booleans(cases):
+    columns = TableSchema.fit(read(cases / "f13_booleans" / "bools.csv"))
     assert columns.columns[0].values == ("False", "True") and columns.cardinalities == (2, 0, 0, 0, 0)
 
 

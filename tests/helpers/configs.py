@@ -13,7 +13,8 @@ from posterior_matching.config import plain
 from posterior_matching.training.pretrained import Pretrained
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"  # tables that are not part of the repository
+DATA = ROOT / "tests" / "data"  # small files of our own, each with the trait of a user's file
+SHARED = ROOT.parent / "shared" / "data"  # the users' files and public tables, which are not part of the repository
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*_*.py"))
 FAMILIES = synthetic.families()
@@ -23,6 +24,11 @@ DIAGONAL = {"name": "DiagonalGaussian"}
 GMM = {"name": "AutoregressiveGMM", "num_components": 2, "residual_blocks": 0, "hidden_units": 8}
 LEAST = {"latent_dim": 2, "encoder": MLP, "decoder": MLP, "posterior": DIAGONAL}  # what every VAE must be told
 LEAST |= {"likelihood": {"name": "IdentityGaussian"}}
+
+# The config of an imputer that is fitted within a second.
+TINY = {"steps": 2, "validation_every": 2, "batch_size": 2}
+TINY["model"] = {"latent_dim": 2, "posterior": DIAGONAL, "partial_posterior": DIAGONAL}
+TINY["model"] |= dict.fromkeys(("encoder", "decoder", "partial_encoder"), MLP | {"hidden_units": 4})
 
 QUICK = {"train_split": "test", "steps": 6, "validation_every": 3, "log_every": 1, "batch_size": 4}
 _PARTIAL = {"model.latent_dim": 2, "model.partial_posterior": GMM}
