@@ -30,7 +30,6 @@ from posterior_matching import cli, data, mask_generators
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.metrics import precision_recall
 from posterior_matching.models import greedy
-from posterior_matching.numerics.random import random_key
 
 _CONFIG = cli.config_flag("the experiment whose evaluation is measured")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples at once.", lower_bound=1)
@@ -102,8 +101,8 @@ def main() -> None:
     model: Any = synthetic.experiment(name, config, rows).phases[-1].model
     x, available = data.decode(rows.x, rows.max_value)
     mask_generator = mask_generators.build_mask_generator(config.mask_generator)
-    b = mask_generator(random_key(0), available.shape)
-    keys = jax.random.split(random_key(1), len(x))
+    b = mask_generator(jax.random.key(0), available.shape)
+    keys = jax.random.split(jax.random.key(1), len(x))
     print(f"device                               {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"config                               {cli.config_path()}, {len(x)} examples, {_SAMPLES.value} samples")
 

@@ -114,12 +114,12 @@ class TrainingStep:
         self._metrics: Any = None
         start = time.perf_counter()
         self._train = phase.train
-        self.compiled = self._train.compiled(self._state, self._constants, self._arrays, self._indices)
+        self.compiled = self._train.lower(self._state, self._constants, self._arrays, self._indices).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def jaxpr(self) -> Any:
         """The program of a dispatch, as traced."""
-        return jax.make_jaxpr(self._train.fn)(self._state, self._constants, self._arrays, self._indices).jaxpr
+        return jax.make_jaxpr(self._train)(self._state, self._constants, self._arrays, self._indices).jaxpr
 
     def dispatch(self) -> None:
         """Starts a dispatch once the one before has ended; as in training, one runs and one waits."""

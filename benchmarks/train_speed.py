@@ -40,7 +40,6 @@ from ml_collections import ConfigDict
 from benchmarks import synthetic, timing
 from posterior_matching import cli
 from posterior_matching.errors import UserError
-from posterior_matching.numerics.compilation import compile_without_unrolling
 
 
 def compare(other: pathlib.Path, rounds: int, published_python: str | None, arguments: Sequence[str]) -> None:
@@ -104,7 +103,6 @@ def steps_per_second(checkout: pathlib.Path, command: Sequence[str]) -> float:
 
 def measure(config: ConfigDict, seconds: float, matrix_size: int, products: bool) -> None:
     """Measures this checkout and prints."""
-    compile_without_unrolling()  # as training does
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")
     dataset = synthetic.dataset_of(cli.config_name(), config)

@@ -19,11 +19,9 @@ from ml_collections import ConfigDict, config_flags
 from posterior_matching import parallel
 from posterior_matching.data import cache
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.numerics.compilation import compile_without_unrolling
 from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 from posterior_matching.training.loop import InterruptedRunError
-from posterior_matching.training.program_cache import keep_programs_in
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags defined here count as the script's own, in --help too
@@ -54,11 +52,7 @@ def train_main(family: Family) -> None:
                 raise UserError(f"--process_id={process_id.value} must be below --num_processes={num_processes.value}")
             parallel.initialize(coordinator.value, num_processes.value, process_id.value)
 
-    def train() -> None:
-        compile_without_unrolling()
-        family.train(config.value, run_dir.value)
-
-    run(train, join=join)
+    run(lambda: family.train(config.value, run_dir.value), join=join)
 
 
 def config_flag(meaning: str) -> flags.FlagHolder:
@@ -211,7 +205,6 @@ def _use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    keep_programs_in(cache.folder() / "programs")
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

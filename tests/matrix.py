@@ -2,7 +2,7 @@
 
     python tests/matrix.py [--python 3.12] [--jax 0.11] [-- pytest arguments]
 
-The Pythons are those on the PATH (`python3.12`) and of pyenv. Each pair gets a fresh virtual environment with the pinned
+The Pythons are those on the PATH (`python3.12`) and of pyenv. Each pair gets a new virtual environment with the pinned
 versions, but for JAX, and for Flax where its pin needs a newer JAX. The exit status is 1 if a pair fails.
 """
 

@@ -117,7 +117,7 @@ def test_what_is_materialised_is_not_fused_into_what_uses_it():
 @pytest.mark.parametrize("shape", [(), (5,), (0, 3), (3, 4, 7)])
 def test_flat_keys_draw_what_jax_draws(shape):
     key = jax.random.fold_in(jax.random.key(3), 7)
-    for same in (random.random_key(3), random.wrap_key_data(jax.random.key_data(jax.random.key(3)))):
+    for same in (random.jax.random.key(3), random.wrap_key_data(jax.random.key_data(jax.random.key(3)))):
         flat = jax.random.fold_in(same, 7)
         for draw in (jax.random.normal, jax.random.gumbel, jax.random.bits):
             for a, b in zip(jax.random.split(key), jax.random.split(flat), strict=True):
@@ -145,7 +145,7 @@ def test_short_draws_of_programs_share_their_kernels():
         return {n for n in (3, 70, 900, 2048) if f"tensor<{n}xui32>" in text}
 
     data = jnp.zeros(2, jnp.uint32)
-    assert lengths(random.random_key(0)) == {3, 70, 900}
+    assert lengths(random.jax.random.key(0)) == {3, 70, 900}
     assert 2048 in lengths(random.wrap_key_data(data))
 
 
@@ -209,10 +209,7 @@ def test_garbage_collection_pauses_and_stays_off_where_it_was_off():
 
 CODE_SIZE = """
 import os
-from posterior_matching.numerics.compilation import compile_without_unrolling
 if "unrolled" not in os.environ:
-    compile_without_unrolling()
-    compile_without_unrolling()
 import jax
 import jax.numpy as jnp
 

@@ -17,7 +17,6 @@ from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, open_
 from posterior_matching.evaluation.results import Arrays, PartialResults, Results
 from posterior_matching.models.greedy import POLICIES, Policy, acquire, features_that_fit, sampling_policy
 from posterior_matching.models.lookahead import LookaheadPosterior
-from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import with_log
 
 # The numbers of acquisitions that results.json reports on; the arrays hold all.
@@ -94,7 +93,7 @@ def evaluate(
             return acquire(policy, model, key, x, available, **options)._asdict()
 
         acquire_all = ExampleMap(acquire_example, trained, run.dataset, batch_size)
-        return acquire_all(random_key(seed), name, batches) | {"x": run.x}
+        return acquire_all(jax.random.key(seed), name, batches) | {"x": run.x}
 
     for name in with_log(policies, "policy"):
         batches = trajectories.within(f"{name}.parts")

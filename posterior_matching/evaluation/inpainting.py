@@ -22,7 +22,6 @@ from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
-from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import progress_bar, with_log
 
 MODELS = ("pm_vdvae", "pm_vqvae")
@@ -93,7 +92,7 @@ def evaluate(
     def embed_example(embed: nnx.Module, _key: jax.Array, x: jax.Array, _available: jax.Array):
         return {"embedding": embed(x[None])[0]}
 
-    key = random_key(seed)
+    key = jax.random.key(seed)
     parts = {"model": model} | ({} if embed is None else {"embed": embed})
     impute_all = ExampleMap(impute_example, nnx.Dict(parts), run.dataset, batch_size)
     if embed is not None:

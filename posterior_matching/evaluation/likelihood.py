@@ -12,7 +12,6 @@ from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.results import PartialResults, Results
 from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
-from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import with_log
 
 INSTANCES_PER_DEVICE = 625  # as published
@@ -97,7 +96,7 @@ def evaluate(
     trials = []
 
     for trial in with_log(range(num_trials), "trial"):
-        key = jax.random.fold_in(random_key(seed), trial)
+        key = jax.random.fold_in(jax.random.key(seed), trial)
         found = evaluate_all(key, f"trial {trial + 1}", parts.within(f"trial_{trial + 1}"))
         log_p_x_nats, non_finite_x = finite_mean(found["log_p_x"])
         log_p_xo_nats, non_finite_xo = finite_mean(found["log_p_xo"])

@@ -20,7 +20,6 @@ from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.pictures import imputation_grid, save_png
 from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.masking import mask_shape
-from posterior_matching.numerics.random import random_key
 
 Arrays = dict[str, np.ndarray]
 
@@ -132,7 +131,7 @@ class Results:
             UserError: It cannot be written.
         """
         x = x[:10]
-        key_mask, key_impute = jax.random.split(random_key(self._arguments["seed"]))
+        key_mask, key_impute = jax.random.split(jax.random.key(self._arguments["seed"]))
         b = masks(key_mask, (len(x), *mask_shape(x.shape[1:])))
         imputations = nnx.jit(lambda model, x, b: model.impute(x, b, 6, key=key_impute))(model, x, b)
         path = self.folder / "imputations.png"

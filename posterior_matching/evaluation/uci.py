@@ -14,7 +14,6 @@ from posterior_matching.evaluation.metrics import category_accuracy, nrmse
 from posterior_matching.evaluation.results import Results
 from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.models.vae import PosteriorMatchingVAE
-from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import with_log
 
 _MOST_IMPUTATIONS = 1024  # they are held at once, and more than these would change the mean by less than 0.1%
@@ -113,7 +112,7 @@ def evaluate(
     results = Results(run.path / "uci_results", len(run.dataset), arguments)
 
     for trial in with_log(range(num_trials), "trial"):
-        found = evaluate_all(jax.random.fold_in(random_key(seed), trial), f"trial {trial + 1}")
+        found = evaluate_all(jax.random.fold_in(jax.random.key(seed), trial), f"trial {trial + 1}")
         results.add(**_errors(truth, found["imputation"], 1 - found["b"], cardinalities))
         results.add_mean(ac_ll_nats=found["ac_ll"], log_p_x_nats=found["log_p_x"])
         if log_slopes is not None:
@@ -130,7 +129,7 @@ def evaluate(
             results.add(**{f"{metric}_{name}": value for metric, value in errors.items()})
 
     simulate_all = ExampleMap(simulate_example, trained, first_examples(run.dataset, _MOST_SIMULATED), batch_size)
-    gaps = simulate_all(jax.random.fold_in(random_key(seed), num_trials), "data drawn from the model")
+    gaps = simulate_all(jax.random.fold_in(jax.random.key(seed), num_trials), "data drawn from the model")
     results.add_mean(simulated_gap_x_nats=gaps["x"], simulated_gap_xo_nats=gaps["xo"])
     if gaussian := data.gaussian_check(run.dataset.name):
         results.add(gaussian_ll_nats=gaussian.measured)

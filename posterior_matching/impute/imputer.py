@@ -13,7 +13,6 @@ from flax import nnx
 from pydantic import Field
 
 from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
-from posterior_matching.numerics.random import random_key
 
 ImputationMode = Literal["point", "draws"]
 Unknown = Literal["error", "missing"]
@@ -37,7 +36,7 @@ class RowImputer:
 
     def __init__(self, model: Any, *, seed: int = 0, batch_size: int = 128, num_samples: int = 256):
         self._graphdef, self._state = nnx.split(model)
-        self._key, self._batch_size, self._num_samples = random_key(seed), batch_size, num_samples
+        self._key, self._batch_size, self._num_samples = jax.random.key(seed), batch_size, num_samples
 
     def point(self, x: np.ndarray) -> np.ndarray:
         """Returns rows `[N, d]` with NaN filled by point estimates: means, and the most likely categories."""

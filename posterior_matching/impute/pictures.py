@@ -19,7 +19,6 @@ from posterior_matching.impute.imputer import ImputationMode, NumImputations, Ro
 from posterior_matching.impute.rows import imputation_mode, output_files
 from posterior_matching.models import MODELS
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
-from posterior_matching.numerics.random import random_key
 from posterior_matching.progress import progress_bar
 
 _NO_FOLDER = (".npy", ".npz", ".zip", ".png", ".jpg", ".jpeg", ".csv")
@@ -84,7 +83,7 @@ def impute_images(
     if not to_files and len({name.casefold() for name in names}) < len(names):
         twice = next(name for i, name in enumerate(names) if name.casefold() in {n.casefold() for n in names[:i]})
         raise UserError(f"two images of '{input}' are named '{twice}', up to suffix and case: rename one")
-    key = random_key(seed)
+    key = jax.random.key(seed)
     b = _image_masks(images, mask, mask_generator, options, description, key)
     if b.all():
         raise UserError("the masks have no holes: they are white or 1 everywhere, which means observed")

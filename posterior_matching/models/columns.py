@@ -20,7 +20,7 @@ from scipy.special import ndtri
 from posterior_matching.config import Count
 from posterior_matching.errors import OptionError
 from posterior_matching.masking import mask_shape, partial_input
-from posterior_matching.models.networks import Linear, Shape
+from posterior_matching.models.networks import Shape
 
 Cardinalities = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -126,7 +126,7 @@ class ColumnsLikelihood(nnx.Module):
         num_real = self.cardinalities.count(0)
         per_real = 1 if num_components == 1 else (2 if shared_scales else 3) * num_components
         self.sizes = tuple(len(columns) * (k or per_real) for k, (columns, _) in _groups(self.cardinalities).items())
-        self.linear = Linear(math.prod(features_shape), sum(self.sizes), rngs=rngs)
+        self.linear = nnx.Linear(math.prod(features_shape), sum(self.sizes), rngs=rngs)
         if num_real and spread:  # real columns come first
             biases = _spread(num_components, num_real, shared_scales)
             self.linear.bias = nnx.Param(jnp.zeros(sum(self.sizes)).at[: biases.size].set(biases))

@@ -21,7 +21,7 @@ from numpyro import distributions as dist
 from posterior_matching.config import Blocks, Width
 from posterior_matching.errors import UserError
 from posterior_matching.models.columns import ColumnsLikelihood
-from posterior_matching.models.networks import Linear, ResidualMLP, Shape
+from posterior_matching.models.networks import ResidualMLP, Shape
 from posterior_matching.numerics import materialise, triangular
 
 _MIN_SCALE = 1e-5
@@ -59,7 +59,7 @@ class DiagonalGaussian(nnx.Module):
     """Features -> N(mean, diag(scale^2)) over `[event_size]`."""
 
     def __init__(self, features_shape: Shape, event_size: int, *, rngs: nnx.Rngs):
-        self.linear = Linear(math.prod(features_shape), 2 * event_size, rngs=rngs)
+        self.linear = nnx.Linear(math.prod(features_shape), 2 * event_size, rngs=rngs)
 
     def __call__(self, features: jax.Array) -> ExplicitDistribution:
         """Maps features `[B, ...]` to a distribution with batch shape `[B]` and event shape `[e]`."""
@@ -76,7 +76,7 @@ class PerFeatureGaussian(nnx.Module):
     """Features -> for each of `count` data features a distribution N(mean, diag(scale^2)) over `[event_size]`."""
 
     def __init__(self, features_shape: Shape, count: int, event_size: int, *, rngs: nnx.Rngs):
-        self.linear = Linear(math.prod(features_shape), count * 2 * event_size, rngs=rngs)
+        self.linear = nnx.Linear(math.prod(features_shape), count * 2 * event_size, rngs=rngs)
         self.count = count
 
     def __call__(self, features: jax.Array, chosen: jax.Array | slice = slice(None)) -> dist.Distribution:
@@ -88,7 +88,7 @@ class TriLGaussian(nnx.Module):
     """Features -> N(mean, L L^T) over `[event_size]`, L lower triangular with diagonal softplus + 1e-5."""
 
     def __init__(self, features_shape: Shape, event_size: int, *, rngs: nnx.Rngs):
-        self.linear = Linear(math.prod(features_shape), tril_gaussian_parameters(event_size), rngs=rngs)
+        self.linear = nnx.Linear(math.prod(features_shape), tril_gaussian_parameters(event_size), rngs=rngs)
         self.event_size = event_size
 
     def __call__(self, features: jax.Array) -> ExplicitDistribution:
@@ -124,7 +124,7 @@ class AutoregressiveGMM(nnx.Module):
     """Features -> prod_i p(z_i | z_<i, c): every conditional is a one-dimensional mixture of Gaussians.
 
     One network serves all dimensions: the parameters of dimension i are slice i of
-    `Linear(3 K e)(ResidualMLP([z * m_i, m_i, c]))`, where m_i marks the first i of the e dimensions, c are the
+    `nnx.Linear(3 K e)(ResidualMLP([z * m_i, m_i, c]))`, where m_i marks the first i of the e dimensions, c are the
     features, flattened, and K is the number of components.
     """
 
@@ -140,7 +140,7 @@ class AutoregressiveGMM(nnx.Module):
     ):
         context_size = math.prod(features_shape)
         self.network = ResidualMLP((2 * event_size + context_size,), residual_blocks, hidden_units, rngs=rngs)
-        self.linear = Linear(hidden_units, 3 * num_components * event_size, rngs=rngs)
+        self.linear = nnx.Linear(hidden_units, 3 * num_components * event_size, rngs=rngs)
         self.event_size = event_size
 
     def __call__(self, features: jax.Array) -> "AutoregressiveMixture":
@@ -233,7 +233,7 @@ class IdentityGaussian(nnx.Module):
     identity. The log scale starts at 0. The name follows the published configs."""
 
     def __init__(self, features_shape: Shape, data_shape: Shape, *, rngs: nnx.Rngs):
-        self.linear = Linear(math.prod(features_shape), math.prod(data_shape), rngs=rngs)
+        self.linear = nnx.Linear(math.prod(features_shape), math.prod(data_shape), rngs=rngs)
         self.log_scale = nnx.Param(jnp.zeros(()))
         self.data_shape = data_shape
 

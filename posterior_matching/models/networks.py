@@ -6,7 +6,7 @@ Kernels are initialised from a truncated normal with standard deviation 1 / sqrt
 import functools
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from pydantic import Field
 from posterior_matching.config import Blocks, Dropout, Width
 from posterior_matching.errors import OptionError, UserError
 from posterior_matching.numerics.convolution import conv, conv_transpose
-from posterior_matching.numerics.initial import lecun_normal, zeros
 
 Shape = tuple[int, ...]
+lecun_normal = nnx.initializers.lecun_normal()
 # (filters, kernel size, stride) of each layer.
 ConvLayers = Annotated[
     Sequence[tuple[Width, Annotated[int, Field(ge=1, le=256)], Annotated[int, Field(ge=1, le=64)]]], Field(min_length=1)
@@ -46,13 +46,6 @@ class Network(nnx.Module):
         raise NotImplementedError
 
 
-class Linear(nnx.Linear):
-    """`nnx.Linear`, which starts faster."""
-
-    def __init__(self, features_in: int, features: int, *, rngs: nnx.Rngs):
-        super().__init__(features_in, features, kernel_init=lecun_normal, bias_init=_zeros, rngs=rngs)
-
-
 class ResidualMLP(Network):
     """Pre-activation residual blocks of two linear layers each.
 
@@ -75,9 +68,10 @@ class ResidualMLP(Network):
         rngs: nnx.Rngs,
     ):
         self.output_shape = (hidden_units,)
-        self.linear_in = Linear(math.prod(input_shape), hidden_units, rngs=rngs)
+        self.linear_in = nnx.Linear(math.prod(input_shape), hidden_units, rngs=rngs)
         self.blocks = nnx.List(
-            nnx.List(Linear(hidden_units, hidden_units, rngs=rngs) for _ in range(2)) for _ in range(residual_blocks)
+            nnx.List(nnx.Linear(hidden_units, hidden_units, rngs=rngs) for _ in range(2))
+            for _ in range(residual_blocks)
         )
         self.dropout = nnx.Dropout(dropout)
         self.layer_norm = layer_norm
@@ -97,17 +91,6 @@ class ResidualMLP(Network):
         return jax.nn.standardize(h, axis=-1) if self.layer_norm else h
 
 
-def _zeros(key: jax.Array, shape: Shape, dtype: Any) -> jax.Array:  # noqa: ARG001 (an initialiser has a key)
-    return zeros(shape, dtype)
-
-
-class KeySource(Protocol):
-    """A source of keys for initial weights: `nnx.Rngs`, `numerics.initial.InitialKeys`."""
-
-    def params(self) -> jax.Array:
-        """The next key."""
-
-
 class Conv(nnx.Module):
     """A convolution with bias, computed in the precision of its input; see `convolution.conv`.
 
@@ -123,10 +106,10 @@ class Conv(nnx.Module):
         padding: str,
         *,
         kernel_scale: float = 1.0,
-        rngs: KeySource,
+        rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(lecun_normal(rngs.params(), (size, size, features_in, features), scale=kernel_scale))
-        self.bias = nnx.Param(zeros(features))
+        self.kernel = nnx.Param(kernel_scale * lecun_normal(rngs.params(), (size, size, features_in, features)))
+        self.bias = nnx.Param(jnp.zeros(features))
         self.stride, self.padding = stride, padding
 
     def __call__(self, *inputs: jax.Array) -> jax.Array:
@@ -144,7 +127,7 @@ class ConvTranspose(nnx.Module):
     def __init__(self, features_in: int, features: int, size: int, stride: int, padding: str, *, rngs: nnx.Rngs):
         kernel = lecun_normal(rngs.params(), (size, size, features_in, features))
         self.kernel = nnx.Param(kernel.swapaxes(2, 3))  # `conv_transpose` takes [K, K, out, in]; fan_in counts `in`
-        self.bias = nnx.Param(zeros(features))
+        self.bias = nnx.Param(jnp.zeros(features))
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -20,9 +20,8 @@ from pydantic import Field
 
 from posterior_matching.config import Blocks, Dropout, Scale, Width
 from posterior_matching.errors import OptionError
-from posterior_matching.models.networks import Linear
+from posterior_matching.models.networks import lecun_normal
 from posterior_matching.numerics import materialise
-from posterior_matching.numerics.initial import lecun_normal, zeros
 
 # The input of every convolution at the positions computed so far, by the convolution's name, and under "embedding" the
 # embedded codes drawn so far: [ABOVE + H, SIDE + W + SIDE, B, C] at the depth of the input, with zeros elsewhere.
@@ -74,7 +73,7 @@ class CausalConv(nnx.Module):
     ):
         size = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         self.kernel = nnx.Param(lecun_normal(rngs.params(), (*size, features_in, features)))
-        self.bias = nnx.Param(zeros(features))
+        self.bias = nnx.Param(jnp.zeros(features))
         self.rows, self.columns, self.stride, self.name = rows, columns, stride, ""
         self.depth, self.output_depth = depth, depth + (stride > 1)
 
@@ -111,7 +110,7 @@ def write(cached: jax.Array, x: jax.Array, region: Region) -> jax.Array:
     return lax.dynamic_update_slice(cached, jnp.moveaxis(x, 0, 2), (region.row + ABOVE, region.column + SIDE, 0, 0))
 
 
-class UpsamplingLinear(Linear):
+class UpsamplingLinear(nnx.Linear):
     """Doubles the grid: position (i, j) feeds the 2x2 positions from (2 i, 2 j) on.
 
     With `left` it also feeds the two positions to their left, as the vertical stack may, since it sees entire rows.
@@ -160,8 +159,8 @@ class GatedResidual(nnx.Module):
         self.first = CausalConv(2 * features, features, rows, columns, depth, rngs=rngs)
         self.second = CausalConv(2 * features, 2 * features, rows, columns, depth, rngs=rngs)
         # Of the auxiliary features; saved runs have its weights under this name.
-        self.beside = Linear(2 * auxiliary_features, features, rngs=rngs) if auxiliary_features else None
-        self.condition = Linear(conditional_dim, 2 * features, rngs=rngs)
+        self.beside = nnx.Linear(2 * auxiliary_features, features, rngs=rngs) if auxiliary_features else None
+        self.condition = nnx.Linear(conditional_dim, 2 * features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(
@@ -310,7 +309,7 @@ class PixelCNN(nnx.Module):
         options: dict[str, Any] = sizes | {"dropout": dropout, "conditional_dim": conditional_dim, "rngs": rngs}
         self.vertical = Stack(rows=(-1, 0), columns=(-1, 1), vertical=True, **options)
         self.horizontal = Stack(rows=(-1, 0), columns=(-1, 0), vertical=False, **options)
-        self.out = Linear(f, codebook_size, rngs=rngs)
+        self.out = nnx.Linear(f, codebook_size, rngs=rngs)
         for name, conv in self._convs().items():
             conv.name = name
 

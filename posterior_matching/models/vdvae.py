@@ -53,7 +53,6 @@ from posterior_matching.models.vdvae_layout import (
 )
 from posterior_matching.numerics import concatenate, materialise, split_at
 from posterior_matching.numerics.gelu import gelu
-from posterior_matching.numerics.initial import InitialKeys, zeros
 
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -92,7 +91,7 @@ class BlockOptions(NamedTuple):
     bottleneck: float
     compute_dtype: Any
     rematerialise: bool
-    rngs: InitialKeys
+    rngs: nnx.Rngs
 
 
 class PyramidEncoder(nnx.Module):
@@ -226,7 +225,9 @@ class PosteriorMatchingVDVAE(nnx.Module):
         decoder_layers = parse_decoder(by_default[1] if decoder is None else decoder, size, resolutions)
         widths = parse_widths(custom_widths, width, resolutions)
         self.latent_dim, self.num_levels, self.rematerialise = latent_dim, num_levels, rematerialise
-        options = BlockOptions(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, InitialKeys(rngs.params()))
+        block_rngs = nnx.Rngs(params=rngs.params())
+        block_rngs.params()  # the first key has never been used; thus a seed keeps its weights
+        options = BlockOptions(bottleneck, _COMPUTE_TYPES[compute_dtype], rematerialise, block_rngs)
         self.encoder = PyramidEncoder(self.channels, encoder_layers, widths, options)
         self.partial_encoder = PyramidEncoder(self.channels + 1, encoder_layers, widths, options)
         self.blocks = nnx.List(
@@ -234,9 +235,9 @@ class PosteriorMatchingVDVAE(nnx.Module):
             for layer in decoder_layers
         )
         learned = {layer.resolution for layer in decoder_layers if layer.resolution <= no_bias_above}
-        self.biases = nnx.Dict({str(r): nnx.Param(zeros((r, r, widths[r]))) for r in learned})
+        self.biases = nnx.Dict({str(r): nnx.Param(jnp.zeros((r, r, widths[r]))) for r in learned})
         self.gain = nnx.Param(jnp.ones(widths[size]))
-        self.bias = nnx.Param(zeros(widths[size]))
+        self.bias = nnx.Param(jnp.zeros(widths[size]))
         outputs = logistic_mixture_parameters(self.channels, num_components)
         self.conv_out = Conv(widths[size], outputs, 1, 1, "SAME", rngs=rngs)
 

@@ -15,7 +15,7 @@ from posterior_matching.errors import OptionError, UserError
 from posterior_matching.masking import checked, partial_input, partial_input_shape
 from posterior_matching.models.distributions import ExplicitDistribution, SharedScaleGaussian
 from posterior_matching.models.marginal_likelihood import log_prob_of_observed
-from posterior_matching.models.networks import Conv, ConvTranspose, Linear, Shape
+from posterior_matching.models.networks import Conv, ConvTranspose, Shape
 from posterior_matching.models.pixel_cnn import PixelCNN
 from posterior_matching.numerics import first_argmin
 
@@ -28,7 +28,10 @@ class ResidualStack(nnx.Module):
 
     def __init__(self, features: int, residual_units: int, residual_blocks: int, *, rngs: nnx.Rngs):
         def block() -> nnx.List:  # a 3x3 and a 1x1 convolution
-            parts = Conv(features, residual_units, 3, 1, "SAME", rngs=rngs), Linear(residual_units, features, rngs=rngs)
+            parts = (
+                Conv(features, residual_units, 3, 1, "SAME", rngs=rngs),
+                nnx.Linear(residual_units, features, rngs=rngs),
+            )
             return nnx.List(parts)
 
         self.blocks = nnx.List(block() for _ in range(residual_blocks))
@@ -86,7 +89,7 @@ class GridEncoder(GridFeatures):
 
     def __init__(self, input_shape: Shape, features: int, *, rngs: nnx.Rngs, **body: Any):
         super().__init__(input_shape, rngs=rngs, **body)
-        self.out = Linear(self.output_shape[-1], features, rngs=rngs)
+        self.out = nnx.Linear(self.output_shape[-1], features, rngs=rngs)
         self.output_shape = (*self.output_shape[:2], features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -314,7 +317,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
         body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
         strides = vqvae.get("strides", (2, 2))
         self.partial_encoder = GridFeatures(partial_input_shape(input_shape), **body, strides=strides, rngs=rngs)
-        self.condition = Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
+        self.condition = nnx.Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
         sizes = {"grid": self.vqvae.grid, "codebook_size": self.vqvae.codebook_size, "conditional_dim": conditional_dim}
         self.pixel_cnn: PixelCNN = call(PixelCNN, pixel_cnn, "pixel_cnn", **sizes, rngs=rngs)
 

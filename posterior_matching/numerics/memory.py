@@ -1,7 +1,9 @@
-"""Memory allocation in this process."""
+"""Memory allocation in the process of a script on CPUs."""
 
 import ctypes
+import importlib.util
 import sys
+from importlib import metadata
 
 import jax
 
@@ -10,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next allocation (does nothing except on Linux with glibc).
+    """Makes glibc keep freed memory for the next allocation, on Linux hosts without JAX plugins for accelerators.
 
     On CPUs XLA allocates new buffers for every training step. By default glibc gets blocks of this size from the kernel
     each time and returns them afterwards, and the kernel fills every page with zeros, which takes a fifth of the time
@@ -18,7 +20,8 @@ def keep_freed_memory() -> None:
 
     JAX's programs for CPUs then run in the thread that calls them, and a call returns when its program has ended.
     """
-    if not sys.platform.startswith("linux"):
+    accelerators = metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
+    if accelerators or not sys.platform.startswith("linux"):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -224,9 +224,6 @@ class BoundLoss:
     loss: FamilyLoss
     options: Any = dataclasses.field(compare=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"loss": self.loss}  # for `program_cache`, which compares pickles and never reads them
-
     def __call__(self, model: Any, batch: Batch, rngs: nnx.Rngs) -> Metrics:
         """The loss and its terms, see `experiment`."""
         return self.loss(model, batch, rngs, self.options)

@@ -92,7 +92,7 @@ class Trainer:
         self._best_loss, self._stalled, unwritten = math.inf, 0, {}
         if run.step:
             saved, record = run.restore(self._saved_structure)
-            state, self._best_loss = self._phase.packed(saved["state"]), float(saved["best_loss"])
+            state, self._best_loss = saved["state"], float(saved["best_loss"])
             self._stalled, unwritten = record["stalled_validations"], record["log"]
         self.step = run.step
         model, trainable = experiment.phases[-1].model, experiment.phases[-1].trainable
@@ -123,7 +123,7 @@ class Trainer:
     def _saved_structure(self, step: int) -> dict[str, Any]:
         self._index = self._phase_at(step)
         state, self._constants = self._phase.initial_state()
-        return {"state": self._phase.unpacked(state), "best_loss": np.float64(math.inf)}
+        return {"state": state, "best_loss": np.float64(math.inf)}
 
     def phase_is_over(self) -> bool:
         """Whether the next step belongs to another phase."""
@@ -171,20 +171,18 @@ class Trainer:
         # Before the last phase there is no usable model.
         weights = models.flat_weights(self.evaluation_model()) if self._in_last_phase else None
         model = jax.tree.map(np.asarray, weights)
-        state = self._phase.unpacked(parallel.unreplicate(self._state))
-        train = {"state": state, "best_loss": np.float64(self._best_loss)}
+        train = {"state": parallel.unreplicate(self._state), "best_loss": np.float64(self._best_loss)}
         record = {"log": self.log.unwritten(), "stalled_validations": self._stalled}
         self._run.save(self.step, model, train, record, best)
         self.log.restart_clock()
 
     def evaluation_model(self) -> nnx.Module:
         """Returns the model with the weights that validation uses."""
-        weights, mutable = parallel.unreplicate((self._weights, self._state.mutable))
-        weights, mutable = jax.tree.map(jnp.asarray, (self._phase.packing.unpack(weights), mutable))
+        weights, mutable = jax.tree.map(jnp.asarray, parallel.unreplicate((self._weights, self._state.mutable)))
         return nnx.merge(self._phase.graphdef, weights, self._constants.frozen, mutable)
 
     @property
-    def _weights(self) -> Any:  # packed
+    def _weights(self) -> nnx.State:
         return self._state.trainable if self._state.ema is None else self._state.ema
 
     def _validate(self) -> dict[str, float]:

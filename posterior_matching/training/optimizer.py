@@ -11,7 +11,6 @@ import optax
 from pydantic import Field, PlainValidator
 
 from posterior_matching.config import Config, Count, NonNegative, Positive, Steps, build, call
-from posterior_matching.training.packing import Packed
 
 Schedule = Callable[[jax.Array], jax.Array]  # step -> value
 
@@ -39,9 +38,9 @@ class OptimizerOptions:
         return lambda step: decay(step) * jnp.minimum(1.0, step / self.warmup_steps)
 
     def direction(self) -> optax.GradientTransformation:
-        """Returns the transformation of packed gradients into steps, without the factor `-learning_rate`."""
+        """Returns the transformation of gradients into steps, without the factor `-learning_rate`."""
         clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
-        decay = optax.add_decayed_weights(self.weight_decay, mask=Packed(matrices=True, vectors=False))
+        decay = optax.add_decayed_weights(self.weight_decay, lambda p: jax.tree.map(lambda a: jnp.ndim(a) >= 2, p))
         return optax.chain(clip, optax.scale_by_adam(eps=self.eps), decay if self.weight_decay else optax.identity())
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,28 +12,22 @@ import optax
 from flax import nnx
 
 from posterior_matching import data, parallel
-from posterior_matching.numerics.random import wrap_key_data
 from posterior_matching.training.batching import Arrays, ValidationChunks
-from posterior_matching.training.experiment import Batch, Experiment, Loss, Phase
+from posterior_matching.training.experiment import Batch, Experiment, Loss, Metrics, Phase
 from posterior_matching.training.optimizer import OptimizerOptions
-from posterior_matching.training.packing import Packed, Packing
-from posterior_matching.training.program_cache import CachedFunction
 
 # Each use of randomness in a training step has its own stream. Append only: the order determines the random numbers.
 STREAMS = ("noise", "mask", "sample", "dropout")
 
 
 class TrainState(NamedTuple):
-    """The state that a step updates, without the frozen part of the model.
-
-    On the devices, parameters and what the optimiser keeps of them are `Packed`; in checkpoints, they are `nnx.State`s.
-    """
+    """The state that a step updates, without the frozen part of the model."""
 
     step: jax.Array | np.integer  # int32, of the run
-    trainable: Packed | nnx.State
+    trainable: nnx.State
     mutable: nnx.State  # variables that are not parameters (codebook averages, ...)
     opt_state: optax.OptState
-    ema: Packed | nnx.State | None
+    ema: nnx.State | None
     skipped: jax.Array | np.integer  # int32, non-finite updates so far
     skipped_in_a_row: jax.Array | np.integer  # int32
 
@@ -44,7 +37,6 @@ class Constants(NamedTuple):
 
     frozen: nnx.State  # parameters
     key: Any  # the data of the run's random key, uint32; an argument, so that all seeds share a program
-    starts: Any  # of the packed parameters, see `Packing.unpack_traced`
 
 
 class CompiledPhase:
@@ -56,12 +48,10 @@ class CompiledPhase:
         self._summarise, self._num_validated = experiment.summarise, len(experiment.validation_set)
         self._optimizer, self._model = phase.optimizer, phase.model
         self.graphdef = nnx.graphdef(phase.model)
-        self.packing = Packing.of(nnx.state(phase.model, phase.trainable))
-        program = Program(
+        step = TrainStep(
             loss=phase.loss,
             config=json.dumps(experiment.config | {"seed": None}, sort_keys=True),
             graphdef=self.graphdef,
-            packing=self.packing,
             optimizer=phase.optimizer,
             ema_decay=experiment.options.ema_decay,
             skip_nonfinite_updates=experiment.options.skip_nonfinite_updates,
@@ -69,17 +59,11 @@ class CompiledPhase:
             max_value=experiment.train_set.max_value,
             num_classes=max(_num_classes(d) for d in (experiment.train_set, experiment.validation_set)),
         )
-        self.train, self._validate = _compiled(program)
+        self.train, self._validate = _compiled(step)
 
     def initial_state(self, model: nnx.Module | None = None) -> tuple[TrainState, Constants]:
-        """Returns the state before the first step, packed, and the constants; neither replicated.
-
-        Args:
-            model: The model with the initial weights; None: the phase's model.
-        """
-        model = self._model if model is None else model
-        parameters, frozen, mutable = nnx.state(model, self._trainable, nnx.Param, ...)
-        trainable = self.packing.pack(parameters)
+        """Returns the state before the first step, from the model with the initial weights (None: the phase's)."""
+        trainable, frozen, mutable = nnx.state(self._model if model is None else model, self._trainable, nnx.Param, ...)
         state = TrainState(
             step=np.int32(self.first_step),
             trainable=trainable,
@@ -89,16 +73,7 @@ class CompiledPhase:
             skipped=np.int32(0),
             skipped_in_a_row=np.int32(0),
         )
-        key = np.asarray(jax.random.key_data(jax.random.key(self._options.seed)))
-        return state, Constants(frozen, key, self.packing.starts())
-
-    def packed(self, state: TrainState) -> TrainState:
-        """Packs every `nnx.State` of parameters."""
-        return _map_parameters(state, nnx.State, self.packing.pack)
-
-    def unpacked(self, state: TrainState) -> TrainState:
-        """The inverse of `packed`; NumPy arrays."""
-        return _map_parameters(jax.tree.map(np.asarray, state), Packed, self.packing.unpack)
+        return state, Constants(frozen, np.asarray(jax.random.key_data(jax.random.key(self._options.seed))))
 
     def validate(self, weights, mutable, constants, chunks: ValidationChunks) -> dict[str, float]:
         """Returns the mean of every loss term over all validation examples."""
@@ -115,17 +90,15 @@ class CompiledPhase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What the training step and the validation pass of a phase compute.
+class TrainStep:
+    """The training step and the validation pass of a phase, to be compiled.
 
-    Equal programs are traced and compiled once in a process, for all folds and seeds that share a shape. As with any
-    compiled function, code that is changed in place is not noticed: `jax.clear_caches()` has it traced again.
+    Equal ones are traced and compiled once in a process, for all folds and seeds that share a shape.
     """
 
     loss: Loss
     config: str  # JSON; a `family.BoundLoss` leaves the comparison of its options to it
     graphdef: nnx.GraphDef
-    packing: Packing
     optimizer: OptimizerOptions
     ema_decay: float | None
     skip_nonfinite_updates: bool
@@ -146,50 +119,46 @@ class Program:
             return state, jax.tree.map(lambda a: a[None], metrics)
         return jax.lax.scan(step, state, indices)
 
-    def _train_step(self, constants: Constants, arrays, state: TrainState, rows):
-        key = jax.random.fold_in(wrap_key_data(constants.key), state.step)
-        key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
-        step = state.step - self.first_step
+    def _train_step(self, constants: Constants, arrays: Arrays, state: TrainState, rows: jax.Array):
+        key = jax.random.fold_in(jax.random.wrap_key_data(constants.key), state.step)
+        rngs = _streams(jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS)))
+        step = state.step - self.first_step  # of the phase
         batch = self._batch(jax.tree.map(lambda a: a[rows], arrays), step)
 
-        def mean_loss(parameters):
-            model = nnx.merge(self.graphdef, parameters, constants.frozen, state.mutable, copy=True)
-            terms = self.loss(model, batch, _streams(key))
-            mutable = nnx.state(model, nnx.Not(nnx.Param))
-            terms = jax.tree.map(jnp.mean, terms)  # over the batch
-            return terms["loss"], (terms, mutable)
+        def mean_loss(trainable: nnx.State):
+            model = nnx.merge(self.graphdef, trainable, constants.frozen, state.mutable, copy=True)
+            terms = jax.tree.map(jnp.mean, self.loss(model, batch, rngs))  # over the batch
+            return terms["loss"], (terms, nnx.state(model, nnx.Not(nnx.Param)))
 
-        assert isinstance(state.trainable, Packed)
-        parameters = self.packing.unpack_traced(state.trainable, constants.starts)
-        gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(parameters)
-        gradients, metrics = jax.lax.pmean((self.packing.pack(gradients), metrics), parallel.AXIS)
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
-        metrics["learning_rate"] = learning_rate = self.optimizer.schedule()(step)
-
-        updates, opt_state = self.optimizer.direction().update(gradients, state.opt_state, state.trainable)
-        trainable = jax.tree.map(lambda p, u: p - learning_rate * u, state.trainable, updates)
+        gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
+        gradients, metrics = jax.lax.pmean((gradients, metrics), parallel.AXIS)  # over devices
+        direction, opt_state = self.optimizer.direction().update(gradients, state.opt_state, state.trainable)
+        learning_rate = self.optimizer.schedule()(step)
+        trainable = jax.tree.map(lambda p, d: p - learning_rate * d, state.trainable, direction)
         ema = state.ema
         if ema is not None and self.ema_decay is not None:
             ema = optax.incremental_update(trainable, ema, 1.0 - self.ema_decay)
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
         new = state._replace(trainable=trainable, mutable=mutable, opt_state=opt_state, ema=ema)
+        return self._counted(state, new, metrics)
+
+    def _counted(self, old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+        """Counts the step; if it is not finite, counts that, too, and takes the update back if the config asks."""
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         if self.skip_nonfinite_updates:
-            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         skipped = jnp.int32(~finite)
-        new = new._replace(
-            step=state.step + 1,
-            skipped=state.skipped + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-        )
-        metrics["skipped_updates"] = new.skipped
-        metrics["skipped_in_a_row"] = new.skipped_in_a_row
-        return new, metrics
+        counts = {
+            "skipped": old.skipped + skipped,
+            "skipped_in_a_row": (old.skipped_in_a_row + 1) * skipped,
+        }
+        metrics |= {"skipped_updates": counts["skipped"], "skipped_in_a_row": counts["skipped_in_a_row"]}
+        return new._replace(step=old.step + 1, **counts), metrics
 
     def validation_sums(self, weights, mutable, constants: Constants, arrays, example_weights, batch_index):
         """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
-        parameters = self.packing.unpack_traced(weights, constants.starts)
-        model = nnx.merge(self.graphdef, parameters, constants.frozen, mutable, copy=True)
-        key = wrap_key_data(constants.key)
+        model = nnx.merge(self.graphdef, weights, constants.frozen, mutable, copy=True)
+        key = jax.random.wrap_key_data(constants.key)
         key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no training step's key
 
         def batch_sums(_, inputs):
@@ -209,16 +178,8 @@ class Program:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(program: Program) -> tuple[CachedFunction, CachedFunction]:
-    train = parallel.pmap(program.train_steps, donate_argnums=0)
-    return CachedFunction(train, program), CachedFunction(parallel.pmap(program.validation_sums), program)
-
-
-def _map_parameters(state: TrainState, kind: type, fn: Callable[[Any], Any]) -> TrainState:
-    def mapped(tree: Any) -> Any:
-        return jax.tree.map(lambda a: fn(a) if isinstance(a, kind) else a, tree, is_leaf=lambda a: isinstance(a, kind))
-
-    return state._replace(trainable=mapped(state.trainable), opt_state=mapped(state.opt_state), ema=mapped(state.ema))
+def _compiled(step: TrainStep) -> tuple[Any, Any]:
+    return parallel.pmap(step.train_steps, donate_argnums=0), parallel.pmap(step.validation_sums)
 
 
 def _streams(key: jax.Array) -> nnx.Rngs:
