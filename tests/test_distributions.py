@@ -97,13 +97,8 @@ def test_diagonal_gaussian_is_mean_and_softplus_scale_of_one_linear_layer():
     np.testing.assert_allclose(q.variance, scale**2, rtol=1e-4)
     expected = scipy.stats.norm.logpdf(z, mean, scale).sum(-1)
     np.testing.assert_allclose(q.log_prob(jnp.asarray(z)), expected, rtol=1e-4)
-
-
-def test_diagonal_gaussian_sample_is_mean_plus_scale_times_noise():
-    parameters, noise = normal(7, 3, 2, 8), normal(8, 24)
-    mean, scale = parameters[..., :4], softplus(parameters[..., 4:]) + 1e-5
-    z = diagonal_gaussian_sample(jnp.asarray(parameters), jnp.asarray(noise))
-    np.testing.assert_allclose(z, mean + scale * noise.reshape(3, 2, 4), rtol=1e-5, atol=1e-6)
+    drawn = diagonal_gaussian_sample(jnp.asarray(out), jnp.asarray(z.ravel()))
+    np.testing.assert_allclose(drawn, mean + scale * z, rtol=1e-4, atol=1e-5)
 
 
 def test_tril_gaussian_log_prob_equals_scipy_and_its_cholesky_factor_is_one():
@@ -273,18 +268,6 @@ def test_autoregressive_samples_match_the_density():
         assert abs(chi_square_z(counts.sum(1), expected.sum(1))) < Z_LIMIT
         other = np.histogram2d(z[:, 1 - row, 0], z[:, 1 - row, 1], [edges, edges])[0]
         assert chi_square_z(other, expected) > 2 * Z_LIMIT  # the contexts make a difference that this test sees
-
-
-def test_autoregressive_samples_of_one_dimension_follow_the_mixtures_distribution_function():
-    head, context = random_gmm(1, num_components=4), jnp.asarray(normal(0, 1, 2))
-    z = np.asarray(jax.jit(lambda key: head(context).sample(key, (20_000,)))(jax.random.key(0)))[:, 0, 0]
-    logits, mean, scale = np.split(naive_conditionals(head, context, np.zeros((1, 1), np.float32))[0, 0], 3)
-    weights = np.exp(logits - logsumexp(logits))
-
-    def distribution(value):
-        return scipy.stats.norm.cdf(value[:, None], mean, softplus(scale) + 1e-5) @ weights
-
-    assert scipy.stats.kstest(z, distribution).pvalue > 1e-6
 
 
 def test_every_draw_has_randomness_of_its_own():

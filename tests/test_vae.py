@@ -13,7 +13,7 @@ from numpyro import distributions as dist
 
 from benchmarks import synthetic
 from helpers.arrays import assert_mean, assert_moments, by_path, filled
-from helpers.configs import CONFIGS, load
+from helpers.configs import load
 from helpers.pm_vae import KINDS, MLP, Exact, each_kind, example
 from posterior_matching.config import plain
 from posterior_matching.models import build
@@ -314,33 +314,7 @@ def test_dropout_is_on_only_with_rngs():
 def abstract_model(name):
     config = load(name)
     shape = synthetic.SHAPES[config.dataset]
-    return nnx.eval_shape(lambda: build("pm_vae", plain(config.model), shape, nnx.Rngs(0))), shape
-
-
-GAUSSIAN_PARTIAL_POSTERIOR = ("pm_vae_mnist16", "pm_vae_gas_gaussian", "pm_vae_digits_sparse")
-
-
-PAPERS = [n for n in CONFIGS if n.startswith("pm_vae_") and n != "pm_vae_adult" and load(n).dataset]
-
-
-@pytest.mark.parametrize("name", PAPERS)
-def test_every_config_builds_a_model_with_the_paper_s_heads_that_runs(name):
-    model, shape = abstract_model(name)
-    heads = {
-        "posterior": model.vae.posterior_head,
-        "likelihood": model.vae.likelihood_head,
-        "partial posterior": model.partial_posterior.head,
-    }
-    assert {role: type(head).__name__ for role, head in heads.items()} == {
-        "posterior": "TriLGaussian",
-        "likelihood": "Bernoulli" if "mnist" in name else "IdentityGaussian",
-        "partial posterior": "TriLGaussian" if name in GAUSSIAN_PARTIAL_POSTERIOR else "AutoregressiveGMM",
-    }
-    x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    b = jax.ShapeDtypeStruct((2, *shape[:2], 1) if len(shape) == 3 else x.shape, jnp.float32)
-    graphdef, state = nnx.split(model)
-    terms = jax.eval_shape(lambda s, x, b: nnx.merge(graphdef, s).terms(x, b, jax.random.key(0)), state, x, b)
-    assert [leaf.shape for leaf in jax.tree.leaves(terms)] == [(2,)] * 3
+    return nnx.eval_shape(lambda: build("pm_vae", plain(config.model), shape, nnx.Rngs(0)))
 
 
 def dense(*sizes):
@@ -376,7 +350,7 @@ PARAMETER_COUNTS = {
 
 @pytest.mark.parametrize("name", sorted(PARAMETER_COUNTS))
 def test_parameter_counts(name):
-    model, _ = abstract_model(name)
+    model = abstract_model(name)
     parts = {part: getattr(model.vae, part) for part in ("encoder", "posterior_head", "decoder", "likelihood_head")}
     parts |= {"partial encoder": model.partial_posterior.encoder, "partial head": model.partial_posterior.head}
     parts |= {"total": model}

@@ -20,7 +20,6 @@ from benchmarks import synthetic
 from configs import pm_vdvae_mnist
 from helpers.arrays import assert_mean, by_path, normal, randomised
 from helpers.configs import FAMILIES, small, untrained
-from helpers.runs import rows
 from helpers.scripts import finish, start
 from posterior_matching import models
 from posterior_matching.errors import UserError
@@ -69,22 +68,15 @@ def test_block_strings():
     ("options", "message"),
     [
         ({"encoder": "4x1,4p2"}, r"model\.encoder: '4p2' is neither RxN .* nor RdK"),
-        ({"encoder": ""}, r"model\.encoder: '' is neither"),
-        ({"encoder": "4x0"}, r"model\.encoder: '4x0' is neither"),
         ({"decoder": "1x1,4d1"}, r"model\.decoder: '4d1' is neither RxN .* nor RmK"),
         ({"encoder": "8x1,8d2"}, r"a block of resolution 8 where the image has 4"),
         ({"encoder": "4d2,4x1"}, r"a block of resolution 4 where the image has 2"),
         ({"encoder": "4d5"}, r"4d5 pools over 5 of 4 pixels; it must be 2\.\.4"),
-        ({"encoder": "4d1"}, r"must be 2\.\.4"),
         ({"decoder": "2x1,4m2"}, r"resolution 2 is none of the encoder's: \[4, 1\]"),
         ({"decoder": "4m1"}, r"4m1 needs an earlier block of a lower resolution 1"),
-        ({"decoder": "4x1,4m4"}, r"4m4 needs"),
         ({"decoder": "4x1,1x1"}, r"the last block has resolution 1, the image 4"),
         ({"custom_widths": "2:8"}, r"'2:8' is not resolution:width"),
-        ({"custom_widths": "4=8"}, r"'4=8' is not resolution:width"),
         ({"compute_dtype": "float16"}, r"must be 'float32' or 'bfloat16', not 'float16'"),
-        ({"latent_dim": 0}, r"model\.latent_dim must be at least 1, not 0"),
-        ({"num_levels": 1}, r"model\.num_levels must be at least 2"),
         ({"channels": 2}, r"square images of 1 or 3 channels, but the data have shape \(4, 4, 2\)"),
     ],
 )
@@ -143,14 +135,13 @@ def test_parameter_count_of_the_mnist_config():
     def block(i, o, kernel, m=48):  # 1x1, two of `kernel`, 1x1
         return i * m + m + 2 * (kernel**2 * m * m + m) + m * o + o
 
-    encoder = {3: 18, 1: 2}  # kernel -> blocks
-    decoder = {3: 18, 1: 2}
+    blocks = {3: 18, 1: 2}  # of encoders and decoder, by kernel size
     parts = {
-        "encoder": 9 * 192 + 192 + sum(n * block(192, 192, k) for k, n in encoder.items()),
-        "partial_encoder": 9 * 2 * 192 + 192 + sum(n * block(192, 192, k) for k, n in encoder.items()),
+        "encoder": 9 * 192 + 192 + sum(n * block(192, 192, k) for k, n in blocks.items()),
+        "partial_encoder": 9 * 2 * 192 + 192 + sum(n * block(192, 192, k) for k, n in blocks.items()),
         "blocks": sum(
             n * (block(384, 32, k) + block(192, 32 + 192, k) + block(384, 16 + 136, k) + block(192, 192, k) + 17 * 192)
-            for k, n in decoder.items()
+            for k, n in blocks.items()
         ),
         "biases": 192 * (28**2 + 14**2 + 7**2 + 3**2 + 1),
         "conv_out": 193 * 30,
@@ -287,14 +278,6 @@ def run(tmp_path_factory):
     """A run of a tiny model on digits, a few steps."""
     family = dataclasses.replace(FAMILIES["pm_vdvae"], pictures=None)  # which take longest to compile
     return Path(family.train(small("pm_vdvae"), str(tmp_path_factory.mktemp("vdvae") / "run")))
-
-
-def test_the_logged_terms_fit_together(run):
-    *_, last = rows(run)
-    elbo = last["val_reconstruction_ll_nats"] - last["val_kl_nats"]
-    assert last["val_elbo_nats"] == pytest.approx(elbo, rel=1e-5)
-    assert last["val_bpd"] == pytest.approx(-elbo / (64 * np.log(2)))
-    assert last["val_loss"] == pytest.approx(-elbo + last["val_pm_kl_nats"])
 
 
 def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
