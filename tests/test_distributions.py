@@ -288,8 +288,7 @@ def test_every_draw_has_randomness_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("name", "sample_shape"),
-    [("AutoregressiveGMM", (2, 3)), ("TriLGaussian", (5,)), ("DiagonalGaussian", ())],
+    ("name", "sample_shape"), [("AutoregressiveGMM", (2, 3)), ("TriLGaussian", (5,)), ("DiagonalGaussian", ())]
 )
 def test_sample_and_log_prob_returns_the_log_prob_of_its_samples(name, sample_shape):
     head, features = latent_head(name, (2,), 3), jnp.asarray(normal(0, 4, 2))

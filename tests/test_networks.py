@@ -93,11 +93,7 @@ ENCODERS = [
     ((11, 11, 2), ((2, 4, 3), (3, 2, 3), (5, 1, 2))),
     ((6, 5, 1), ((3, 3, 2),)),
 ]
-DECODERS = [
-    ((64, 4, 1), (3, 3, 2), (1, 3, 1)),
-    ((5, 3, 1),),
-    ((2, 2, 1), (3, 4, 3), (2, 1, 2)),
-]
+DECODERS = [((64, 4, 1), (3, 3, 2), (1, 3, 1)), ((5, 3, 1),), ((2, 2, 1), (3, 4, 3), (2, 1, 2))]
 
 
 CONVOLUTIONS = [(ConvEncoder, *case) for case in ENCODERS] + [(ConvDecoder, (7,), layers) for layers in DECODERS]

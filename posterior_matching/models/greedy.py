@@ -27,24 +27,12 @@ def sampling_policy(
     return model.pm_vae.expected_info_gains(x, b, num_samples, key=key, features_at_once=features_at_once)
 
 
-def lookahead_policy(
-    model: LookaheadPosterior,
-    x: jax.Array,
-    b: jax.Array,
-    num_samples: int,  # noqa: ARG001
-    key: jax.Array,  # noqa: ARG001
-) -> jax.Array:
+def lookahead_policy(model: LookaheadPosterior, x: jax.Array, b: jax.Array, *_: object) -> jax.Array:
     """Information gains in nats as the lookahead posteriors estimate them, up to a constant."""
     return model.relative_info_gains(x[None], b[None])[0]
 
 
-def random_policy(
-    model: LookaheadPosterior,  # noqa: ARG001
-    x: jax.Array,  # noqa: ARG001
-    b: jax.Array,
-    num_samples: int,  # noqa: ARG001
-    key: jax.Array,
-) -> jax.Array:
+def random_policy(_: LookaheadPosterior, _x: jax.Array, b: jax.Array, _samples: int, key: jax.Array) -> jax.Array:
     """The baseline: random numbers in [0, 1), so that every unobserved feature is chosen equally often."""
     return jnp.where(b.reshape(-1) == 1, -jnp.inf, jax.random.uniform(key, (b.size,)))
 
