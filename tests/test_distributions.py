@@ -159,14 +159,14 @@ def test_gaussian_samples_match_their_density_and_are_independent_across_example
 def test_kl_equals_the_matrix_formula_and_monte_carlo(q, p):
     kl = kl_to_standard_normal if p == "standard" else lambda q: kl_divergence(q, p)
     q, p = gaussian(q, 1), gaussian(p, 2)
-    found, s, t = np.asarray(kl(q)), covariances(q), covariances(p)
+    actual, s, t = np.asarray(kl(q)), covariances(q), covariances(p)
     d = np.asarray(p.mean, np.float64) - np.asarray(q.mean)
     distance = np.einsum("bi,bij,bj->b", d, np.linalg.inv(t), d)
     trace = np.trace(np.linalg.inv(t) @ s, axis1=1, axis2=2)
     exact = (trace + distance - 3 + np.linalg.slogdet(t)[1] - np.linalg.slogdet(s)[1]) / 2
-    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    np.testing.assert_allclose(actual, exact, rtol=1e-3)
     z = q.sample(KEY, (20_000,))
-    assert_mean(q.log_prob(z) - p.log_prob(z), found)
+    assert_mean(q.log_prob(z) - p.log_prob(z), actual)
 
 
 def test_kl_to_standard_normal_needs_a_gaussian():

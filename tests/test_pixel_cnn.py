@@ -121,8 +121,8 @@ def test_an_untrained_network_begins_near_a_uniform_guess():
 
 @pytest.mark.parametrize(("options", "std"), [({}, 1 / 8), ({"embedding_std": 0.88}, 0.88)])
 def test_the_embedding_begins_at_its_scale(options, std):
-    found = np.asarray(build((2, 2), codebook_size=256, num_filters=64, **options).embedding.embedding[...])
-    assert abs(found.std() / std - 1) < Z_LIMIT / np.sqrt(2 * found.size)
+    actual = np.asarray(build((2, 2), codebook_size=256, num_filters=64, **options).embedding.embedding[...])
+    assert abs(actual.std() / std - 1) < Z_LIMIT / np.sqrt(2 * actual.size)
 
 
 def test_dropout_acts_while_training_only():

@@ -101,10 +101,10 @@ def test_the_encoder_averages_windows_drops_what_fills_none_and_pads_or_drops_ch
     for block in encoder.blocks:
         block.convs[-1].kernel[...] *= 0.0
     x = jnp.arange(2 * 7 * 7 * 3, dtype=jnp.float32).reshape(2, 7, 7, 3)
-    found = encoder(x)
-    np.testing.assert_array_equal(found[7], x)
+    actual = encoder(x)
+    np.testing.assert_array_equal(actual[7], x)
     expected = np.asarray(x)[:, :6, :6].reshape(2, 3, 2, 3, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(found[3], np.pad(expected, ((0, 0),) * 3 + ((0, 1),)), rtol=1e-6)
+    np.testing.assert_allclose(actual[3], np.pad(expected, ((0, 0),) * 3 + ((0, 1),)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [6, 7])
@@ -167,15 +167,15 @@ def gradients(**options):
         directions = VDVAETerms(*(jnp.eye(3)[:, i, None] * ones for i in range(3)))
         return terms, jax.vmap(pullback)(directions)[0]
 
-    terms, found = run(params)
-    return terms, by_path(found)
+    terms, actual = run(params)
+    return terms, by_path(actual)
 
 
 def test_rematerialisation_changes_nothing():
-    (terms, found), (same_terms, same) = gradients(), gradients(rematerialise=True)
+    (terms, actual), (same_terms, same) = gradients(), gradients(rematerialise=True)
     for name, value in terms._asdict().items():
         np.testing.assert_allclose(getattr(same_terms, name), value, rtol=1e-5)
-    for name, value in found.items():
+    for name, value in actual.items():
         np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
 
 
@@ -185,9 +185,9 @@ def test_bfloat16_is_close_and_parameters_and_terms_stay_float32():
     terms = jax.jit(lambda: model.terms(*example(), KEY))()
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype("float32")}
     for name, value in exact._asdict().items():
-        found = getattr(terms, name)
-        assert found.dtype == jnp.float32 and (np.asarray(found) != np.asarray(value)).any()
-        np.testing.assert_allclose(found, value, rtol=0.1, err_msg=name)
+        actual = getattr(terms, name)
+        assert actual.dtype == jnp.float32 and (np.asarray(actual) != np.asarray(value)).any()
+        np.testing.assert_allclose(actual, value, rtol=0.1, err_msg=name)
 
 
 # Conditionals
@@ -240,9 +240,9 @@ def test_importance_samples_of_a_linear_model_agree_with_the_closed_form():
     )
     tile = lambda a: jnp.repeat(jnp.float32(a), copies, axis=0)  # noqa: E731
     result = jax.jit(lambda key: model.is_log_prob(tile(x), tile(b), 300, key=key, chunk_size=64))(KEY)
-    for found, mask in ((result.log_p_x, np.ones_like(b)), (result.log_p_xo, b)):
+    for actual, mask in ((result.log_p_x, np.ones_like(b)), (result.log_p_xo, b)):
         exact = (pixels * mask[..., 0]).sum((1, 2))
-        ratio = np.exp(np.asarray(found, np.float64).reshape(2, copies) - exact[:, None])  # expectation 1
+        ratio = np.exp(np.asarray(actual, np.float64).reshape(2, copies) - exact[:, None])  # expectation 1
         assert (ratio.std(1) > 1e-3).all() and (ratio.std(1) < 0.5).all()
         assert_mean(ratio.T, 1.0)
     draw = jax.jit(lambda key: model.impute_and_weigh(jnp.float32(x), jnp.float32(b), 4000, key=key))
@@ -282,8 +282,8 @@ def run(tmp_path_factory):
 
 def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
     inpainting.evaluate(run, embedding="pixels", num_instances=30, num_samples=2, num_trials=1, baselines=True)
-    found = json.loads((run / "imputation_results" / "results.json").read_text())["metrics"]
-    assert 5 < found["psnr_db"]["mean"] < 40 and 5 < found["psnr_mean_db"]["mean"] < 40
+    actual = json.loads((run / "imputation_results" / "results.json").read_text())["metrics"]
+    assert 5 < actual["psnr_db"]["mean"] < 40 and 5 < actual["psnr_mean_db"]["mean"] < 40
 
 
 @pytest.mark.process
@@ -306,7 +306,7 @@ def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopp
     for name in ("x_lls", "xo_lls", "bpd"):
         arrays = [np.load(copy / "likelihood_results" / f"{name}.npy") for copy in copies]
         np.testing.assert_array_equal(*arrays)
-    found = json.loads((copies[0] / "likelihood_results" / "results.json").read_text())["metrics"]
-    difference = found["log_p_x_nats"]["mean"] - found["log_p_xo_nats"]["mean"]
-    assert found["ac_ll_nats"]["mean"] == pytest.approx(difference, abs=1e-3)
-    assert found["non_finite_x"]["mean"] == 0 and 1 <= found["effective_sample_size_x"]["mean"] <= 100
+    actual = json.loads((copies[0] / "likelihood_results" / "results.json").read_text())["metrics"]
+    difference = actual["log_p_x_nats"]["mean"] - actual["log_p_xo_nats"]["mean"]
+    assert actual["ac_ll_nats"]["mean"] == pytest.approx(difference, abs=1e-3)
+    assert actual["non_finite_x"]["mean"] == 0 and 1 <= actual["effective_sample_size_x"]["mean"] <= 100

@@ -159,9 +159,9 @@ def test_four_devices_equal_one():
 
 def test_validation_counts_the_codes_used_over_all_examples():
     usage = np.array([0.5, 0.25, 0.25, 0.0])
-    found = train_vqvae.summarise({"loss": 1.0, "code_usage": usage}, 1)
-    assert found.keys() == {"loss", "perplexity", "codes_used"} and found["codes_used"] == 3
-    assert found["perplexity"] == pytest.approx(2**1.5)
+    actual = train_vqvae.summarise({"loss": 1.0, "code_usage": usage}, 1)
+    assert actual.keys() == {"loss", "perplexity", "codes_used"} and actual["codes_used"] == 3
+    assert actual["perplexity"] == pytest.approx(2**1.5)
 
 
 # PM-VQVAE ------------------------------------------------------------------------------------------------------------
@@ -243,22 +243,22 @@ def test_the_evaluation_writes_what_it_says(run_dir):
     options = {"embedding": "pixels", "num_instances": 30, "num_samples": 2, "num_trials": 2, "baselines": True}
     inpainting.evaluate(run_dir, **options)
     results = run_dir / "imputation_results"
-    found = json.loads((results / "results.json").read_text())
-    assert found["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall", "f_1_8", "f_8"}
-    assert found["num_examples"] == 30 and found["flags"]["embedding"] == "pixels"
+    actual = json.loads((results / "results.json").read_text())
+    assert actual["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall", "f_1_8", "f_8"}
+    assert actual["num_examples"] == 30 and actual["flags"]["embedding"] == "pixels"
     shapes = {path.stem: np.load(path).shape for path in results.glob("*.npy")}
     assert shapes == {"psnrs": (2,), "prd_data": (2, 2, 1001), "f_scores": (2, 2)}
-    np.testing.assert_array_equal(np.load(results / "psnrs.npy"), found["metrics"]["psnr_db"]["trials"])
+    np.testing.assert_array_equal(np.load(results / "psnrs.npy"), actual["metrics"]["psnr_db"]["trials"])
     for column, names in enumerate((("precision", "f_1_8"), ("recall", "f_8"))):
         for name in names:
             np.testing.assert_array_equal(
-                np.load(results / "f_scores.npy")[:, column], found["metrics"][name]["trials"]
+                np.load(results / "f_scores.npy")[:, column], actual["metrics"][name]["trials"]
             )
-    assert 5 < found["metrics"]["psnr_mean_db"]["mean"] < found["metrics"]["psnr_knn_db"]["mean"] < 40
+    assert 5 < actual["metrics"]["psnr_mean_db"]["mean"] < actual["metrics"]["psnr_knn_db"]["mean"] < 40
     assert (results / "imputations.png").exists()
     weighted = inpainting.evaluate(run_dir, **options, weighted=True)  # the same draws
-    np.testing.assert_array_equal(weighted.trials("f_8"), found["metrics"]["f_8"]["trials"])
-    assert (weighted.trials("psnr_db") != found["metrics"]["psnr_db"]["trials"]).all()
+    np.testing.assert_array_equal(weighted.trials("f_8"), actual["metrics"]["f_8"]["trials"])
+    assert (weighted.trials("psnr_db") != actual["metrics"]["psnr_db"]["trials"]).all()
     few = {"embedding": "none", "num_instances": 12, "num_samples": 2, "num_trials": 1}  # too few for clusters
     assert inpainting.evaluate(run_dir, **few).metrics.keys() == {"psnr_db"}
     assert {path.stem for path in results.glob("*.npy")} == {"psnrs"}

@@ -1,4 +1,4 @@
-"""Lookahead posteriors: what will be known about z once a feature is observed, before its value is seen."""
+"""Lookahead posteriors: q(z | x_o, x_i) before x_i is seen, for every feature i."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What q(z | x_o) is for: imputing, draws of x_u, log p(x_u | x_o), and the information that a feature would bring.
+"""Inference through q(z | x_o): imputations, draws of x_u, log p(x_u | x_o), and the information of a feature.
 
 For all methods, `x` is `[B, *input_shape]` (values where b = 0 have no influence, and may be NaN), and `b` is a mask,
 `[B, d]` or `[B, H, W, 1]`, 1 = observed. They raise a UserError if these do not fit the model, see `masking.checked`.
