@@ -1,16 +1,13 @@
 """The VQ-VAE and Posterior Matching on it: the quantiser by its definition, what is frozen, what may not matter."""
 
-import dataclasses
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
 from flax import nnx
@@ -20,8 +17,8 @@ import train_pm_vqvae
 import train_vqvae
 from benchmarks import synthetic
 from helpers.arrays import assert_mean, by_path
-from helpers.configs import FAMILIES, load, small, untrained
-from helpers.runs import contents, refusal, rows, weights
+from helpers.configs import small, untrained
+from helpers.runs import refusal, weights
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import inpainting
@@ -31,7 +28,6 @@ from posterior_matching.training.step import CompiledPhase
 
 pytestmark = pytest.mark.slow
 
-MNIST = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tensorflow_datasets"))
 OPTIONS = {"hidden_units": 8, "residual_units": 4, "residual_blocks": 1, "codebook_size": 6, "embedding_dim": 3}
 
 
@@ -221,21 +217,6 @@ def test_a_checkpoint_with_another_codebook_is_refused(run_dir, tmp_path):
         runs.load_model(copy)
 
 
-def test_a_run_of_a_version_with_one_more_convolution_is_refused(run_dir, tmp_path):
-    copy = shutil.copytree(run_dir, tmp_path / "copy")
-    old = weights(copy) | {"partial_encoder.out.kernel": np.zeros((8, 3)), "partial_encoder.out.bias": np.zeros(3)}
-    for path in copy.glob("checkpoints/*/*/model"):
-        shutil.rmtree(path)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, old)
-    before, config = contents(copy), small("pm_vqvae", vqvae_dir=str(run_dir.parent / "base"), steps=100)
-    for call, *arguments in ((runs.load_model, copy), (train_pm_vqvae.train, config, str(copy))):
-        message = refusal(call, *arguments)
-        assert message.startswith(f"{copy} was trained by an earlier version, with a 1x1 convolution")
-        assert "train it again with another --run_dir" in message
-    assert contents(copy) == before
-
-
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
@@ -269,25 +250,3 @@ def test_without_network_the_default_embedding_fails_in_one_line(run_dir, tmp_pa
     monkeypatch.setenv("https_proxy", "http://localhost:9")  # nothing listens there
     message = refusal(inpainting.evaluate, run_dir, num_instances=30)
     assert message.startswith("cannot download the Inception weights") and message.endswith("embedding=pixels or none")
-
-
-# Real data -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not (MNIST / "mnist").is_dir(), reason="MNIST is not prepared")
-def test_a_short_run_on_mnist_improves_the_validation_loss(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(MNIST))
-
-    def losses(name, family, **changes):
-        config = load(name)
-        config.update({"train_split": "train[:2000]", "validation_split": "test[:200]", "batch_size": 8} | changes)
-        config.update({"steps": 20, "validation_every": 10, "log_every": 10})
-        if "pixel_cnn" in config.model:
-            config.model.pixel_cnn.update({"num_resnet": 1, "num_filters": 32})
-        family = dataclasses.replace(family, pictures=None)  # slow to compile
-        return [row["val_loss"] for row in rows(family.train(config, str(tmp_path / name)))]
-
-    first, last = losses("vqvae_mnist", FAMILIES["vqvae"])
-    assert last < first
-    first, last = losses("pm_vqvae_mnist", FAMILIES["pm_vqvae"], vqvae_dir=str(tmp_path / "vqvae_mnist"))
-    assert last < first < 1.25 * 49 * np.log(256)
