@@ -86,16 +86,9 @@ def acquire(
 ) -> Trajectory:
     """Acquires features of one example greedily, starting with none observed.
 
-    All policies impute with the same random numbers, so that the same mask has the same error.
-
-    Args:
-        policy: One of `POLICIES`.
-        model: The lookahead posterior, with its PM-VAE.
-        key: Random key of this example.
-        x: `[*input_shape]`, finite; missing values are zeros.
-        available: Mask of the values that exist, `[d]` or `[H, W, 1]`. Others are never acquired and never scored.
-        num_steps: T, states to visit; the last has T - 1 features acquired.
-        num_samples: Imputations for the mean imputation and for the gains.
+    All policies impute with the same random numbers, so that the same mask has the same error. Values that are not
+    available are zeros in x, and never acquired or scored. `num_steps` is T, the states to visit; the last has T - 1
+    features acquired.
     """
 
     def step(b: jax.Array, key: jax.Array) -> tuple[jax.Array, Trajectory]:
