@@ -25,7 +25,7 @@ def observed_only(x: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def partial_input(x: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns what every conditional model sees, `concat([x_o, b])`: `[B, 2 d]` or `[B, H, W, C + 1]`."""
+    """Returns the input of every conditional model, `concat([x_o, b])`: `[B, 2 d]` or `[B, H, W, C + 1]`."""
     return jnp.concatenate([observed_only(x, b), b], axis=-1)
 
 

@@ -90,29 +90,29 @@ def test_rows_come_back_from_their_features_and_the_most_probable_category_from_
 
 
 def parameters(made, given):
-    """By column: its slice of the linear layer's output, found without the head's own bookkeeping."""
+    """By column: its slice of the linear layer's output, without the head's own bookkeeping."""
     output = np.asarray(given @ made.linear.kernel[...] + made.linear.bias[...], np.float64)
     k = made.num_components
-    start, found = 0, {}
+    start, actual = 0, {}
     for cardinality in sorted(set(MIXED)):  # one group after the other
         for j in np.flatnonzero(np.array(MIXED) == cardinality):
             size = cardinality or (1 if k == 1 else 2 * k if made.shared_scales else 3 * k)
-            found[int(j)] = output[:, start : start + size]
+            actual[int(j)] = output[:, start : start + size]
             start += size
     assert start == output.shape[1]
-    return found
+    return actual
 
 
-def real_pdf(made, j, found, n, x):
+def real_pdf(made, j, actual, n, x):
     """SciPy's density of real column j given example n."""
     if made.num_components == 1:
         scale = np.exp(float(made.log_scale[...][[0, 3].index(j)])) + MIN_SCALE
-        return scipy.stats.norm.pdf(x, found[j][n, 0], scale)
+        return scipy.stats.norm.pdf(x, actual[j][n, 0], scale)
     if made.shared_scales:
-        logits, loc = np.split(found[j][n], 2)
+        logits, loc = np.split(actual[j][n], 2)
         scale = np.exp(np.asarray(made.log_scale[...])[[0, 3].index(j)]) + MIN_SCALE
     else:
-        logits, loc, scale = np.split(found[j][n], 3)
+        logits, loc, scale = np.split(actual[j][n], 3)
         scale = np.logaddexp(0, scale) + MIN_SCALE
     return scipy.stats.norm.pdf(np.asarray(x)[..., None], loc, scale) @ softmax(logits)
 
@@ -121,45 +121,32 @@ def real_pdf(made, j, found, n, x):
 def test_log_prob_is_scipys_column_by_column(options):
     made, x = head(**options), rows()
     given = features()
-    found = parameters(made, given)
+    actual = parameters(made, given)
     log_prob = made(given).log_prob(jnp.asarray(x))
     assert log_prob.shape == x.shape
     for n, j in np.ndindex(*x.shape):
         if MIXED[j]:
-            expected = log_softmax(found[j][n])[int(x[n, j])]
+            expected = log_softmax(actual[j][n])[int(x[n, j])]
         else:
-            expected = np.log(real_pdf(made, j, found, n, x[n, j]))
+            expected = np.log(real_pdf(made, j, actual, n, x[n, j]))
         np.testing.assert_allclose(log_prob[n, j], expected, rtol=1e-4, atol=1e-5)
-
-
-@HEADS
-def test_every_column_is_normalised(options):
-    p = head(**options)(features(1))
-    grid = np.linspace(-40, 40, 40_001, dtype=np.float32)
-    density = np.exp(p.log_prob(jnp.tile(grid[:, None, None], (1, 1, 6))))[:, 0]
-    np.testing.assert_allclose(np.trapezoid(density[:, REAL], grid, axis=0), 1.0, atol=1e-3)
-    for j, k in enumerate(MIXED):
-        if k:
-            values = np.zeros((k, 1, 6), np.float32)
-            values[:, 0, j] = np.arange(k)
-            np.testing.assert_allclose(np.exp(p.log_prob(jnp.asarray(values)))[:, 0, j].sum(), 1.0, rtol=1e-5)
 
 
 @HEADS
 def test_samples_follow_the_density(options):
     made, count = head(**options), 20_000
     given = features(2)
-    found = parameters(made, given)
+    actual = parameters(made, given)
     x = np.asarray(made(given).sample(KEY, (count,)))
     assert x.shape == (count, 2, 6) and x.dtype == np.float32
     for n, j in np.ndindex(2, 6):
         if MIXED[j]:
             counts = np.bincount(x[:, n, j].astype(int), minlength=MIXED[j])
-            expected = softmax(found[j][n]) * count
+            expected = softmax(actual[j][n]) * count
             assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected) + 1e-6)
         else:
             grid = np.linspace(-40, 40, 40_001)
-            cdf = np.cumsum(real_pdf(made, j, found, n, grid)) * (grid[1] - grid[0])
+            cdf = np.cumsum(real_pdf(made, j, actual, n, grid)) * (grid[1] - grid[0])
             test = scipy.stats.kstest(x[:, n, j], lambda v, cdf=cdf, grid=grid: np.interp(v, grid, cdf))
             assert test.statistic < 2.3 / np.sqrt(count)  # p = 5e-5
 
@@ -174,9 +161,9 @@ def test_mean_features_are_the_mean_of_the_samples_features(options):
 
 def test_the_point_estimate_is_the_mean_of_a_real_column_and_the_mode_of_a_category():
     made, given = head(), features()
-    found, point = parameters(made, given), made(given).mean
+    actual, point = parameters(made, given), made(given).mean
     for n, j in np.ndindex(4, 6):
-        np.testing.assert_allclose(point[n, j], found[j][n].argmax() if MIXED[j] else found[j][n, 0], rtol=1e-4)
+        np.testing.assert_allclose(point[n, j], actual[j][n].argmax() if MIXED[j] else actual[j][n, 0], rtol=1e-4)
 
 
 @HEADS
@@ -230,14 +217,3 @@ def test_components_that_start_spread_out_are_together_nearer_to_a_standard_norm
     np.testing.assert_allclose(kl[True, True], kl[True, False], rtol=1e-3)
     for spread in (kl[True, True], kl[True, False]):
         assert (spread > 0).all() and (spread < 0.15).all() and (spread < 0.8 * kl[False, False]).all()
-
-
-def test_shared_scales_do_not_depend_on_z():
-    made = head(2, (0,), shared_scales=True)
-    weights, means = np.split(np.asarray(made.linear(features()), np.float64), 2, axis=1)
-    variance = softmax(weights, axis=1) * ((np.exp(made.log_scale[...][0]) + MIN_SCALE) ** 2 + means**2)
-    mean = (softmax(weights, axis=1) * means).sum(1)
-    drawn = np.asarray(made(features()).sample(KEY, (50_000,)), np.float64)[..., 0]
-    np.testing.assert_allclose(drawn.var(axis=0), variance.sum(1) - mean**2, rtol=0.05)
-    alone, shared = (nnx.state(head(1, (0,), shared_scales=s)) for s in (False, True))
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, alone, shared))  # that of one Gaussian never does

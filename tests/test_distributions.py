@@ -97,13 +97,8 @@ def test_diagonal_gaussian_is_mean_and_softplus_scale_of_one_linear_layer():
     np.testing.assert_allclose(q.variance, scale**2, rtol=1e-4)
     expected = scipy.stats.norm.logpdf(z, mean, scale).sum(-1)
     np.testing.assert_allclose(q.log_prob(jnp.asarray(z)), expected, rtol=1e-4)
-
-
-def test_diagonal_gaussian_sample_is_mean_plus_scale_times_noise():
-    parameters, noise = normal(7, 3, 2, 8), normal(8, 24)
-    mean, scale = parameters[..., :4], softplus(parameters[..., 4:]) + 1e-5
-    z = diagonal_gaussian_sample(jnp.asarray(parameters), jnp.asarray(noise))
-    np.testing.assert_allclose(z, mean + scale * noise.reshape(3, 2, 4), rtol=1e-5, atol=1e-6)
+    drawn = diagonal_gaussian_sample(jnp.asarray(out), jnp.asarray(z.ravel()))
+    np.testing.assert_allclose(drawn, mean + scale * z, rtol=1e-4, atol=1e-5)
 
 
 def test_tril_gaussian_log_prob_equals_scipy_and_its_cholesky_factor_is_one():
@@ -164,14 +159,14 @@ def test_gaussian_samples_match_their_density_and_are_independent_across_example
 def test_kl_equals_the_matrix_formula_and_monte_carlo(q, p):
     kl = kl_to_standard_normal if p == "standard" else lambda q: kl_divergence(q, p)
     q, p = gaussian(q, 1), gaussian(p, 2)
-    found, s, t = np.asarray(kl(q)), covariances(q), covariances(p)
+    actual, s, t = np.asarray(kl(q)), covariances(q), covariances(p)
     d = np.asarray(p.mean, np.float64) - np.asarray(q.mean)
     distance = np.einsum("bi,bij,bj->b", d, np.linalg.inv(t), d)
     trace = np.trace(np.linalg.inv(t) @ s, axis1=1, axis2=2)
     exact = (trace + distance - 3 + np.linalg.slogdet(t)[1] - np.linalg.slogdet(s)[1]) / 2
-    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    np.testing.assert_allclose(actual, exact, rtol=1e-3)
     z = q.sample(KEY, (20_000,))
-    assert_mean(q.log_prob(z) - p.log_prob(z), found)
+    assert_mean(q.log_prob(z) - p.log_prob(z), actual)
 
 
 def test_kl_to_standard_normal_needs_a_gaussian():
@@ -275,18 +270,6 @@ def test_autoregressive_samples_match_the_density():
         assert chi_square_z(other, expected) > 2 * Z_LIMIT  # the contexts make a difference that this test sees
 
 
-def test_autoregressive_samples_of_one_dimension_follow_the_mixtures_distribution_function():
-    head, context = random_gmm(1, num_components=4), jnp.asarray(normal(0, 1, 2))
-    z = np.asarray(jax.jit(lambda key: head(context).sample(key, (20_000,)))(jax.random.key(0)))[:, 0, 0]
-    logits, mean, scale = np.split(naive_conditionals(head, context, np.zeros((1, 1), np.float32))[0, 0], 3)
-    weights = np.exp(logits - logsumexp(logits))
-
-    def distribution(value):
-        return scipy.stats.norm.cdf(value[:, None], mean, softplus(scale) + 1e-5) @ weights
-
-    assert scipy.stats.kstest(z, distribution).pvalue > 1e-6
-
-
 def test_every_draw_has_randomness_of_its_own():
     """Examples with one context, and dimensions that the network makes independent, are uncorrelated."""
     e, rows, n = 4, 3, 20_000
@@ -305,8 +288,7 @@ def test_every_draw_has_randomness_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("name", "sample_shape"),
-    [("AutoregressiveGMM", (2, 3)), ("TriLGaussian", (5,)), ("DiagonalGaussian", ())],
+    ("name", "sample_shape"), [("AutoregressiveGMM", (2, 3)), ("TriLGaussian", (5,)), ("DiagonalGaussian", ())]
 )
 def test_sample_and_log_prob_returns_the_log_prob_of_its_samples(name, sample_shape):
     head, features = latent_head(name, (2,), 3), jnp.asarray(normal(0, 4, 2))

@@ -32,13 +32,13 @@ def test_grey_pixels_equal_scipys_logistic():
     levels, k = 17, 3
     parameters = normal(0, 4, 1, 3 * k)
     x = np.arange(levels)
-    found = DiscretisedLogisticMixture(jnp.asarray(parameters), 1, levels).log_prob(jnp.float32(x)[:, None])
+    actual = DiscretisedLogisticMixture(jnp.asarray(parameters), 1, levels).log_prob(jnp.float32(x)[:, None])
     weight, loc, scale = np.moveaxis(parameters.astype(np.float64).reshape(4, 1, k, 3), -1, 0)
     scale = softplus(scale) + np.exp(-7)
     edges = np.concatenate([[-np.inf], 2 * (x[:-1] + 0.5) / (levels - 1) - 1, [np.inf]])[:, None]
     mass = np.diff(scipy.stats.logistic.cdf(edges, loc, scale), axis=1)  # [4, levels, k]
     weight = np.exp(weight) / np.exp(weight).sum(-1, keepdims=True)
-    np.testing.assert_allclose(np.asarray(found)[..., 0], np.log((weight * mass).sum(-1)), rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(actual)[..., 0], np.log((weight * mass).sum(-1)), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("levels", "channels"), [(9, 1), (3, 3)])

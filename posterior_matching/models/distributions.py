@@ -147,22 +147,16 @@ class AutoregressiveGMM(nnx.Module):
         """Maps features `[B, ...]` to a distribution with batch shape `[B]` and event shape `[e]`."""
         return AutoregressiveMixture(self, _flat(features))
 
-    def split_kernels(self) -> tuple[jax.Array, ...]:
-        """Returns the first layer for z `[e, h]`, m `[e, h]` and c `[C, h]`; per dimension, the output layer
-        `[e, h, 3K]` and its bias `[e, 1, 3K]`."""
-        e = self.event_size
-        first_z, first_m, first_c = jnp.split(self.network.linear_in.kernel[...], [e, 2 * e])
-        bias = _bias(self.linear)[...].reshape(e, 1, -1)
-        output = self.linear.kernel[...].reshape(-1, e, bias.shape[-1]).swapaxes(0, 1)
-        return first_z, first_m, first_c, output, bias
-
 
 class AutoregressiveMixture:
     """The distribution that `AutoregressiveGMM` returns, for a batch of contexts `[B, C]`."""
 
     def __init__(self, head: AutoregressiveGMM, context: jax.Array):
-        self._head = head
-        self._first_z, self._first_m, first_c, self._output, self._output_bias = head.split_kernels()
+        self._head, e = head, head.event_size
+        # The first layer for z [e, h], m [e, h] and c [C, h]; per dimension, the output layer and its bias.
+        self._first_z, self._first_m, first_c = jnp.split(head.network.linear_in.kernel[...], [e, 2 * e])
+        self._output_bias = _bias(head.linear)[...].reshape(e, 1, -1)  # [e, 1, 3K]
+        self._output = head.linear.kernel[...].reshape(len(first_c[0]), e, -1).swapaxes(0, 1)  # [e, h, 3K]
         # The context's contribution to the first layer is the same for every dimension and sample: [B, h].
         self._from_context = context @ first_c + _bias(head.network.linear_in)[...]
 

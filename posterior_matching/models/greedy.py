@@ -27,24 +27,12 @@ def sampling_policy(
     return model.pm_vae.expected_info_gains(x, b, num_samples, key=key, features_at_once=features_at_once)
 
 
-def lookahead_policy(
-    model: LookaheadPosterior,
-    x: jax.Array,
-    b: jax.Array,
-    num_samples: int,  # noqa: ARG001
-    key: jax.Array,  # noqa: ARG001
-) -> jax.Array:
+def lookahead_policy(model: LookaheadPosterior, x: jax.Array, b: jax.Array, *_: object) -> jax.Array:
     """Information gains in nats as the lookahead posteriors estimate them, up to a constant."""
     return model.relative_info_gains(x[None], b[None])[0]
 
 
-def random_policy(
-    model: LookaheadPosterior,  # noqa: ARG001
-    x: jax.Array,  # noqa: ARG001
-    b: jax.Array,
-    num_samples: int,  # noqa: ARG001
-    key: jax.Array,
-) -> jax.Array:
+def random_policy(_: LookaheadPosterior, _x: jax.Array, b: jax.Array, _samples: int, key: jax.Array) -> jax.Array:
     """The baseline: random numbers in [0, 1), so that every unobserved feature is chosen equally often."""
     return jnp.where(b.reshape(-1) == 1, -jnp.inf, jax.random.uniform(key, (b.size,)))
 
@@ -98,16 +86,9 @@ def acquire(
 ) -> Trajectory:
     """Acquires features of one example greedily, starting with none observed.
 
-    All policies impute with the same random numbers, so that the same mask has the same error.
-
-    Args:
-        policy: One of `POLICIES`.
-        model: The lookahead posterior, with its PM-VAE.
-        key: Random key of this example.
-        x: `[*input_shape]`, finite; missing values are zeros.
-        available: Mask of the values that exist, `[d]` or `[H, W, 1]`. Others are never acquired and never scored.
-        num_steps: T, states to visit; the last has T - 1 features acquired.
-        num_samples: Imputations for the mean imputation and for the gains.
+    All policies impute with the same random numbers, so that the same mask has the same error. Values that are not
+    available are zeros in x, and never acquired or scored. `num_steps` is T, the states to visit; the last has T - 1
+    features acquired.
     """
 
     def step(b: jax.Array, key: jax.Array) -> tuple[jax.Array, Trajectory]:

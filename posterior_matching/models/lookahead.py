@@ -1,4 +1,4 @@
-"""Lookahead posteriors: what will be known about z once a feature is observed, before its value is seen."""
+"""Lookahead posteriors: q(z | x_o, x_i) before x_i is seen, for every feature i."""
 
 import math
 from collections.abc import Callable
@@ -71,25 +71,14 @@ class LookaheadPosterior(nnx.Module):
 
         `num_features` features are chosen at random, the same for the whole batch. Each is revealed in `num_samples`
         imputations, and one z is drawn for each. The log-probabilities are averaged over the imputations and over the
-        chosen features that are not yet observed.
+        chosen features that are available (None: all) but not yet observed: `[B]`, nats; 0 where there are none.
 
-        Args:
-            x: `[B, *input_shape]`, finite.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            key: Random key.
-            num_samples: See above.
-            num_features: See above.
-            available: Mask of the values that exist in the data; None: all. Others are never revealed.
-            target: The variance that the lookahead posteriors should have. By the law of total variance
-                Var(z | x_o) = E[Var(z | x_o, x_i)] + Var(E[z | x_o, x_i]), expectations over x_i given x_o.
-                "conditional": the first term, which remains once x_i is seen. Their mean is E[z | x_o].
-                "marginal", as published: the variance of z over all imputations, and hence the sum, which still counts
-                the information in x_i as unknown. With x_i ~ p(x_i | x_o) it would be the same for all features; they
-                differ only because decoder means vary less than data.
-            rngs: Dropout streams, while training.
-
-        Returns:
-            `[B]`, nats; 0 where all chosen features are observed or missing.
+        `target` is the variance that the lookahead posteriors should have. By the law of total variance
+        Var(z | x_o) = E[Var(z | x_o, x_i)] + Var(E[z | x_o, x_i]), expectations over x_i given x_o.
+        "conditional": the first term, which remains once x_i is seen. Their mean is E[z | x_o].
+        "marginal", as published: the variance of z over all imputations, and hence the sum, which still counts the
+        information in x_i as unknown. With x_i ~ p(x_i | x_o) it would be the same for all features; they differ only
+        because decoder means vary less than data.
         """
         x, b = checked(x, b, self.pm_vae.vae.input_shape)
         key_chosen, key_impute, key_centre, key_z = jax.random.split(key, 4)

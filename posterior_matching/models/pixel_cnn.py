@@ -43,6 +43,15 @@ class Region(NamedTuple):
         return Region(self.row >> depth, self.column >> depth, -(-self.height // 2**depth), -(-self.width // 2**depth))
 
 
+class Pass(NamedTuple):
+    """What all layers of one pass over a region are given."""
+
+    condition: jax.Array  # [B, conditional_dim]
+    region: Region
+    cache: Cache | None = None  # inputs of the convolutions at earlier positions; None: the region is the whole grid
+    rngs: nnx.Rngs | None = None  # dropout stream, while training
+
+
 def concat_elu(x: jax.Array) -> jax.Array:
     """ELU of x and of -x: `[..., C]` to `[..., 2 C]`."""
     return jax.nn.elu(jnp.concatenate([x, -x], axis=-1))
@@ -77,10 +86,10 @@ class CausalConv(nnx.Module):
         self.rows, self.columns, self.stride, self.name = rows, columns, stride, ""
         self.depth, self.output_depth = depth, depth + (stride > 1)
 
-    def __call__(self, x: jax.Array, region: Region, cache: Cache | None) -> jax.Array:
-        """Maps `[B, h, w, C]`, the input at the region, to `[B, ceil(h / stride), ceil(w / stride), features]`.
+    def __call__(self, x: jax.Array, region: Region, cache: Cache | None = None) -> jax.Array:
+        """Maps the input at a region, `[B, h, w, C]`, to `[B, ceil(h / stride), ceil(w / stride), features]`.
 
-        The cache holds the input at earlier positions, and x is added to it; None: the region is the whole grid.
+        It is also written into the cache, if there is one.
         """
         if cache is None:
             pads, layout = [(-low, high) for low, high in (self.rows, self.columns)], ("NHWC", "HWIO", "NHWC")
@@ -163,16 +172,9 @@ class GatedResidual(nnx.Module):
         self.condition = nnx.Linear(conditional_dim, 2 * features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        auxiliary: Sequence[jax.Array],
-        condition: jax.Array,
-        region: Region,
-        cache: Cache | None,
-        rngs: nnx.Rngs | None,
-    ) -> jax.Array:
-        """Maps `[B, h, w, features]`, the input at a region, to the same shape."""
+    def __call__(self, x: jax.Array, auxiliary: Sequence[jax.Array], given: Pass) -> jax.Array:
+        """Maps `[B, h, w, features]`, the input at the region, to the same shape."""
+        condition, region, cache, rngs = given
         h = self.first(concat_elu(x), region, cache)
         if self.beside is not None:
             h = h + self.beside(concat_elu(jnp.concatenate(auxiliary, axis=-1)))
@@ -216,38 +218,26 @@ class Stack(nnx.Module):
         self.grow = nnx.List(UpsamplingLinear(f, depth + 1, left=vertical, rngs=rngs) for depth in range(bottom))
 
     def __call__(
-        self,
-        h: jax.Array,
-        vertical: list[jax.Array] | None,
-        condition: jax.Array,
-        region: Region,
-        cache: Cache | None,
-        rngs: nnx.Rngs | None,
+        self, h: jax.Array, given: Pass, vertical: Sequence[jax.Array] = ()
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """Returns the features `[B, h, w, C]` of a region, and the outputs of all layers.
+        """Maps the input at the region, `[B, h, w, C]`, to its features, and the outputs of all layers.
 
-        Args:
-            h: The input.
-            vertical: For the horizontal stack: the outputs of the vertical stack's layers, over entire rows.
-            condition: `[B, conditional_dim]`.
-            region: The region.
-            cache: Inputs of the convolutions at earlier positions, updated. None: the region is the whole grid.
-            rngs: Dropout stream, while training.
+        The horizontal stack is given the outputs of the `vertical` stack's layers, over entire rows.
         """
         outputs: list[jax.Array] = []
-        vertical_outputs = iter(vertical or ())
+        vertical_outputs = iter(vertical)
 
         def layer(block: GatedResidual, h: jax.Array, *skip: jax.Array) -> jax.Array:
-            in_this_row = region.at(block.depth)._replace(row=0)
+            in_this_row = given.region.at(block.depth)._replace(row=0)
             seen = [crop(next(vertical_outputs), in_this_row)] if vertical else []
-            h = materialise(block(h, [*seen, *skip], condition, region, cache, rngs))
+            h = materialise(block(h, [*seen, *skip], given))
             outputs.append(h)
             return h
 
         skips = [h]
         for depth, blocks in enumerate(self.down):
             if depth:
-                h = self.shrink[depth - 1](h, region, cache)
+                h = self.shrink[depth - 1](h, given.region, given.cache)
                 skips.append(h)
             for block in blocks:
                 h = layer(block, h)
@@ -257,7 +247,7 @@ class Stack(nnx.Module):
             for block in self.up[depth]:
                 h = layer(block, h, skips.pop())
             if depth:
-                h = self.grow[depth - 1].upsample(h, region)
+                h = self.grow[depth - 1].upsample(h, given.region)
         return h, outputs
 
 
@@ -316,10 +306,10 @@ class PixelCNN(nnx.Module):
     def logits(self, codes: jax.Array, condition: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits `[B, H, W, K]` of every code given those before it, for int32 codes `[B, H, W]`; one pass."""
         embedded, everywhere = self.embedding(codes), Region(0, 0, *self.grid)
-        h = self.vertical_in(embedded, everywhere, None)
-        _, vertical = self.vertical(h, None, condition, everywhere, None, rngs)
-        h = self.horizontal_in_above(embedded, everywhere, None) + self.horizontal_in_left(embedded, everywhere, None)
-        h, _ = self.horizontal(h, vertical, condition, everywhere, None, rngs)
+        given = Pass(condition, everywhere, rngs=rngs)
+        _, vertical = self.vertical(self.vertical_in(embedded, everywhere), given)
+        h = self.horizontal_in_above(embedded, everywhere) + self.horizontal_in_left(embedded, everywhere)
+        h, _ = self.horizontal(h, given, vertical)
         return self.out(jax.nn.elu(h))
 
     def log_prob(self, codes: jax.Array, condition: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -335,14 +325,14 @@ class PixelCNN(nnx.Module):
             row, keys = inputs
             cache, region = dict(cache), Region(row, 0, 1, width)
             h = self.vertical_in.read(cache["embedding"], region)
-            _, vertical = self.vertical(h, None, condition, region, cache, None)
+            _, vertical = self.vertical(h, Pass(condition, region, cache))
 
             def draw(cache: Cache, inputs: tuple[jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:
                 column, key = inputs
                 cache, region = dict(cache), Region(row, column, 1, 1)
                 drawn = cache["embedding"]
                 h = self.horizontal_in_above.read(drawn, region) + self.horizontal_in_left.read(drawn, region)
-                h, _ = self.horizontal(h, vertical, condition, region, cache, None)
+                h, _ = self.horizontal(h, Pass(condition, region, cache), vertical)
                 codes = jax.random.categorical(key, self.out(jax.nn.elu(h)))  # [B, 1, 1]
                 cache["embedding"] = write(drawn, self.embedding(codes), region)
                 return cache, codes[:, 0, 0]
@@ -370,8 +360,5 @@ class PixelCNN(nnx.Module):
 
     def _convs(self) -> dict[str, CausalConv]:
         """All convolutions, by the path that names their weights."""
-        return {
-            ".".join(map(str, path)): module
-            for path, module in nnx.iter_modules(self)
-            if isinstance(module, CausalConv)
-        }
+        modules = nnx.iter_modules(self)
+        return {".".join(map(str, path)): module for path, module in modules if isinstance(module, CausalConv)}

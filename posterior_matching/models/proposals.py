@@ -5,7 +5,7 @@ samples that are counted are drawn.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def fit_mixture(log_joint: LogDensity, proposal: Distribution, key: jax.Array, s
     optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
     parameters = jnp.zeros((b, c)), jnp.zeros((b, c, e)), jnp.zeros((b, c, e * (e + 1) // 2))
 
-    def step(carry, key):
+    def step(carry: tuple[Any, optax.OptState], key: jax.Array) -> tuple[tuple[Any, optax.OptState], None]:
         parameters, state = carry
         updates, state = optimizer.update(jax.grad(negative_elbo)(parameters, key), state)
         return (optax.apply_updates(parameters, updates), state), None

@@ -1,4 +1,4 @@
-"""What code asks of a model without knowing which it is. Shapes as in `masking`."""
+"""The methods that code asks of models of any kind. Shapes as in `masking`."""
 
 from collections.abc import Callable
 from typing import Protocol

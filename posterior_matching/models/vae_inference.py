@@ -1,4 +1,4 @@
-"""What q(z | x_o) is for: imputing, draws of x_u, log p(x_u | x_o), and the information that a feature would bring.
+"""Inference through q(z | x_o): imputations, draws of x_u, log p(x_u | x_o), and the information of a feature.
 
 For all methods, `x` is `[B, *input_shape]` (values where b = 0 have no influence, and may be NaN), and `b` is a mask,
 `[B, d]` or `[B, H, W, 1]`, 1 = observed. They raise a UserError if these do not fit the model, see `masking.checked`.
@@ -218,9 +218,8 @@ class LikelihoodMixin(ImputationMixin):
     ) -> jax.Array:
         """Estimates log p(x_t | x_o), `[B]`, in nats, for any x_t (mask `target`) given any x_o (mask `given`).
 
-        It is log p(x_t, x_o) - log p(x_o), each importance-sampled with the partial posterior as proposal, so it is
-        consistent as the number of samples grows. Real columns have densities per unit of `x` (standardised, for the
-        user's own table; `data.TableSchema.log_det_jacobian` converts them to the table's units), categories
+        It is log p(x_t, x_o) - log p(x_o), each importance-sampled with the partial posterior as proposal. Real columns
+        have densities per unit of `x` (`TableSchema.log_det_jacobian` converts them to a table's units), categories
         probabilities. Values that are also given are left out of the target; nothing given gives log p(x_t).
         """
         x, given = checked(x, given, self.decoding.input_shape)
@@ -252,20 +251,11 @@ class LikelihoodMixin(ImputationMixin):
     def expected_info_gains(
         self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array, features_at_once: int = 1
     ) -> jax.Array:
-        """Expected information about z that each unobserved feature would bring (paper, section 4.3).
+        """Expected information about z that each unobserved feature of one example would bring (paper, section 4.3).
 
         For feature i: `H[q(z | x_o)] - E[H[q(z | x_o, x_i)]]` in nats, x_i from `num_samples` imputations. Entropies
-        are exact for Gaussian partial posteriors, else estimated with `num_samples` draws.
-
-        Args:
-            x: One example, `[*input_shape]`.
-            b: Its mask, `[d]` or `[H, W, 1]`.
-            num_samples: Imputations to average over.
-            key: Random key.
-            features_at_once: Features to evaluate together; memory grows with it, the result does not depend on it.
-
-        Returns:
-            `[b.size]`, one entry per mask entry, -inf where observed.
+        are exact for Gaussian partial posteriors, else estimated with `num_samples` draws. Returns `[b.size]`, one
+        per mask entry, -inf where observed. Memory grows with `features_at_once`; the result does not depend on it.
         """
         x, b = (a[0] for a in checked(x[None], b[None], self.decoding.input_shape))
         key_impute, key_now, key_then = jax.random.split(key, 3)

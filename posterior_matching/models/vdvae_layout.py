@@ -11,11 +11,11 @@ class EncoderLayer(NamedTuple):
     """One block of an encoder."""
 
     resolution: int
-    pool: int = 1  # average over windows of this many pixels, squared, after the block
+    pool: int = 1  # average over windows of this many pixels, squared, after the block; incomplete ones are dropped
 
     @property
     def output_resolution(self) -> int:
-        """The resolution after pooling; incomplete windows are dropped."""
+        """The resolution after pooling."""
         return self.resolution // self.pool
 
 

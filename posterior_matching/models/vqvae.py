@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +22,25 @@ Stride = Annotated[int, Field(ge=1, le=64)]
 _EPSILON = 1e-5  # Laplace smoothing of the codes' average counts
 
 
+class Body(NamedTuple):
+    """The sizes that encoders and decoder share."""
+
+    hidden_units: int  # channels, half as many next to the image
+    residual_units: int  # channels inside the residual blocks
+    residual_blocks: int
+    strides: tuple[int, int]  # of the two 4x4 convolutions
+
+
 class ResidualStack(nnx.Module):
     """Residual blocks `x + Conv1x1(ReLU(Conv3x3(ReLU(x))))`, and a ReLU at the end."""
 
-    def __init__(self, features: int, residual_units: int, residual_blocks: int, *, rngs: nnx.Rngs):
-        def block() -> nnx.List:  # a 3x3 and a 1x1 convolution
-            parts = (
-                Conv(features, residual_units, 3, 1, "SAME", rngs=rngs),
-                nnx.Linear(residual_units, features, rngs=rngs),
-            )
-            return nnx.List(parts)
+    def __init__(self, body: Body, *, rngs: nnx.Rngs):
+        features, units = body.hidden_units, body.residual_units
 
-        self.blocks = nnx.List(block() for _ in range(residual_blocks))
+        def block() -> nnx.List:
+            return nnx.List((Conv(features, units, 3, 1, "SAME", rngs=rngs), nnx.Linear(units, features, rngs=rngs)))
+
+        self.blocks = nnx.List(block() for _ in range(body.residual_blocks))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, features]` to the same shape."""
@@ -44,38 +50,26 @@ class ResidualStack(nnx.Module):
 
 
 class GridFeatures(nnx.Module):
-    """Images to a grid of features: two 4x4 convolutions with `strides`, a 3x3 one, residual blocks.
-
-    The first convolution has half as many channels as the others, `hidden_units`.
+    """Images to a grid of features: two 4x4 convolutions, possibly strided, a 3x3 one, residual blocks.
 
     Raises:
         UserError: The data are not images, or the strides do not divide their size.
     """
 
-    def __init__(
-        self,
-        input_shape: Shape,
-        hidden_units: int,
-        residual_units: int,
-        residual_blocks: int,
-        strides: Sequence[int],
-        *,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, input_shape: Shape, body: Body, *, rngs: nnx.Rngs):
         if len(input_shape) != 3:
             raise UserError(f"a VQ-VAE needs images (H, W, C), but the data have shape {tuple(input_shape)}")
         height, width, channels = input_shape
-        shrink = math.prod(strides)
+        features, strides, shrink = body.hidden_units, body.strides, math.prod(body.strides)
         if height % shrink or width % shrink:
             raise OptionError(
-                "strides",
-                f"{{}}={tuple(strides)}: images of {height}x{width} do not fit a code grid {shrink} times smaller",
+                "strides", f"{{}}={strides}: images of {height}x{width} do not fit a code grid {shrink} times smaller"
             )
-        widths = channels, hidden_units // 2, hidden_units, hidden_units
-        layers = zip(itertools.pairwise(widths), (4, 4, 3), (*strides, 1), strict=True)
+        widths = itertools.pairwise((channels, features // 2, features, features))
+        layers = zip(widths, (4, 4, 3), (*strides, 1), strict=True)
         self.convs = nnx.List(Conv(*sizes, kernel, stride, "SAME", rngs=rngs) for sizes, kernel, stride in layers)
-        self.residual = ResidualStack(hidden_units, residual_units, residual_blocks, rngs=rngs)
-        self.output_shape = (height // shrink, width // shrink, hidden_units)
+        self.residual = ResidualStack(body, rngs=rngs)
+        self.output_shape = (height // shrink, width // shrink, features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, *output_shape]`."""
@@ -87,9 +81,9 @@ class GridFeatures(nnx.Module):
 class GridEncoder(GridFeatures):
     """Images to a grid of vectors: `GridFeatures` and a 1x1 convolution to `features` channels."""
 
-    def __init__(self, input_shape: Shape, features: int, *, rngs: nnx.Rngs, **body: Any):
-        super().__init__(input_shape, rngs=rngs, **body)
-        self.out = nnx.Linear(self.output_shape[-1], features, rngs=rngs)
+    def __init__(self, input_shape: Shape, features: int, body: Body, *, rngs: nnx.Rngs):
+        super().__init__(input_shape, body, rngs=rngs)
+        self.out = nnx.Linear(body.hidden_units, features, rngs=rngs)
         self.output_shape = (*self.output_shape[:2], features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -100,21 +94,12 @@ class GridEncoder(GridFeatures):
 class GridDecoder(nnx.Module):
     """The mirror image of `GridEncoder`: a grid of vectors to `[B, H, W, channels]`."""
 
-    def __init__(
-        self,
-        features: int,
-        channels: int,
-        hidden_units: int,
-        residual_units: int,
-        residual_blocks: int,
-        strides: Sequence[int],
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.conv = Conv(features, hidden_units, 3, 1, "SAME", rngs=rngs)
-        self.residual = ResidualStack(hidden_units, residual_units, residual_blocks, rngs=rngs)
-        self.grow = ConvTranspose(hidden_units, hidden_units // 2, 4, strides[1], "SAME", rngs=rngs)
-        self.out = ConvTranspose(hidden_units // 2, channels, 4, strides[0], "SAME", rngs=rngs)
+    def __init__(self, features: int, channels: int, body: Body, *, rngs: nnx.Rngs):
+        width = body.hidden_units
+        self.conv = Conv(features, width, 3, 1, "SAME", rngs=rngs)
+        self.residual = ResidualStack(body, rngs=rngs)
+        self.grow = ConvTranspose(width, width // 2, 4, body.strides[1], "SAME", rngs=rngs)
+        self.out = ConvTranspose(width // 2, channels, 4, body.strides[0], "SAME", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, h, w, features]` to `[B, H, W, channels]`."""
@@ -233,11 +218,7 @@ class VQVAE(nnx.Module):
         hidden_units: Channels of encoder and decoder.
         residual_units: Channels inside their residual blocks.
         residual_blocks: Number of blocks in each.
-        codebook_size: See `VectorQuantizer`.
-        embedding_dim: See `VectorQuantizer`.
-        commitment_cost: See `VectorQuantizer`.
-        use_ema: See `VectorQuantizer`.
-        decay: See `VectorQuantizer`.
+        codebook_size: See `VectorQuantizer`, as for `embedding_dim`, `commitment_cost`, `use_ema` and `decay`.
         strides: Strides of the two convolutions that shrink the image to the code grid.
         kernel_scale: Factor on all initial kernels. 0.88 is that of the published implementation, which does not
             rescale its truncated normal distribution to the standard deviation 1 / sqrt(fan_in).
@@ -260,11 +241,10 @@ class VQVAE(nnx.Module):
         kernel_scale: Scale = 1.0,
         rngs: nnx.Rngs,
     ):
-        body: dict[str, Any] = {"hidden_units": hidden_units, "residual_units": residual_units}
-        body |= {"residual_blocks": residual_blocks, "strides": tuple(strides), "rngs": rngs}
-        self.encoder = GridEncoder(input_shape, embedding_dim, **body)
+        self.body = Body(hidden_units, residual_units, residual_blocks, strides)
+        self.encoder = GridEncoder(input_shape, embedding_dim, self.body, rngs=rngs)
         self.quantizer = VectorQuantizer(codebook_size, embedding_dim, commitment_cost, use_ema, decay, rngs=rngs)
-        self.decoder = GridDecoder(embedding_dim, input_shape[-1], **body)
+        self.decoder = GridDecoder(embedding_dim, input_shape[-1], self.body, rngs=rngs)
         self.likelihood_head = SharedScaleGaussian(input_shape, input_shape)
         self.codebook_size = codebook_size
         for _, module in nnx.iter_modules(self):
@@ -314,9 +294,7 @@ class PosteriorMatchingVQVAE(nnx.Module):
     def __init__(self, *, input_shape: Shape, vqvae: Config, conditional_dim: Width, pixel_cnn: Config, rngs: nnx.Rngs):
         self.input_shape = input_shape
         self.vqvae: VQVAE = call(VQVAE, vqvae, "vqvae", input_shape=input_shape, rngs=rngs)
-        body = {key: vqvae[key] for key in ("hidden_units", "residual_units", "residual_blocks")}
-        strides = vqvae.get("strides", (2, 2))
-        self.partial_encoder = GridFeatures(partial_input_shape(input_shape), **body, strides=strides, rngs=rngs)
+        self.partial_encoder = GridFeatures(partial_input_shape(input_shape), self.vqvae.body, rngs=rngs)
         self.condition = nnx.Linear(math.prod(self.partial_encoder.output_shape), conditional_dim, rngs=rngs)
         sizes = {"grid": self.vqvae.grid, "codebook_size": self.vqvae.codebook_size, "conditional_dim": conditional_dim}
         self.pixel_cnn: PixelCNN = call(PixelCNN, pixel_cnn, "pixel_cnn", **sizes, rngs=rngs)
