@@ -21,7 +21,6 @@ of a few percent. The other checkout may be the published code, which runs in a 
 import os
 import pathlib
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -104,6 +103,8 @@ def steps_per_second(checkout: pathlib.Path, command: Sequence[str]) -> float:
 
 def measure(config: ConfigDict, seconds: float, matrix_size: int, products: bool) -> None:
     """Measures this checkout and prints."""
+    import resource  # Windows has none
+
     compile_without_unrolling()  # as training does
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")
