@@ -6,10 +6,9 @@ PM-VAE       rows per second: imputations and likelihoods with so many samples, 
 PM-VQVAE     imputations per second
 PM-VDVAE     imputations per second; samples per second of the likelihoods, each of x and of x_o
 lookahead    decisions per second of both policies: the choice of the next feature of an example
-any images   seconds of the precision and recall of 1,000 images with their pixels as embeddings
 
-Medians of interleaved repetitions. Beside each, a bound: the time that its matrix products and convolutions take, each
-run by itself.
+Medians of interleaved repetitions. A bound of each is the time that its matrix products and convolutions take, each run
+by itself.
 """
 
 import pathlib
@@ -28,7 +27,6 @@ from flax import nnx
 from benchmarks import synthetic, timing
 from posterior_matching import cli, data, mask_generators
 from posterior_matching.errors import UserError
-from posterior_matching.evaluation.metrics import precision_recall
 from posterior_matching.models import greedy
 
 _CONFIG = cli.config_flag("the experiment whose evaluation is measured")
@@ -36,7 +34,6 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples at once.", lower_
 _SAMPLES = flags.DEFINE_integer("num_samples", 50, "Samples per example.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)
 _PRODUCTS = flags.DEFINE_bool("products", True, "Measure the matrix products and convolutions by themselves, too.")
-_PRD_IMAGES = flags.DEFINE_integer("prd_images", 1000, "Images of precision and recall; 0: skip it.", lower_bound=0)
 
 # (model, x [B, ...], b, keys [B]) -> arrays, compiled; by the name of what is counted, with the count of one call
 Evaluations = dict[str, tuple[Callable[..., Any], int]]
@@ -130,12 +127,6 @@ def main() -> None:
             jaxpr = jax.make_jaxpr(compiled[name])(weights, x, b, keys).jaxpr
             products, alone = timing.seconds_of_products(jaxpr)
             print(f"{'  its products alone':36} {alone * rate / count:.0%} of the time, {products} of them")
-    if _PRD_IMAGES.value and x.ndim == 4:
-        pixels = np.random.default_rng(0).random((_PRD_IMAGES.value, int(np.prod(x.shape[1:]))), np.float32)
-        start = time.perf_counter()
-        precision_recall(pixels, 1 - pixels, seed=0)
-        seconds_taken = time.perf_counter() - start
-        print(f"{'precision and recall':36} {seconds_taken:.3g} s for {_PRD_IMAGES.value:,} images")
 
 
 if __name__ == "__main__":

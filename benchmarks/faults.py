@@ -8,8 +8,7 @@ files      a file of a run is cut, emptied, overwritten, replaced by a folder or
            run loads with the same weights or is refused; and it resumes, ending as if nothing had happened, or is
            refused
 disks      the disk of the run directory is full or read-only (as root, on Linux): training is refused
-processes  two processes differ, or one is killed: each ends with one line, and the run goes on as if nothing had
-           happened
+processes  one of two processes is killed: the other ends with one line, and the run goes on as if nothing had happened
 
 "Refused" means one line that is no stack trace, and exit status 1; JAX aborts a process that has lost another, which
 gives another status. The tests have short forms: test_end_to_end.py, test_runs.py.
@@ -241,23 +240,18 @@ def disks(folder: pathlib.Path, tries: int, rng: random.Random) -> Iterator[Outc
 
 
 def processes(folder: pathlib.Path, tries: int, rng: random.Random) -> Iterator[Outcome]:
-    """Starts two processes that differ, or kills one of two."""
+    """Kills one of two processes."""
     config = f"--config={ROOT / 'configs' / 'pm_vae_mixture.py'}"
     changes = {"train_split": "test", "batch_size": 8, "validation_every": 20, "log_every": 5}
     common = [config, "--num_processes=2", *(f"--config.{key}={value}" for key, value in changes.items())]
 
-    def both(name: str, *own: str, steps: int = 100_000) -> list[subprocess.Popen[str]]:
-        """The second has the arguments `own`, too."""
+    def both(name: str, steps: int = 100_000) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"--coordinator_address=localhost:{free.getsockname()[1]}"
         arguments = [*common, address, f"--run_dir={folder / name}", f"--config.steps={steps}"]
-        return [start("train_pm_vae", *arguments, f"--process_id={i}", *(own if i else ())) for i in range(2)]
+        return [start("train_pm_vae", *arguments, f"--process_id={i}") for i in range(2)]
 
-    differing = ["config.steps=50", "config.seed=5", "config.stepz=5", "confug=5"]
-    for change in [*differing, "config.dataset=nowhere.csv", "config.model.latent_dim=0"]:
-        for process, who in zip(both(change, f"--{change}"), ("the other", "the one with it"), strict=True):
-            yield f"--{change} in one process: {who}", is_refused(process)
     for i in range(max(1, tries // 3)):
         killed, run_dir, end = rng.randrange(2), folder / f"kill {i}", time.monotonic() + 120
         pair = both(run_dir.name)

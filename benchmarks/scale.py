@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -102,7 +101,7 @@ def of_rows(count: int) -> dict[str, float]:
             raise UserError("train_pm_vae.py failed")
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = 1 / logged[-1]["steps_per_second"]
-    return {"seconds": seconds, "start_seconds": until_training, "gigabytes": _peak(resource.RUSAGE_CHILDREN)}
+    return {"seconds": seconds, "start_seconds": until_training, "gigabytes": _peak(children=True)}
 
 
 MEASUREMENTS: dict[str, Callable[[int, float], dict[str, float]]] = {
@@ -124,15 +123,17 @@ def _median_seconds(run: Callable[[], None], seconds: float) -> float:
     return float(np.median(times))
 
 
-def _peak(who: int) -> float:
-    return resource.getrusage(who).ru_maxrss / 1e6
+def _peak(children: bool = False) -> float:
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _measure_here(axis: str, value: int, seconds: float) -> dict[str, float]:
     if axis == "devices":  # JAX has not been asked for its devices yet
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={value}"
     measured = MEASUREMENTS[axis](value, seconds)
-    return {"gigabytes": _peak(resource.RUSAGE_SELF)} | measured
+    return {"gigabytes": _peak()} | measured
 
 
 def measure(axis: str, value: int, seconds: float) -> dict[str, float]:

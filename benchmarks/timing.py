@@ -1,4 +1,4 @@
-"""The bounds that benchmarks compare with: the rate of a large matrix product, and the bandwidth of the memory."""
+"""A bound of a program's speed: the time that its matrix products and convolutions take, each run by itself."""
 
 import collections
 import time
@@ -8,26 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def matrix_product_flops_per_second(size: int = 4096, dtype: str = "float32") -> float:
-    """Best rate of a product of two `size` x `size` matrices of this `dtype`."""
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    return 2 * size**3 / fastest(jax.jit(lambda a: a @ a), a)
-
-
-def memory_bandwidth(size: int) -> float:
-    """Best rate, in bytes per second, at which one float32 array of `size` numbers is added to another."""
-    # In place: to touch new memory takes longer than to add.
-    total, ones = (jnp.ones(size, jnp.float32) for _ in range(2))
-    add = jax.jit(jnp.add, donate_argnums=0)
-
-    def accumulate() -> jax.Array:
-        nonlocal total
-        total = add(total, ones)
-        return total
-
-    return 3 * ones.nbytes / fastest(accumulate, repeats=10)
 
 
 def fastest(fn: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 3) -> float:
@@ -44,8 +24,7 @@ def fastest(fn: Callable[..., jax.Array], *arguments: jax.Array, repeats: int = 
 def seconds_of_products(jaxpr: Any) -> tuple[int, float]:
     """The number of matrix products and convolutions in a program, and the seconds they take one by one, each alone.
 
-    It bounds the program's speed more tightly than a large matrix product: small ones do not reach that rate. Bodies of
-    `scan` count as often as they run, those of `while_loop` once.
+    Bodies of `scan` count as often as they run, those of `while_loop` once.
     """
     calls: dict[str, Any] = {}
     counts: collections.Counter[str] = collections.Counter()

@@ -5,12 +5,9 @@
     python benchmarks/train_speed.py --config configs/pm_vae_gas.py --against ../posterior-matching \\
       --published_python ../old/bin/python
 
-Prints steps per second, the time from process start to the end of the first step, compile time, peak memory, and how
-near a step is to three bounds, measured in the same run: its floating-point operations over the rate of a large matrix
-product; the time of its own matrix products and convolutions, each run alone; and the bytes that its operations read
-and write over the bandwidth at which one large array is added to another. Rates are medians. To compare machines, use
-the shares. (XLA counts operations and bytes in the compiled program: the body of a loop once, and bytes that stay in
-the cache, too.)
+Prints steps per second (the median), the time from process start to the end of the first step, compile time, peak
+memory, the floating-point operations that XLA counts (the body of a loop once), and a bound: the time that the step's
+own matrix products and convolutions take, each run by itself.
 
 With `--against`, this checkout and another one are measured in turn, each with its own code and its own config of that
 name, and the ratios of their speeds are printed. Machines are noisy: raise `--rounds` before you believe a difference
@@ -21,7 +18,6 @@ of a few percent. The other checkout may be the published code, which runs in a 
 import os
 import pathlib
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -101,8 +97,10 @@ def steps_per_second(checkout: pathlib.Path, command: Sequence[str]) -> float:
     return float(printed[1])
 
 
-def measure(config: ConfigDict, seconds: float, matrix_size: int, products: bool) -> None:
+def measure(config: ConfigDict, seconds: float, products: bool) -> None:
     """Measures this checkout and prints."""
+    import resource  # Windows has none
+
     if config.batch_size is None:
         raise UserError("the batch size of this config depends on the data: set --config.batch_size")
     dataset = synthetic.dataset_of(cli.config_name(), config)
@@ -111,17 +109,11 @@ def measure(config: ConfigDict, seconds: float, matrix_size: int, products: bool
     )
     step.run()
     first_step_seconds = time.time() - psutil.Process().create_time()
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the large arrays, as the next one
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # before the products, as the next one
     device_memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    cost: Any = step.compiled.cost_analysis()  # XLA counts the body of a loop over steps once
-    step_flops, step_bytes = cost["flops"], cost["bytes accessed"]
-    bandwidth = timing.memory_bandwidth(4 * matrix_size**2)  # 256 MiB, beyond any cache
+    cost: Any = step.compiled.cost_analysis()
 
-    dtype = config.get("model", {}).get("compute_dtype", "float32")
-
-    # The machine may be shared, so every measurement of the step lies between two of the matrix product.
     rates: list[float] = []
-    matrix_rates = [timing.matrix_product_flops_per_second(matrix_size, dtype)]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rates) < 3:
         start, dispatches = time.perf_counter(), 0
@@ -130,11 +122,7 @@ def measure(config: ConfigDict, seconds: float, matrix_size: int, products: bool
             dispatches += 1
         step.wait()
         rates.append(dispatches * step.per_dispatch / (time.perf_counter() - start))
-        matrix_rates.append(timing.matrix_product_flops_per_second(matrix_size, dtype))
-    beside = (np.array(matrix_rates[:-1]) + np.array(matrix_rates[1:])) / 2
-    shares = step_flops * np.array(rates) / beside
-
-    rate, matrix_rate = float(np.median(rates)), float(np.median(matrix_rates))
+    rate = float(np.median(rates))
     print(f"device                 {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"config                 {cli.config_path()}, batch {config.batch_size} per device")
     print(f"steps per second       {rate:.4g}  ({spread(rates)})")
@@ -144,29 +132,21 @@ def measure(config: ConfigDict, seconds: float, matrix_size: int, products: bool
     print(f"peak host memory       {gigabytes:.2f} GB")
     if device_memory:
         print(f"peak device memory     {device_memory / 1e9:.2f} GB")
-    print(f"operations per step    {step_flops / 1e9:.4g} GFLOP on each device")
-    print(f"rate                   {step_flops * rate / 1e9:.4g} GFLOP/s")
-    print(f"large matrix product   {matrix_rate / 1e9:.4g} GFLOP/s  ({spread(matrix_rates, 1e-9)}), {dtype}")
-    print(f"share                  {np.median(shares):.0%}  ({min(shares):.0%} to {max(shares):.0%})")
+    print(f"operations per step    {cost['flops'] / 1e9:.4g} GFLOP on each device")
     if products:
         count, alone = timing.seconds_of_products(step.jaxpr())
         share = alone * rate / step.per_dispatch
         print(f"its products alone     {share:.0%} of the step, {count / step.per_dispatch:.0f} of them")
-    print(f"bytes per step         {step_bytes / 1e9:.4g} GB on each device")
-    print(f"bandwidth              {step_bytes * rate / 1e9:.4g} GB/s")
-    print(f"addition of arrays     {bandwidth / 1e9:.4g} GB/s")
-    print(f"share of bandwidth     {step_bytes * rate / bandwidth:.0%}")
 
 
-def spread(values: list[float], unit: float = 1.0) -> str:
+def spread(values: Sequence[float]) -> str:
     """Formats the number of values, their minimum and their maximum."""
-    return f"{len(values)} samples, {min(values) * unit:.4g} to {max(values) * unit:.4g}"
+    return f"{len(values)} samples, {min(values):.4g} to {max(values):.4g}"
 
 
 if __name__ == "__main__":
     _config = cli.config_flag("the experiment to measure")
     _seconds = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=0.1)
-    _size = flags.DEFINE_integer("matrix_size", 4096, "Rows and columns of the large matrices.", lower_bound=1)
     _products = flags.DEFINE_bool("products", True, "Measure the step's own matrix products and convolutions, too.")
     _against = flags.DEFINE_string("against", None, "Another checkout of this repository, to compare with this one.")
     _python = flags.DEFINE_string(
@@ -177,7 +157,7 @@ if __name__ == "__main__":
     def main() -> None:
         """Measures one checkout, or compares two."""
         if _against.value is None:
-            measure(_config.value, _seconds.value, _size.value, _products.value)
+            measure(_config.value, _seconds.value, _products.value)
         else:
             compare(pathlib.Path(_against.value).resolve(), _rounds.value, _python.value, sys.argv[1:])
 

@@ -2,8 +2,8 @@
 
     python tests/matrix.py [--python 3.12] [--jax 0.11] [-- pytest arguments]
 
-The Pythons are those on the PATH (`python3.12`) and of pyenv. Each pair gets a new virtual environment with the pinned
-versions, but for JAX, and for Flax where its pin needs a newer JAX. The exit status is 1 if a pair fails.
+The Pythons are those on the PATH (`python3.12`) and of pyenv. Each pair gets a fresh virtual environment with the pins
+of requirements.txt, but for JAX and Flax. The exit status is 1 if a pair fails.
 """
 
 import argparse

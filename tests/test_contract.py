@@ -192,6 +192,11 @@ OWN_PRETRAINED = "pm_vae on pm_vae"  # a base that the family does not need
 RUNS = [*sorted(FAMILIES), OWN_PRETRAINED]
 
 
+def without_pictures(family):
+    """The family without its pictures, which take longest to compile; test_readme.py draws them all."""
+    return dataclasses.replace(family, pictures=None)
+
+
 class Runs:
     """Small runs on digits, trained when they are first asked for; their bases are gone then."""
 
@@ -207,7 +212,7 @@ class Runs:
 
     def __call__(self, case):
         if case not in self._done:
-            family, config = FAMILIES[case.split(" on ")[0]], self.config(case)
+            family, config = without_pictures(FAMILIES[case.split(" on ")[0]]), self.config(case)
             base_dir = family.base and config[family.base.dir_key]
             if base_dir:
                 shutil.copytree(self(family.base.model).path, base_dir)
@@ -248,7 +253,7 @@ def test_the_config_is_left_alone_and_saved_as_it_was_resolved(trained, case):
 @pytest.mark.slow
 @each_run
 def test_losses_are_the_recorded_ones(trained, case, request):
-    """Loss terms of the first steps; `pytest tests/test_contract.py -k recorded --record` writes them anew."""
+    """Loss terms of the first steps; `pytest tests/test_contract.py -k recorded --record` writes them."""
     path = ROOT / "tests" / "goldens" / f"{case.replace(' ', '_')}.json"
     found = {
         f"step {row.pop('step')}": {key: float(f"{v:.6g}") for key, v in row.items()}
@@ -287,13 +292,12 @@ def test_stopped_and_resumed_without_its_base_a_run_is_as_if_never_stopped(train
     base_dir = base and config[base.dir_key]
     if base_dir:
         shutil.copytree(trained(base.model).path, base_dir)
-    family = dataclasses.replace(whole.family, pictures=None)  # they take longest to compile, and change nothing
     with crash_after(5):
-        family.train(config, run_dir)
+        whole.family.train(config, run_dir)
     assert runs.latest_step(run_dir) == 4
     if base_dir:
         shutil.rmtree(base_dir)
-    family.train(config, run_dir)
+    whole.family.train(config, run_dir)
     assert_same_runs(run_dir, whole.path)
     assert rows(run_dir)[-1]["step"] == 6
 

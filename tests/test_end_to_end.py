@@ -2,31 +2,23 @@
 
 import functools
 import json
-import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from helpers.configs import ROOT, SMALL, load, untrained
+from helpers.configs import SMALL
 from helpers.runs import rows
 from helpers.scripts import finish, free_port, start, write_config
 from posterior_matching import data, mask_generators, runs
 from posterior_matching.evaluation import uci
-from posterior_matching.training.experiment import Batch
 
 pytestmark = pytest.mark.process
-
-MNIST = Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared" / "tensorflow_datasets"))
 
 CONFIG = SMALL["pm_vae_mixture"] | {"train_split": "test", "batch_size": 16, "ema_decay": 0.9, "steps": 120}
 CONFIG |= {"validation_every": 20, "log_every": 10, "checkpoint_every": 30, "optimizer.learning_rate": 0.01}
@@ -105,7 +97,6 @@ def test_killed_at_any_moment_and_resumed(folder, undisturbed):
     moments = [
         lambda: (run_dir / "config.json").exists(),
         lambda: any((run_dir / "checkpoints").glob("*/*tmp*")),  # while a checkpoint is being written
-        lambda: len(rows(run_dir)) >= 4,
     ]
     for reached in moments:
         process = train(folder, "killed")
@@ -159,7 +150,6 @@ def together(folder, name, *differing):
     ("own", "message"),
     [
         ("--config.log_every=3", "config.log_every is "),
-        ("--config.stepz=3", "process 1 failed: unknown key 'config.stepz': did you mean 'steps'?"),
         ("--config.train_split=tost", "process 1 failed: dataset 'mixture' has no split 'tost'"),
     ],
 )
@@ -186,10 +176,7 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line_that_names_it(fo
 def test_evaluation_writes_its_results_and_the_exact_likelihood(undisturbed):
     uci.evaluate(undisturbed, num_instances=50, num_samples=8, num_trials=2, baselines=True, seed=4)
     metrics = json.loads((undisturbed / "uci_results" / "results.json").read_text())["metrics"]
-    names = {"nrmse", "ac_ll_nats", "ac_ll_exact_nats", "log_p_x_nats"}
-    names |= {"effective_sample_size_x", "effective_sample_size_xo"}
-    names |= {"gap_x_nats", "gap_xo_nats", "simulated_gap_x_nats", "simulated_gap_xo_nats"}
-    assert set(metrics) == names | {"nrmse_mean", "nrmse_knn", "nrmse_iterative"}
+    assert metrics.keys() >= {"nrmse", "nrmse_mean", "nrmse_knn", "nrmse_iterative", "ac_ll_nats", "ac_ll_exact_nats"}
     for name, metric in (("nrmse", "nrmse"), ("ac_lls", "ac_ll_nats")):
         array = np.load(undisturbed / "uci_results" / f"{name}.npy", allow_pickle=False)
         np.testing.assert_array_equal(array, metrics[metric]["trials"])
@@ -231,29 +218,3 @@ def test_digits_from_training_to_pictures(folder, trained):
     assert results["flags"]["mask_generator"] == masks and "ac_ll_exact_nats" not in results["metrics"]
     picture = (run_dir / "uci_results" / "imputations.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 1000
-
-
-# Real images ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not (MNIST / "mnist").is_dir(), reason="MNIST is not prepared")
-def test_a_few_steps_on_mnist_lower_the_loss(monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(MNIST))
-    config = load("pm_vae_mnist16")
-    dataset = data.load(config.dataset, "test")
-    phase = untrained("pm_vae", config, dataset).phases[0]
-    optimizer = nnx.Optimizer(phase.model, optax.adam(config.optimizer.learning_rate), wrt=nnx.Param)
-    x, available = data.decode(dataset.x[:8], dataset.max_value)
-
-    @nnx.jit
-    def step(model, optimizer, key):
-        def loss(model):
-            rngs = nnx.Rngs(noise=key, mask=key, sample=key)
-            return phase.loss(model, Batch(x, available, None, jnp.int32(0)), rngs)["loss"].mean()
-
-        value, gradient = nnx.value_and_grad(loss)(model)
-        optimizer.update(model, gradient)
-        return value
-
-    losses = [float(step(phase.model, optimizer, key)) for key in jax.random.split(jax.random.key(0), 8)]
-    assert np.isfinite(losses).all() and np.mean(losses[-2:]) < losses[0] - 20

@@ -35,7 +35,7 @@ FEW = {
     "eval_pm_vdvae_likelihood": {"num_instances": 3, "num_samples": 2, "num_trials": 1},
     "eval_greedy_acquisition": {"num_instances": 3, "num_steps": 3, "num_samples": 2},
     "impute": {"num_samples": 2, "batch_size": 16},
-    "benchmarks/train_speed": {"seconds": 0.1, "matrix_size": 64, "products": False},
+    "benchmarks/train_speed": {"seconds": 0.1, "products": False},
     "benchmarks/evaluation_speed": {"num_samples": 2, "batch_size": 2, "repeats": 1, "products": False},
     "benchmarks/scale": {"only": "features", "most": 1, "seconds": 0.1},
     "benchmarks/reproduce": {"status": True},

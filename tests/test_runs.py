@@ -15,9 +15,8 @@ from flax import nnx
 
 import train_pm_vae
 from helpers.arrays import assert_same
-from helpers.configs import ROOT, small
+from helpers.configs import small
 from helpers.runs import contents, refusal, rows, weights
-from helpers.scripts import finish, spawn
 from posterior_matching import models, runs
 from posterior_matching.config import plain
 from posterior_matching.errors import UserError
@@ -152,13 +151,6 @@ def test_resuming_accepts_what_changes_no_step(run_dir, changes):
     assert json.loads((run_dir / "config.json").read_text())["config"].items() >= changes.items()
 
 
-def test_a_run_from_before_the_importance_weighted_elbo_is_resumed(run_dir):
-    description = json.loads((run_dir / "config.json").read_text())
-    assert description["config"].pop("elbo_samples") == 1
-    (run_dir / "config.json").write_text(json.dumps(description))
-    assert runs.open_run(str(run_dir), "pm_vae", make_config(), {"input_shape": [8]}).step == STEPS
-
-
 def test_more_steps_continue_the_run_and_its_metrics(run_dir):
     metrics = run_dir / "metrics.jsonl"
     before = metrics.read_text()
@@ -179,27 +171,32 @@ def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
     message = refusal(train_pm_vae.train, make_config(), str(foreign))
     assert str(foreign) in message and "choose another --run_dir" in message
     assert contents(foreign) == {"photo.txt": b"sea"}
-    message = refusal(train_pm_vae.train, make_config(), str(foreign / "photo.txt"))
-    assert "photo.txt" in message and (foreign / "photo.txt").read_text() == "sea"
+    (tmp_path / "empty").mkdir()
+    assert runs.open_run(str(tmp_path / "empty"), "pm_vae", make_config(), {"input_shape": [8]}).step == 0
 
 
-def test_an_empty_directory_is_taken(tmp_path):
-    assert runs.open_run(str(tmp_path), "pm_vae", make_config(), {"input_shape": [8]}).step == 0
+PLACES = ["file/run", "file", "dangling", "loop", "n" * 300, "/".join(["n" * 200] * 25), "a\0b"]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:10])
+def test_an_impossible_directory_is_refused_and_nothing_is_lost(place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = contents(tmp_path)
+    refusal(train_pm_vae.train, make_config(), f"{tmp_path}/{place}")
+    assert contents(tmp_path) == before
 
 
 DAMAGED = ["", "{", "[]", "null", "{}", '"text"', '{"model": "pm_vae"}', "\x00\x01", '{"model": "pm_vae", "config": 3}']
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_a_damaged_config_json(run_dir, text):
-    (run_dir / "config.json").write_text(text)
-    before = contents(run_dir)
-    for message in (
-        refusal(runs.load_model, run_dir, "pm_vae"),
-        refusal(train_pm_vae.train, make_config(), str(run_dir)),
-    ):
-        assert "config.json" in message
-    assert contents(run_dir) == before
+def test_a_damaged_config_json(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json" in refusal(runs.load_model, tmp_path, "pm_vae")
+    assert "config.json" in refusal(train_pm_vae.train, make_config(), str(tmp_path))
+    assert contents(tmp_path) == {"config.json": text.encode()}
 
 
 def checkpoint(run_dir, item):
@@ -241,18 +238,6 @@ def test_no_thread_waits_for_a_checkpoint_whose_folder_cannot_be_made(tmp_path):
         run.save(3, {"w": np.zeros(1)}, {"a": np.zeros(2)}, {}, best=False)
     waiting = {"json_ch_save", "np_type_handler", "write_metadata_after_commits"}
     assert not waiting & {thread.name for thread in threading.enumerate()}
-
-
-def test_the_training_state_of_version_0_1_is_refused_but_its_model_loads(run_dir):
-    """It saved arrays by position, as a list of leaves."""
-    step = run_dir / "checkpoints" / "latest" / str(STEPS)
-    shutil.rmtree(step / "train")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(step / "train", {"leaves": [np.zeros(3), np.ones(2)], "best_loss": np.float64(0.0)})
-    before = weights(run_dir)
-    message = refusal(train_pm_vae.train, make_config(steps=12), str(run_dir))
-    assert "was trained by version 0.1" in message and str(run_dir) in message and "choose another --run_dir" in message
-    assert_same(weights(run_dir), before)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -330,7 +315,7 @@ def test_flipped_bytes_never_load_as_other_weights(run_dir):
     before, refused = weights(run_dir), 0
     for path in files_of(run_dir, "model"):
         size = path.stat().st_size
-        for position in np.random.default_rng(0).integers(size, size=min(size, 8)):
+        for position in np.random.default_rng(0).integers(size, size=min(size, 3)):
             flip(path, position)
             try:
                 assert_same(weights(run_dir), before)
@@ -338,7 +323,7 @@ def test_flipped_bytes_never_load_as_other_weights(run_dir):
                 assert "\n" not in str(error) and "latest checkpoint" in str(error)
                 refused += 1
             flip(path, position)
-    assert refused > 8
+    assert refused > 3
     assert_same(weights(run_dir), before)
 
 
@@ -385,13 +370,6 @@ def test_a_run_whose_latest_checkpoint_is_gone_is_refused_not_begun_again(run_di
     message = refusal(train_pm_vae.train, make_config(), str(run_dir))
     assert "its latest checkpoint is gone: put checkpoints/latest back, or choose another --run_dir" in message
     assert contents(run_dir) == before
-
-
-@pytest.mark.process
-def test_runs_can_be_used_where_python_has_no_fcntl():
-    finish(
-        spawn([sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import posterior_matching.runs"], ROOT)
-    )
 
 
 @pytest.mark.process
