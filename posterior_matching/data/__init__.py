@@ -6,7 +6,7 @@
 | `mixture` | [8] features | samples of a known Gaussian mixture (`mixture_log_prob`), no download |
 | `patches` | [63] features | natural image patches of scikit-learn's sample photographs, no download |
 | `adult` | 6 real, 8 categorical columns | UCI Adult, `data/adult.py` |
-| `gas` `power` `hepmass` `miniboone` `bsds` | [8] [6] [21] [43] [63] features | TFDS builders, `data/builders/` |
+| `gas` `power` `hepmass` `miniboone` `bsds` | [8] [6] [21] [43] [63] features | TFDS builders, `datasets/` |
 | `mnist16`, `mnist16_flat` | [16, 16, 1] images, [256] features in [0, 1] | `mnist`, resized |
 | `celeb_a` | [64, 64, 3] images | TFDS, cropped and resized |
 | any other TFDS name | its `image` (uint8, fixed shape) or `features` | TFDS |
