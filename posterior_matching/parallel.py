@@ -35,10 +35,10 @@ def initialize(coordinator_address: str, num_processes: int, process_id: int, se
     Raises:
         UserError: Process 0 cannot be reached, or its address cannot be used.
     """
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         if process_id:  # JAX would abort with a stack trace
             _wait_for_process_0(coordinator_address, seconds)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
