@@ -145,38 +145,33 @@ def zipped(path, **members):
 
 
 def write(name, form):
-    """Writes a dataset into the folder for files brought by hand, in one of the forms in which it can be found."""
+    """Writes a dataset into the folder for files brought by hand, in one of the forms that are accepted."""
     folder = manual(name)
-    if name == "power":
-        text = power_text()[0]
-        member = "household_power_consumption.txt"
-        if form == "text":
-            (folder / member).write_text(text)
-        else:
-            new = "individual+household+electric+power+consumption.zip"
-            zipped(folder / (new if form == "new" else "household_power_consumption.zip"), **{member: text})
-    elif name == "gas":
-        text = gas_text()[0]
-        if form == "text":
-            (folder / "ethylene_CO.txt").write_text(text)
-        else:
-            archive = "gas+sensor+array+under+dynamic+gas+mixtures.zip" if form == "new" else "data.zip"
-            zipped(folder / archive, **{"ethylene_methane.txt": "other", "data/ethylene_CO.txt": text})
-    elif name == "hepmass":
-        texts = {"1000_train.csv": hepmass_text(600, 3)[0], "1000_test.csv": hepmass_text(200, 4)[0]}
-        packed = {f"{key}.gz": gzip.compress(text.encode()) for key, text in texts.items()}
-        if form == "new":
-            zipped(folder / "hepmass.zip", **packed, **{"all_train.csv.gz": b"other"})
-        for key, content in {"text": {k: t.encode() for k, t in texts.items()}, "old": packed}.get(form, {}).items():
-            (folder / key).write_bytes(content)
-    elif name == "miniboone":
-        text = miniboone_text()[0]
-        if form == "new":
-            zipped(folder / "miniboone+particle+identification.zip", **{"MiniBooNE_PID.txt": text})
-        else:
-            (folder / "MiniBooNE_PID.txt").write_text(text)
-    else:
+    if name == "bsds":
         write_photographs(folder / "BSDS300-images.tgz", photographs())
+        return folder
+    hepmass = {"1000_train.csv": (600, 3), "1000_test.csv": (200, 4)}
+    texts = {
+        "power": lambda: {"household_power_consumption.txt": power_text()[0]},
+        "gas": lambda: {"ethylene_CO.txt": gas_text()[0]},
+        "hepmass": lambda: {file: hepmass_text(*arguments)[0] for file, arguments in hepmass.items()},
+        "miniboone": lambda: {"MiniBooNE_PID.txt": miniboone_text()[0]},
+    }[name]()
+    if name == "hepmass" and form != "text":
+        texts = {f"{file}.gz": gzip.compress(text.encode()) for file, text in texts.items()}
+    archive = {
+        ("power", "new"): "individual+household+electric+power+consumption.zip",
+        ("power", "old"): "household_power_consumption.zip",
+        ("gas", "new"): "gas+sensor+array+under+dynamic+gas+mixtures.zip",
+        ("gas", "old"): "data.zip",
+        ("hepmass", "new"): "hepmass.zip",
+        ("miniboone", "new"): "miniboone+particle+identification.zip",
+    }.get((name, form))
+    if archive:
+        zipped(folder / archive, **{"other.txt": "other"}, **{f"data/{file}": text for file, text in texts.items()})
+    else:
+        for file, text in texts.items():
+            (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
 
 
