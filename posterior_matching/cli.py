@@ -1,7 +1,5 @@
 """The command line of all scripts: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
-import argparse
-import contextlib
 import inspect
 import os
 import pathlib
@@ -9,6 +7,7 @@ import re
 import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from posterior_matching import parallel
 from posterior_matching.data import cache
-from posterior_matching.errors import UserError, nearest
+from posterior_matching.errors import UserError, first_line, nearest
 from posterior_matching.numerics.memory import keep_freed_memory
 from posterior_matching.training.family import Family
 from posterior_matching.training.loop import InterruptedRunError
@@ -90,11 +89,13 @@ def run(main: Callable[[], object], *, exact: bool = False, join: Callable[[], N
             sys.exit(1)
         except UserError as error:
             _fail(error)
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            if not parallel.is_lost_contact(error):
-                raise
-            parallel.wait_for_the_reason()
-            _fail(f"lost contact with another process ({str(error).splitlines()[0]}): the same commands resume")
+        except Exception as error:
+            if parallel.is_lost_contact(error):
+                _fail(f"lost contact with another process ({first_line(error)}): the same commands resume the run")
+            if jax.distributed.is_initialized():
+                traceback.print_exc()
+                parallel.exit_at_once()
+            raise
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -167,21 +168,7 @@ def _override_problem(arguments: list[str], config: ConfigDict | None) -> str | 
 
 def _fail(message: object) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    _join_to_say_why()
-    parallel.exit_with_others(str(message))
-    sys.exit(1)
-
-
-def _join_to_say_why() -> None:
-    """Joins the other processes, if the flags name any and this one has not got as far; they would wait for it."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    parser.add_argument("--coordinator_address")
-    for name in ("num_processes", "process_id"):
-        parser.add_argument(f"--{name}", type=int, default=0)
-    with contextlib.suppress(argparse.ArgumentError, UserError):
-        found = parser.parse_known_args()[0]
-        if found.coordinator_address and 0 <= found.process_id < found.num_processes and not parallel.has_joined():
-            parallel.initialize(found.coordinator_address, found.num_processes, found.process_id, seconds=20)
+    parallel.exit_at_once()
 
 
 def config_path(arguments: Sequence[str] | None = None) -> str | None:

@@ -1,41 +1,30 @@
-"""Data parallelism by pmap: one program on every local device of every process, with batches split along `AXIS`.
+"""Data parallelism by pmap: one program on every local device of every process, with batches split along `AXIS`."""
 
-The processes of a run on several hosts tell each other why they end, so that each ends with one line.
-"""
-
-import atexit
-import contextlib
 import functools
-import itertools
 import json
 import os
 import re
-import signal
+import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # its key-value store, which all processes share, has no public interface
+from jax.experimental.multihost_utils import process_allgather
 
-from posterior_matching.errors import UserError
+from posterior_matching.errors import UserError, first_line
 
 AXIS = "batch"
 Tree = TypeVar("Tree")
-
-_AGREE_SECONDS = 600  # the time that one process may need longer than another to load its data
-_HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts as lost
-_GRACE_SECONDS = 3  # for a process to end by itself once another has failed
-_FAILURE = "posterior_matching/failure"
-_calls = itertools.count()
-_leaving = threading.Event()  # set once this process ends by itself
+_holds_service = False  # whether this is process 0 of several, without whose service the others abort
 
 
 def initialize(coordinator_address: str, num_processes: int, process_id: int, seconds: int = 120) -> None:
     """Joins this process to a run over several processes; call it before any other use of JAX.
+
+    JAX ends a process that waits longer than `seconds` for the others, or that has lost one of them.
 
     Args:
         coordinator_address: `host:port` of process 0, reachable from all.
@@ -44,140 +33,76 @@ def initialize(coordinator_address: str, num_processes: int, process_id: int, se
         seconds: How long to wait for the others.
 
     Raises:
-        UserError: The others cannot be reached, or do not join in time.
+        UserError: Process 0 cannot be reached, or its address cannot be used.
     """
-    _translate_fatal_errors()
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
+        if process_id:  # JAX would abort with a stack trace
+            _wait_for_process_0(coordinator_address, seconds)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
             initialization_timeout=seconds,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=20,
         )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(_cannot_join(str(error))) from error
-    watch = threading.Thread(target=_end_when_another_fails, daemon=True)
-    watch.start()
-    atexit.register(watch.join)  # called in the reverse order, before JAX leaves the others
-    atexit.register(_leaving.set)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"cannot join the other processes at '{coordinator_address}' ({first_line(error)[:200]}): start "
+            "--num_processes processes with different --process_id and the same --coordinator_address, host:port"
+        ) from error
+    global _holds_service
+    _holds_service = process_id == 0
 
 
-def has_joined() -> bool:
-    """Whether `initialize` has succeeded."""
-    return distributed.global_state.client is not None
+def _wait_for_process_0(address: str, seconds: int) -> None:
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=seconds).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
 
 
 def is_lost_contact(error: Exception) -> bool:
     """Whether JAX raised the error in a collective operation in which another process was missing."""
-    if not has_joined():
+    if not jax.distributed.is_initialized():
         return False
     return isinstance(error, jax.errors.JaxRuntimeError) or re.search("Gloo|NCCL", str(error)) is not None
+
+
+def exit_at_once(status: int = 1) -> NoReturn:
+    """Ends this process; if it has joined others, without JAX's wait for them to end, too: they end for lack of it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():
+        time.sleep(3 * _holds_service)  # for the others to say why they end
+        os._exit(status)
+    sys.exit(status)
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:
     """Compares values, by name, with those of the other processes; all processes must call this.
 
     Raises:
-        UserError: Two processes differ.
+        UserError: Two processes differ; all raise the same.
     """
     if jax.process_count() == 1:
         return
-    store: Any = distributed.global_state.client
-    here, call = jax.process_index(), next(_calls)
-    store.key_value_set(f"posterior_matching/values/{call}/{here}", json.dumps(values, default=str))
-    mine = json.loads(json.dumps(values, default=str))
-    for other in range(jax.process_count()):
-        theirs = store.blocking_key_value_get(f"posterior_matching/values/{call}/{other}", _AGREE_SECONDS * 1000)
-        theirs = json.loads(theirs)
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
+    text = np.frombuffer(json.dumps(values, default=str).encode(), np.uint8)
+    sizes = process_allgather(np.int32(len(text)))
+    texts = process_allgather(np.pad(text, (0, sizes.max() - len(text))))  # [processes, bytes]
+    first, *others = (json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True))
+    for number, other in enumerate(others, start=1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
                 raise UserError(
-                    f"{name} is {mine.get(name)} in process {here}, but {theirs.get(name)} in process {other}: start "
-                    "all processes with the same flags"
+                    f"{name} is {first.get(name)} in process 0, but {other.get(name)} in process {number}: start all "
+                    "processes with the same flags"
                 )
-
-
-def exit_with_others(message: str) -> None:
-    """Ends this process with status 1 and tells the others why; returns if it has not joined any."""
-    if (store := distributed.global_state.client) is None:
-        return
-    _leaving.set()
-    with contextlib.suppress(Exception):  # another has failed before
-        store.key_value_set(_FAILURE, f"process {distributed.global_state.process_id} failed: {message}")
-        if distributed.global_state.process_id == 0:  # it holds the store
-            time.sleep(2 * _GRACE_SECONDS)
-    sys.stdout.flush()
-    os._exit(1)  # without waiting for the others to end, too
-
-
-def wait_for_the_reason() -> None:
-    """Waits until this process is ended, with one line, because another has failed or is lost; or long enough."""
-    time.sleep(2 * (_HEARTBEAT_SECONDS + _GRACE_SECONDS))
-
-
-def _end_when_another_fails() -> None:
-    """Ends this process with one line soon after another has failed."""
-    store: Any = distributed.global_state.client
-    while not _leaving.wait(1):
-        try:
-            failure = store.key_value_try_get(_FAILURE)
-        except Exception:  # none has, or process 0 is lost, which ends this one
-            continue
-        if not _leaving.wait(_GRACE_SECONDS):
-            print(f"error: {failure}", file=sys.stderr, flush=True)
-            os._exit(1)
-
-
-def _translate_fatal_errors() -> None:
-    """Replaces the C++ stack trace with which JAX ends a process that has lost another by one line.
-
-    What libraries write to stderr goes through a small process that passes it on, up to the first message of the
-    coordination service, and reports what that means when this process has ended.
-    """
-    if not hasattr(os, "fork"):
-        return
-    read, write = os.pipe()
-    stderr = os.dup(2)
-    if os.fork() == 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        os.close(write)
-        held = ""
-        with os.fdopen(read, errors="replace") as lines:
-            for line in lines:
-                if held or _OF_THE_COORDINATION.search(line):
-                    held += line
-                else:
-                    os.write(stderr, line.encode())
-        if held:
-            fatal = "Terminating process because" in held
-            os.write(stderr, f"error: {_cannot_go_on(held)}\n".encode() if fatal else held.encode())
-        os._exit(0)
-    os.close(read)
-    os.dup2(write, 2)
-    os.close(write)
-    sys.stderr = os.fdopen(stderr, "w", buffering=1)
-
-
-_OF_THE_COORDINATION = re.compile(r"coordination_service|preemption_sync_manager|Terminating process because")
-
-
-def _cannot_go_on(log: str) -> str:
-    if "RegisterTask" in log:
-        return _cannot_join(log.partition("absl::Status: ")[2])
-    lost = re.findall(r"unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)", log)
-    names = ", ".join(lost[0].split()) if lost else "0"
-    return f"lost process {names}, which was killed or cannot be reached: the same commands resume the run"
-
-
-def _cannot_join(reason: str) -> str:
-    first = (reason.splitlines() or ["no answer"])[0][:200]
-    return (
-        f"not all processes have joined ({first}): start --num_processes processes with "
-        "different --process_id and the same --coordinator_address"
-    )
 
 
 def pmap(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:

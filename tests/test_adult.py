@@ -6,7 +6,6 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
-import requests
 
 from helpers.configs import SHARED
 from helpers.runs import refusal
@@ -83,7 +82,7 @@ def test_the_files_are_downloaded_once(folder, monkeypatch):
 
 def test_what_to_do_without_a_network_or_with_another_file(folder, monkeypatch):
     def fetch(*_):
-        raise requests.ConnectionError
+        raise ConnectionError("no connection")
 
     monkeypatch.setattr(adult, "fetch", fetch)
     message = refusal(data.load, "adult", "test")

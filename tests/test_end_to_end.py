@@ -146,28 +146,32 @@ def together(folder, name, *differing):
     return [train(folder, name, *several, f"--process_id={i}", *own) for i, own in enumerate(differing)]
 
 
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        ("--config.log_every=3", "config.log_every is "),
-        ("--config.train_split=tost", "process 1 failed: dataset 'mixture' has no split 'tost'"),
-    ],
-)
-def test_processes_that_do_not_fit_together_end_with_one_line_each(folder, own, message):
-    for process in together(folder, f"unlike {own}", [], [own]):
+def test_processes_with_other_configs_end_with_one_line_each(folder):
+    for process in together(folder, "unlike", [], ["--config.log_every=3"]):
         (line,) = [line for line in finish(process, status=1)[1].splitlines() if "[Gloo]" not in line]
-        assert line.startswith("error: ") and (message in line or process.args[-1] == own)
-    assert not (folder / f"unlike {own}").exists()
+        assert line.startswith("error: config.log_every is 10 in process 0, but 3 in process 1: ")
+    assert not (folder / "unlike").exists()
 
 
-def test_a_process_that_is_killed_ends_the_others_with_one_line_that_names_it(folder):
-    first, second = together(folder, "deserted", [], [])
-    wait_until(lambda: rows(folder / "deserted"), first)
-    first.kill()
-    first.communicate()
-    _, err = second.communicate(timeout=100)
-    assert err.splitlines()[-1].startswith("error: lost process 0, ") and "Traceback" not in err
-    assert second.returncode not in (0, None)
+def test_if_a_process_fails_it_says_why_and_the_other_ends(folder):
+    other, failed = together(folder, "failed", [], ["--config.train_split=tost"])
+    assert finish(failed, status=1)[1].startswith("error: dataset 'mixture' has no split 'tost'")
+    other.communicate(timeout=100)
+    assert other.returncode not in (0, None) and not (folder / "failed").exists()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_if_a_process_is_killed_the_other_ends_and_the_same_commands_resume(folder, killed):
+    run_dir = folder / f"deserted {killed}"
+    pair = together(folder, run_dir.name, [], [])
+    wait_until(lambda: rows(run_dir), pair[0])
+    pair[killed].kill()
+    pair[killed].communicate()
+    _, err = pair[1 - killed].communicate(timeout=100)
+    assert pair[1 - killed].returncode not in (0, None) and "Traceback" not in err
+    step = runs.latest_step(run_dir)
+    again = together(folder, run_dir.name, *[[f"--config.steps={step + 10}"]] * 2)
+    assert f"training from step {step} to {step + 10}" in next(finish(process)[0] for process in again)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from helpers.arrays import Compilations
 from posterior_matching import parallel
+from posterior_matching.errors import UserError
 
 TREE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": (np.int32(7), jnp.ones(()))}
 
@@ -67,6 +69,12 @@ def test_errors_of_a_missing_process_are_told_from_others(monkeypatch):
     gloo = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")  # as JAX raises while dispatching
     runtime = jax.errors.JaxRuntimeError("INTERNAL: a collective operation failed")
     for joined in (False, True):
-        monkeypatch.setattr(parallel, "has_joined", lambda joined=joined: joined)
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda joined=joined: joined)
         found = [parallel.is_lost_contact(error) for error in (gloo, runtime, ValueError("shapes do not match"))]
         assert found == [joined, joined, False]
+
+
+@pytest.mark.parametrize("address", ["localhost:9", "nonsense"])
+def test_a_process_without_the_others_says_so_in_one_line(address):
+    with pytest.raises(UserError, match=rf"^cannot join the other processes at '{address}' \(.*\): start [^\n]*$"):
+        parallel.initialize(address, 2, 1, seconds=1)

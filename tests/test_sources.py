@@ -4,44 +4,45 @@ import gzip
 import io
 import json
 import os
+import re
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import requests
 from flax import nnx
 from PIL import Image
 from scipy.stats import multivariate_normal
 
 from helpers.configs import DIAGONAL, MLP
+from helpers.runs import refusal
 from posterior_matching import data
-from posterior_matching.data import download, gaussian, maf
-from posterior_matching.data.builders import tabular
-from posterior_matching.data.builders.bsds import Bsds
-from posterior_matching.data.builders.gas import Gas
-from posterior_matching.data.builders.hepmass import Hepmass
-from posterior_matching.data.builders.miniboone import Miniboone
-from posterior_matching.data.builders.power import Power
-from posterior_matching.errors import UserError
+from posterior_matching.data import gaussian, maf, tfds
 from posterior_matching.evaluation import uci
 from posterior_matching.evaluation.examples import Evaluation
 from posterior_matching.models.vae import PosteriorMatchingVAE
+
+BUILDERS = {name: tfds.tabular_builder(name) for name in tfds.TABULAR}
+
+
+def preprocess(name, *files):
+    return BUILDERS[name].preprocess(BUILDERS[name], files)
 
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("POSTERIOR_MATCHING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Bsds, "ROWS", (1000, 50, 80))
-    monkeypatch.setattr(tabular, "_fetch_from_drive", unreachable)
-    monkeypatch.setattr(tabular, "fetch", unreachable)
+    monkeypatch.setattr(BUILDERS["bsds"], "ROWS", (1000, 50, 80))
+    monkeypatch.setattr(maf, "fetch", unreachable)
 
 
 def unreachable(*_):
-    raise requests.ConnectionError("no network here")
+    raise ConnectionError("no network here")
 
 
 def manual(name):
@@ -144,38 +145,33 @@ def zipped(path, **members):
 
 
 def write(name, form):
-    """Writes a dataset into the folder for files brought by hand, in one of the forms in which it can be found."""
+    """Writes a dataset into the folder for files brought by hand, in one of the forms that are accepted."""
     folder = manual(name)
-    if name == "power":
-        text = power_text()[0]
-        member = "household_power_consumption.txt"
-        if form == "text":
-            (folder / member).write_text(text)
-        else:
-            new = "individual+household+electric+power+consumption.zip"
-            zipped(folder / (new if form == "new" else "household_power_consumption.zip"), **{member: text})
-    elif name == "gas":
-        text = gas_text()[0]
-        if form == "text":
-            (folder / "ethylene_CO.txt").write_text(text)
-        else:
-            archive = "gas+sensor+array+under+dynamic+gas+mixtures.zip" if form == "new" else "data.zip"
-            zipped(folder / archive, **{"ethylene_methane.txt": "other", "data/ethylene_CO.txt": text})
-    elif name == "hepmass":
-        texts = {"1000_train.csv": hepmass_text(600, 3)[0], "1000_test.csv": hepmass_text(200, 4)[0]}
-        packed = {f"{key}.gz": gzip.compress(text.encode()) for key, text in texts.items()}
-        if form == "new":
-            zipped(folder / "hepmass.zip", **packed, **{"all_train.csv.gz": b"other"})
-        for key, content in {"text": {k: t.encode() for k, t in texts.items()}, "old": packed}.get(form, {}).items():
-            (folder / key).write_bytes(content)
-    elif name == "miniboone":
-        text = miniboone_text()[0]
-        if form == "new":
-            zipped(folder / "miniboone+particle+identification.zip", **{"MiniBooNE_PID.txt": text})
-        else:
-            (folder / "MiniBooNE_PID.txt").write_text(text)
-    else:
+    if name == "bsds":
         write_photographs(folder / "BSDS300-images.tgz", photographs())
+        return folder
+    hepmass = {"1000_train.csv": (600, 3), "1000_test.csv": (200, 4)}
+    texts = {
+        "power": lambda: {"household_power_consumption.txt": power_text()[0]},
+        "gas": lambda: {"ethylene_CO.txt": gas_text()[0]},
+        "hepmass": lambda: {file: hepmass_text(*arguments)[0] for file, arguments in hepmass.items()},
+        "miniboone": lambda: {"MiniBooNE_PID.txt": miniboone_text()[0]},
+    }[name]()
+    if name == "hepmass" and form != "text":
+        texts = {f"{file}.gz": gzip.compress(text.encode()) for file, text in texts.items()}
+    archive = {
+        ("power", "new"): "individual+household+electric+power+consumption.zip",
+        ("power", "old"): "household_power_consumption.zip",
+        ("gas", "new"): "gas+sensor+array+under+dynamic+gas+mixtures.zip",
+        ("gas", "old"): "data.zip",
+        ("hepmass", "new"): "hepmass.zip",
+        ("miniboone", "new"): "miniboone+particle+identification.zip",
+    }.get((name, form))
+    if archive:
+        zipped(folder / archive, **{"other.txt": "other"}, **{f"data/{file}": text for file, text in texts.items()})
+    else:
+        for file, text in texts.items():
+            (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
 
 
@@ -208,7 +204,7 @@ def expected_power():
 
 def test_power():
     write("power", "old")
-    parts = maf.power([manual("power") / "household_power_consumption.zip"])
+    parts = preprocess("power", manual("power") / "household_power_consumption.zip")
     x = expected_power()
     assert [part.shape for part in parts] == [(232, 6), (25, 6), (28, 6)] and parts[0].dtype == np.float32
     fitted = np.concatenate(parts[:2])
@@ -224,7 +220,7 @@ def test_power():
 
 def test_gas():
     write("gas", "old")
-    parts = maf.gas([manual("gas") / "data.zip"])
+    parts = preprocess("gas", manual("gas") / "data.zip")
     sensors = gas_text()[1]
     left = list(range(16))
     while True:
@@ -259,7 +255,7 @@ def nearest_rows(x, raw):
 @pytest.mark.parametrize("form", ["text", "old", "new"])
 def test_hepmass(form):
     folder = write("hepmass", form)
-    train, val, test = maf.hepmass(sorted(path for path in folder.iterdir() if path.suffix != ".sha256"))
+    train, val, test = preprocess("hepmass", *sorted(folder.iterdir()))
     rows = [hepmass_text(*arguments)[1] for arguments in ((600, 3), (200, 4))]
     x, held_out = (part[part[:, 0] == 1][:, 1:27] for part in rows)  # neither the label nor the last feature
     kept = [column for column in range(26) if column + 1 not in DISCRETE]
@@ -272,22 +268,22 @@ def test_hepmass(form):
 
 
 def test_hepmass_reads_the_first_tenth(monkeypatch):
-    read, asked = maf.pd.read_csv, []
+    read, asked = pd.read_csv, []
 
     def read_less(*arguments, nrows, **options):
         asked.append(nrows)
         return read(*arguments, nrows=90, **options)
 
-    monkeypatch.setattr(maf.pd, "read_csv", read_less)
+    monkeypatch.setattr(pd, "read_csv", read_less)
     folder = write("hepmass", "old")
-    parts = maf.hepmass(sorted(folder.iterdir()))
+    parts = preprocess("hepmass", *sorted(folder.iterdir()))
     assert asked == [700_000, 350_000]
     assert len(parts[0]) + len(parts[1]) == (hepmass_text(600, 3)[1][:90, 0] == 1).sum()
 
 
 def test_miniboone():
     write("miniboone", "old")
-    parts = maf.miniboone([manual("miniboone") / "MiniBooNE_PID.txt"])
+    parts = preprocess("miniboone", manual("miniboone") / "MiniBooNE_PID.txt")
     x = miniboone_text()[1][:200]
     x = np.delete(x, [5, 17, 150], axis=0)
     x = x[:, [column for column in range(50) if not many(x[:, column])]]
@@ -299,7 +295,7 @@ def test_miniboone():
 
 def test_bsds():
     folder = write("bsds", "")
-    parts = maf.bsds([folder / "BSDS300-images.tgz"], (1000, 50, 80))
+    parts = preprocess("bsds", folder / "BSDS300-images.tgz")
     assert [part.shape for part in parts] == [(1000, 63), (50, 63), (80, 63)]
     grey = {}
     with tarfile.open(folder / "BSDS300-images.tgz") as archive:
@@ -328,19 +324,19 @@ def test_bsds():
 
 def test_the_published_numbers_of_rows_follow_from_those_of_the_archives():
     def sizes(num_rows):
-        return tuple(len(part) for part in maf._last_tenths(np.empty((num_rows, 0))))
+        return tuple(len(part) for part in maf.last_tenths(np.empty((num_rows, 0))))
 
-    assert sizes(2_049_280) == Power.ROWS  # complete rows
-    assert sizes(round(4_208_261 / 4)) == Gas.ROWS
-    assert sizes(36_499 - 11) == Miniboone.ROWS
-    signals = sum(Hepmass.ROWS[:2])
-    assert signals - int(0.1 * signals) == Hepmass.ROWS[0]
+    assert sizes(2_049_280) == BUILDERS["power"].ROWS  # complete rows
+    assert sizes(round(4_208_261 / 4)) == BUILDERS["gas"].ROWS
+    assert sizes(36_499 - 11) == BUILDERS["miniboone"].ROWS
+    signals = sum(BUILDERS["hepmass"].ROWS[:2])
+    assert signals - int(0.1 * signals) == BUILDERS["hepmass"].ROWS[0]
 
 
 # From the archive to the dataset -------------------------------------------------------------------------------------
 
-BUILDERS = {"power": Power, "gas": Gas, "hepmass": Hepmass, "miniboone": Miniboone, "bsds": Bsds}
-FORMS = [(name, form) for name in BUILDERS for form in ("old", "new", "text")][:-2]
+FORMS = [(name, form) for name in BUILDERS for form in ("old", "new", "text")]
+FORMS = [pair for pair in FORMS if pair[0] != "bsds"] + [("bsds", "old")]
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
@@ -349,55 +345,45 @@ def test_prepared_from_every_form_of_the_archive(name, form, capsys, caplog):
     used = sorted(folder.iterdir())
     with caplog.at_level("WARNING", logger="absl"):
         found = [data.load(name, split).x for split in ("train", "val", "test")]
-    reference = BUILDERS[name].preprocess(BUILDERS[name], used)
-    for x, expected in zip(found, reference, strict=True):
+    for x, expected in zip(found, preprocess(name, *used), strict=True):
         assert x.shape[1] == BUILDERS[name].NUM_FEATURES
         np.testing.assert_array_equal(x, expected)
     out = capsys.readouterr().out
     measured = data.gaussian_check(name).measured
     assert f"preparing '{name}' from {used[-1] if len(used) == 1 else ''}" in out
     assert f"Gaussian fitted to the training rows of {name}: {measured:.2f} nats (published: " in out
-    assert name == "bsds" or f"but {Counter(BUILDERS[name].ROWS).most_common()[0][0]} in the published" in caplog.text
+    assert name == "bsds" or f"but {BUILDERS[name].ROWS[0]} in the published" in caplog.text
     assert f"these are not the published data of '{name}'" in caplog.text  # indeed
-    recorded = {path.name for path in folder.iterdir()} - {path.name for path in used}
-    assert recorded == {f"{path.name}.sha256" for path in used}
+    assert sorted(folder.iterdir()) == used
 
 
-def test_text_files_come_first_then_archives_then_the_network(monkeypatch, capsys):
+def test_text_files_come_first_then_archives_then_the_network(monkeypatch):
     asked = []
 
-    def drive(url, path):
+    def fetch(url, path):
         asked.append((url[:24], path.name))
         np.savetxt(path, np.full((20, 6), 3.0))
 
-    monkeypatch.setattr(tabular, "_fetch_from_drive", drive)
+    monkeypatch.setattr(maf, "fetch", fetch)
     folder = write("power", "old")
     prepared = Path(os.environ["TFDS_DATA_DIR"]) / "power"
-    assert data.load("power", "test").x.std() > 0 and not asked
-    for path in [*prepared.glob("*/*"), *prepared.iterdir()]:
-        path.unlink() if path.is_file() else path.rmdir()
+    assert data.load("power", "test").x.std() > 0
+    shutil.rmtree(prepared)
     for split in ("train", "val", "test"):
         np.savetxt(folder / f"{split}.txt", np.full((20, 6), 2.0))
     assert (data.load("power", "test").x == 2).all() and not asked
-    for path in [*folder.iterdir(), *prepared.glob("*/*"), *prepared.iterdir()]:
-        path.unlink() if path.is_file() else path.rmdir()
+    shutil.rmtree(folder), shutil.rmtree(prepared)
+    folder.mkdir()
     assert (data.load("power", "test").x == 3).all()
     assert asked == [("https://drive.google.com", f"{split}.txt") for split in ("train", "val", "test")]
-    capsys.readouterr()
 
 
 def test_offline_one_line_names_every_file_that_would_do():
-    with pytest.raises(UserError) as error:
-        data.load("hepmass", "train")
-    line = str(error.value)
-    assert "\n" not in line and "drive.google.com: ConnectionError, archive.ics.uci.edu: ConnectionError" in line
+    line = refusal(data.load, "hepmass", "train")
+    assert "drive.google.com: no network here, archive.ics.uci.edu: no network here" in line
     assert f"put into '{manual('hepmass')}' train.txt (https://drive.google.com/" in line
-    for name in (
-        "1000_train.csv.gz and https://archive.ics.uci.edu/",
-        "1000_test.csv.gz; or https",
-        "hepmass.zip; or ",
-    ):
-        assert name in line
+    csv = ("1000_train.csv.gz and https://archive.ics.uci.edu/", "1000_test.csv.gz; or https")
+    assert all(name in line for name in (*csv, "hepmass.zip; or "))
     assert line.endswith("; or 1000_train.csv and 1000_test.csv")
 
 
@@ -405,22 +391,15 @@ def test_if_google_drive_fails_the_archive_is_downloaded(monkeypatch):
     asked = []
 
     def fetch(url, path):
-        asked.append(url)
-        if "static" in url:
-            raise requests.HTTPError(response=requests.Response())
+        asked.append(url.split("/")[-1])
+        if "ml/machine" not in url:
+            unreachable()
         write("power", "old")
         assert path.exists()
 
-    monkeypatch.setattr(tabular, "fetch", fetch)
+    monkeypatch.setattr(maf, "fetch", fetch)
     assert len(data.load("power", "test")) == 28
-    assert [url.split("/")[-1] for url in asked] == [url.split("/")[-1] for (url,) in Power.ARCHIVES[:2]]
-
-    def interrupted(*_):
-        raise UserError("interrupted")
-
-    monkeypatch.setattr(tabular, "fetch", interrupted)
-    with pytest.raises(UserError, match=r"^interrupted$"):
-        data.load("gas", "train")
+    assert asked[1:] == [url.split("/")[-1] for (url,) in BUILDERS["power"].ARCHIVES[:2]]
 
 
 @pytest.mark.parametrize(
@@ -431,52 +410,29 @@ def test_if_google_drive_fails_the_archive_is_downloaded(monkeypatch):
         ("power", "household_power_consumption.txt", b"", "cannot read .*No columns"),
         ("gas", "ethylene_CO.txt", b"Time\n0 0 0 1 2 3\n", "cannot read"),
         ("miniboone", "MiniBooNE_PID.txt", b"many few\n1 2\n", "cannot read .*many"),
-        ("miniboone", "MiniBooNE_PID.txt", b"5 5\n" + b"1 2 3\n" * 10, "cannot read|does not give 43"),
+        ("miniboone", "MiniBooNE_PID.txt", b"5 5\n" + b"1 2 3\n" * 10, "must have 43 finite numbers a row"),
         ("bsds", "BSDS300-images.tgz", b"\x1f\x8b garbage", "cannot read"),
     ],
 )
 def test_what_is_not_the_archive_gives_one_line(name, file, content, message):
     (manual(name) / file).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        data.load(name, "train")
-    assert "\n" not in str(error.value) and file in str(error.value)
-    assert [path.name for path in manual(name).iterdir()] == [file]  # nothing recorded
+    line = refusal(data.load, name, "train")
+    assert re.search(message, line) and file in line
 
 
 @pytest.mark.parametrize("name", ["power", "bsds", "hepmass"])
 def test_a_truncated_archive_gives_one_line(name):
     for path in write(name, "new").iterdir():
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"cannot read .*delete it to download it again") as error:
-        data.load(name, "train")
-    assert "\n" not in str(error.value)
+    line = refusal(data.load, name, "train")
+    assert "cannot read" in line and "delete it to download it again" in line
 
 
 def test_archives_without_the_member():
     zipped(manual("gas") / "data.zip", **{"ethylene_methane.txt": "other"})
-    with pytest.raises(UserError, match=r"no ethylene_CO\.txt in '.*data\.zip'"):
-        data.load("gas", "train")
+    assert re.search(r"no ethylene_CO\.txt in '.*data\.zip'", refusal(data.load, "gas", "train"))
     write_photographs(manual("bsds") / "BSDS300-images.tgz", {"train/0": np.zeros((20, 20, 3), np.uint8)})
-    with pytest.raises(UserError, match=r"has 1 and 0 \.jpg files"):
-        data.load("bsds", "train")
-
-
-def test_another_archive_is_noticed_when_it_is_used_again(capsys):
-    folder = write("miniboone", "old")
-    data.load("miniboone", "train")
-    file, prepared = folder / "MiniBooNE_PID.txt", Path(os.environ["TFDS_DATA_DIR"]) / "miniboone"
-    assert (folder / "MiniBooNE_PID.txt.sha256").read_text() == f"{download.file_fingerprint(file)}  {file.name}\n"
-    file.write_text(file.read_text().replace("1.", "2."))
-    with pytest.raises(UserError, match="has changed since"):
-        data.load("miniboone", "train")
-    for path in [*prepared.glob("*/*"), *prepared.iterdir()]:
-        path.unlink() if path.is_file() else path.rmdir()
-    with pytest.raises(UserError, match=r"not the file that was used before .*MiniBooNE_PID\.txt\.sha256") as error:
-        data.load("miniboone", "train")
-    assert "\n" not in str(error.value)
-    (folder / "MiniBooNE_PID.txt.sha256").unlink()
-    data.load("miniboone", "train")
-    capsys.readouterr()
+    assert "has 1 and 0 .jpg files" in refusal(data.load, "bsds", "train")
 
 
 # The Gaussian --------------------------------------------------------------------------------------------------------
@@ -501,13 +457,10 @@ def test_more_than_half_a_nat_apart_is_a_warning(measured, warned, caplog, capsy
     assert ("not the published data" in caplog.text) == warned
 
 
-def test_only_the_five_tables_are_checked_and_those_prepared_earlier_too():
+def test_only_the_five_tables_are_checked_and_are_prepared_for_it():
     assert data.gaussian_check("digits") is None and data.gaussian_check("mixture") is None
     write("miniboone", "old")
-    measured = data.gaussian_check("miniboone").measured
-    (path,) = Path(os.environ["TFDS_DATA_DIR"]).glob("miniboone/*/metadata.json")
-    path.unlink()
-    assert data.gaussian_check("miniboone").measured == measured
+    assert np.isfinite(data.gaussian_check("miniboone").measured)
 
 
 def test_the_evaluation_repeats_the_check(tmp_path, monkeypatch, capsys):

@@ -12,11 +12,12 @@ import pytest
 from helpers.configs import ROOT
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+BUILDERS = [path.relative_to(ROOT) for path in sorted((ROOT / "datasets").rglob("*.py"))]
 LIBRARY = [path.relative_to(ROOT) for path in sorted((ROOT / "posterior_matching").rglob("*.py"))]
 
 # The floors of the house, from the roof down: a module may import from lower floors and from its own room.
 FLOORS = [
-    ["script"],
+    ["script", "datasets"],  # the builders of TFDS datasets, which nobody imports by name
     ["cli", "impute"],
     ["training", "evaluation"],
     ["runs"],
@@ -35,13 +36,15 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {name_of(path): path for path in LIBRARY} | {name: pathlib.Path(f"{name}.py") for name in SCRIPTS}
+MODULES = {name_of(path): path for path in LIBRARY + BUILDERS} | {name: pathlib.Path(f"{name}.py") for name in SCRIPTS}
 
 
 def room_of(module):
     if module in SCRIPTS:
         return "script"
     parts = module.split(".")
+    if parts[0] == "datasets":
+        return "datasets"
     return parts[1] if len(parts) > 1 else FACE
 
 
@@ -62,6 +65,8 @@ def imports(module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            if module.startswith("datasets") and node.level:  # its package has another name in a wheel
+                continue
             assert not node.level, f"{module}: a relative import"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in MODULES else node.module for name in names}
@@ -78,6 +83,11 @@ def test_imports_go_down_only(module):
     room = room_of(module)
     for other in imports(module):
         assert room == FACE or room_of(other) == room != "script" or FLOOR[room_of(other)] > FLOOR[room], other
+
+
+def test_builders_need_only_data():
+    for module in map(name_of, BUILDERS):
+        assert {room_of(other) for other in imports(module)} <= {"data", "errors"}
 
 
 def test_no_circle_between_files_or_between_folders():
@@ -114,6 +124,17 @@ def test_importing_the_package_imports_nothing_heavy():
     program = "import sys, posterior_matching; print({m.split('.')[0] for m in sys.modules} & {'jax', 'flax', 'numpy'})"
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+@pytest.mark.process
+def test_the_top_level_holds_what_the_design_lists():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in files.splitlines() if not line.startswith(".")}
+    documents = {"README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "docs"}
+    folders = {"configs", "datasets", "notebooks", "benchmarks", "figures", "posterior_matching", "tests"}
+    build = {"Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt"}
+    assert top == documents | folders | build | {f"{name}.py" for name in SCRIPTS}
+    assert all(name == "impute" or name.startswith(("train_", "eval_")) for name in SCRIPTS)
 
 
 def test_training_scripts_are_small():

@@ -1,12 +1,11 @@
-"""The TFDS builders in data/builders: prepared from text files on disk, or downloaded by a stand-in for gdown."""
+"""The TFDS builders in datasets/: prepared from text files on disk, or downloaded by a stand-in for gdown."""
 
-import importlib
-import json
 import os
+import re
 import shutil
-import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -49,26 +48,6 @@ def test_manual_files_come_back_exactly_and_in_order(name):
         assert (dataset.split, dataset.input_shape, dataset.x.dtype) == (own_name, (FEATURES[name],), np.float32)
         np.testing.assert_array_equal(dataset.x, rows[own_name])
     assert "tensorflow" not in sys.modules
-
-
-def test_facts_of_the_builders():
-    # The rows of the paper's table; the features are checked above.
-    rows = {
-        "gas": (852_174, 94_685, 105_206),
-        "power": (1_659_917, 184_435, 204_928),
-        "hepmass": (315_123, 35_013, 174_987),
-        "miniboone": (29_556, 3_284, 3_648),
-        "bsds": (1_000_000, 50_000, 250_000),
-    }
-    nats = {"gas": -3.58, "power": -7.74, "hepmass": -27.93, "miniboone": -37.24, "bsds": 96.67}
-    ids = set()
-    for name in rows:
-        module = importlib.import_module(f"posterior_matching.data.builders.{name}")
-        builder = getattr(module, name.capitalize())
-        assert (builder.name, builder.ROWS, builder.NUM_FEATURES) == (name, rows[name], FEATURES[name])
-        assert nats[name] == builder.GAUSSIAN_NATS
-        ids |= set(builder.DRIVE_IDS)
-    assert len(ids) == 15 and {len(drive_id) for drive_id in ids} == {33}
 
 
 def test_download_then_reuse(monkeypatch, caplog):
@@ -183,18 +162,46 @@ def test_a_prepared_dataset_is_not_trusted(damage, by_code, monkeypatch, tmp_pat
 
 
 @pytest.mark.process
+def test_a_wheel_holds_the_builders_and_is_not_confused_by_another_datasets(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    for folder in ("posterior_matching", "datasets"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, f"--wheel-dir={wheels}", str(source)], check=True)
+    with zipfile.ZipFile(next(wheels.iterdir())) as wheel:
+        wheel.extractall(wheels)
+        packed = {name for name in wheel.namelist() if name.endswith(".py")}
+    kept = {str(path.relative_to(source)) for path in source.rglob("*.py") if "build" not in path.parts}
+    assert packed == {re.sub("^datasets/", "posterior_matching/datasets/", name) for name in kept}
+
+    write_files("power", 6)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "datasets.py").write_text("raise SystemExit('not ours')")
+    program = "from posterior_matching import data; print(data.load('power', 'train').x.shape, data.__file__)"
+    for root in (wheels, ROOT):
+        variables = os.environ | {"PYTHONPATH": f"{tmp_path / 'other'}{os.pathsep}{root}"}
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
+        assert f"(30, 6) {root}" in result.stdout
+        shutil.rmtree(tmp_path / "tfds" / "power")
+
+
+@pytest.mark.process
 def test_killed_while_preparing():
     rows = write_files("gas", 8)
     killed = """
 import os, signal
 import numpy as np
 from posterior_matching import data
-from posterior_matching.data.builders import tabular
+from posterior_matching.data import maf
 def rows_then_death(self, x):
     yield 0, {"features": np.zeros(8, np.float32)}
     if len(x) == 5:  # val
         os.kill(os.getpid(), signal.SIGKILL)
-tabular.TabularBuilder._generate_examples = rows_then_death
+maf.TabularBuilder._generate_examples = rows_then_death
 data.load("gas", "train")
 """
     result = subprocess.run(
@@ -236,46 +243,6 @@ def test_slices_and_unknown_splits():
         data.load("gas", "train[:0]")
 
 
-def as_tfrecord(name, shards):
-    """Rewrites the prepared dataset as TFDS would have with TensorFlow: `shards` TFRecord files for split train."""
-    import tensorflow_datasets as tfds
-
-    folder = Path(os.environ["TFDS_DATA_DIR"]) / name / "1.0.0"
-    source = tfds.builder_from_directory(folder).as_data_source(
-        "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    records = source.__getitems__(range(len(source)))
-    info = json.loads((folder / "dataset_info.json").read_text())
-    info["fileFormat"] = "tfrecord"
-    info["splits"] = [split for split in info["splits"] if split["name"] == "train"]
-    parts = np.array_split(np.arange(len(records)), shards)
-    info["splits"][0]["shardLengths"] = [str(len(part)) for part in parts]
-    for path in folder.glob("*array_record*"):
-        path.unlink()
-    paths = []
-    for shard, part in enumerate(parts):
-        paths.append(folder / f"{name}-train.tfrecord-{shard:05}-of-{shards:05}")
-        with open(paths[-1], "wb") as file:
-            for index in part:
-                file.write(struct.pack("<Q", len(records[index])) + b"crc1" + records[index] + b"crc2")
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return paths
-
-
-def test_data_prepared_as_tfrecord():
-    rows = write_files("gas", 8)
-    data.load("gas", "val")
-    paths = as_tfrecord("gas", shards=3)
-    np.testing.assert_array_equal(data.load("gas", "train").x, rows["train"])
-    np.testing.assert_array_equal(data.load("gas", "train[5:22]").x, rows["train"][5:22])
-    whole = paths[1].read_bytes()
-    for damaged in (whole[:-5], whole[: len(whole) // 2], b"\xff" * 100, b"", whole[:12] + b"\xff" * 50 + whole[62:]):
-        paths[1].write_bytes(damaged)
-        with pytest.raises(UserError, match="prepare it again") as error:
-            data.load("gas", "train")
-        assert "\n" not in str(error.value)
-
-
 def test_a_prepared_dataset_without_code():
     rows = write_files("gas", 8)
     data.load("gas", "train")
@@ -310,7 +277,6 @@ def test_folder_that_is_not_a_dataset():
     rows = write_files("gas", 8)
     folder.rmdir()
     data.load("gas", "train")
-    as_tfrecord("gas", shards=1)
     info = (folder / "dataset_info.json").read_text()
     (folder / "dataset_info.json").write_text(info.replace('"30"', '"31"'))  # one more than there are
     with pytest.raises(UserError, match="holds 30 examples, not 31"):

@@ -8,9 +8,8 @@ from typing import IO
 
 import numpy as np
 import pandas as pd
-import requests
 
-from posterior_matching.data.download import fetch
+from posterior_matching.data.cache import fetch
 from posterior_matching.data.tables.read import Table, TableOptions, read_table
 from posterior_matching.data.tables.schema import TableSchema
 from posterior_matching.errors import UserError, first_line
@@ -64,8 +63,8 @@ def _frames() -> list[pd.DataFrame]:
         with zipfile.ZipFile(archive) as opened:
             return [_read(opened.open(name), f"{archive}/{name}") for name in FILES]
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        problem = "no connection" if isinstance(error, requests.ConnectionError) else first_line(error)
-        raise UserError(f"cannot read 'adult' ({problem}): put {' and '.join(FILES)} of {URL} into {folder}") from error
+        remedy = f"put {' and '.join(FILES)} of {URL} into {folder}"
+        raise UserError(f"cannot read 'adult' ({first_line(error)}): {remedy}") from error
 
 
 def _read(file: Path | IO[bytes], source: str) -> pd.DataFrame:

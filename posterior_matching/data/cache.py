@@ -1,8 +1,9 @@
-"""A disk cache of decoded arrays, as decoding records one by one in Python takes seconds to minutes."""
+"""Downloads, and a disk cache of decoded arrays, as decoding records in Python takes seconds to minutes."""
 
 import hashlib
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -64,3 +65,23 @@ def file_fingerprint(path: Path) -> str:
     """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(url: str, path: Path) -> None:
+    """Downloads a file, from Google Drive by gdown, unless it exists; it appears once it is complete.
+
+    Raises:
+        ConnectionError: It cannot be downloaded or written. The message is a few words.
+    """
+    import gdown
+    import pooch
+
+    def from_drive(url: str, output: str, _: object) -> None:
+        gdown.download(url, output=output)
+
+    pooch.get_logger().setLevel("WARNING")  # it would print how to pin the checksum
+    try:
+        drive = from_drive if "://drive.google.com/" in url else None
+        pooch.retrieve(url, None, path.name, path.parent, downloader=drive, progressbar=sys.stderr.isatty())
+    except Exception as error:  # of requests, gdown or the file system: they have no common base
+        raise ConnectionError(getattr(error, "strerror", None) or type(error).__name__) from error

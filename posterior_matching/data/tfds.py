@@ -2,13 +2,13 @@
 
 import contextlib
 import difflib
+import functools
 import gzip
-import importlib
 import io
-import itertools
 import json
 import os
 import re
+import runpy
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from absl import logging
 
 from posterior_matching.data.cache import cached
 from posterior_matching.data.dataset import resolve_split, unknown_split
-from posterior_matching.data.gaussian import GaussianCheck, gaussian_log_likelihood
+from posterior_matching.data.gaussian import GaussianCheck
 from posterior_matching.errors import UserError, first_line
 from posterior_matching.progress import progress_bar
 
@@ -77,11 +77,10 @@ def gaussian_check(name: str) -> GaussianCheck | None:
     if name not in TABULAR:
         return None
     builder = _builder(name)
-    measured = builder.info.metadata.get("gaussian_nats")
-    if not isinstance(measured, float):  # not prepared, or by an earlier version
-        (_, train, _), (_, test, _) = read(name, "train"), read(name, "test")
-        measured = gaussian_log_likelihood(train, test)
-    return GaussianCheck(name, measured, builder.GAUSSIAN_NATS)
+    if not builder.data_path.exists():
+        read(name, "test")
+        builder = _builder(name)
+    return GaussianCheck(name, builder.info.metadata["gaussian_nats"], builder.GAUSSIAN_NATS)
 
 
 def is_known(name: str) -> bool:
@@ -99,23 +98,13 @@ def _check_features(name: str) -> None:
     for folder in list_data_dirs(os.environ.get("TFDS_DATA_DIR")):
         for path in Path(folder, dataset).glob("**/features.json"):
             try:
-                foreign = [c for c in _class_names(json.loads(path.read_text())) if not _OF_TFDS.fullmatch(c)]
+                stored = json.dumps(json.loads(path.read_text()))
             except (OSError, ValueError, RecursionError) as error:
                 remedy = "delete that folder to prepare the dataset again"
                 raise UserError(f"cannot read '{path}' ({first_line(error)}): {remedy}") from error
-            if foreign:
-                raise UserError(f"'{path}' names the feature type '{foreign[0]}', which is not one of TFDS's own")
-
-
-_OF_TFDS = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+")
-
-
-def _class_names(stored: Any) -> Iterator[str]:
-    if isinstance(stored, dict):
-        yield from (str(value) for key, value in stored.items() if key == "pythonClassName")
-    if isinstance(stored, dict | list):
-        for value in stored.values() if isinstance(stored, dict) else stored:
-            yield from _class_names(value)
+            for kind in re.findall(r'"pythonClassName": "(.*?)"', stored):
+                if not re.fullmatch(r"tensorflow_datasets\.core\.features\.\w+\.\w+", kind):
+                    raise UserError(f"'{path}' names the feature type '{kind}', which is not one of TFDS's own")
 
 
 # Builders ------------------------------------------------------------------------------------------------------------
@@ -126,7 +115,7 @@ def _builder(name: str) -> Any:
 
     data_dir = os.environ.get("TFDS_DATA_DIR")  # TFDS itself reads it once, at import
     try:
-        own_class = _tabular_builder_class(name) if name in TABULAR else _idx_builder_class(tfds.builder_cls(name))
+        own_class = tabular_builder(name) if name in TABULAR else _idx_builder_class(tfds.builder_cls(name))
     except ValueError:  # unknown to TFDS; perhaps "name/config", or prepared on disk by another builder
         own_class = None
     try:
@@ -141,12 +130,19 @@ def _builder(name: str) -> Any:
         raise UserError(f"unknown dataset '{name}': {hint} (or the path of your own data)") from error
 
 
-def _tabular_builder_class(name: str) -> type:
+@functools.cache
+def tabular_builder(name: str) -> Any:
+    """Returns the builder class of one of `TABULAR`, from `datasets/<name>/<name>.py` of the wheel or the checkout.
+
+    It is loaded as a file, as other packages are called `datasets`, too.
+    """
     import tensorflow_datasets as tfds
 
+    package = Path(__file__).parents[1]
+    folder = next(path for path in (package / "datasets", package.parent / "datasets") if path.is_dir())
     with tfds.core.registered.skip_registration():
-        module = importlib.import_module(f"posterior_matching.data.builders.{name}")
-    return getattr(module, name.capitalize())
+        module = runpy.run_path(str(folder / name / f"{name}.py"), run_name=f"posterior_matching.datasets.{name}")
+    return module[name.capitalize()]
 
 
 def _idx_builder_class(parent: Any) -> Any:
@@ -192,7 +188,6 @@ def _prepare(builder: Any) -> None:
     """Downloads and prepares the dataset. TFDS writes to a temporary folder and renames it once it is complete."""
     import logging as pythonlogging
 
-    import requests
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
 
@@ -208,14 +203,14 @@ def _prepare(builder: Any) -> None:
         builder.download_and_prepare(file_format="array_record", download_config=config)
     except UserError:
         raise
-    except requests.exceptions.ConnectionError as error:
-        raise UserError(f"cannot download dataset '{builder.name}' (no network?): {remedy}") from error
     except ImportError as error:
         missing = "a package that is not installed, most likely TensorFlow"
         raise UserError(f"TFDS prepares dataset '{builder.name}' with {missing}: {remedy}") from error
     except Exception as error:
         if builder.data_path.exists():  # another process was faster
             return
+        if isinstance(error, OSError) and error.errno is None:  # of requests
+            raise UserError(f"cannot download dataset '{builder.name}' (no network?): {remedy}") from error
         raise UserError(f"cannot prepare dataset '{builder.name}' ({first_line(error)}): {remedy}") from error
     finally:
         for folder in sorted(_folders(root) - before, reverse=True):  # subfolders first
@@ -231,51 +226,26 @@ def _folders(root: Path) -> set[Path]:
 # Records -------------------------------------------------------------------------------------------------------------
 
 
-def _records(builder: Any, split: str) -> Iterator[bytes]:
-    """Yields the serialised examples of a split, in order, from ArrayRecord or TFRecord files.
+def _source(builder: Any, split: str) -> Any:
+    """Returns the serialised examples of a split, in order, by index.
 
     Raises:
-        ValueError: The files hold fewer than `dataset_info.json` claims; nothing has been yielded then.
+        ValueError: The files hold fewer than `dataset_info.json` claims.
     """
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
 
-    parts = builder.info.splits[split].file_instructions
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if "array_record" in formats:
-        for part in parts:
-            reader = ArrayRecordReader(part.filename)
-            _check_num_examples(part, reader.num_records())
-            reader.close()
-        raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
-        for start in range(0, len(source), _CHUNK):
-            yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
-    elif "tfrecord" in formats:
-        for part in parts:
-            _check_num_examples(part, sum(1 for _ in _tfrecords(part.filename)))
-        for part in parts:
-            yield from itertools.islice(_tfrecords(part.filename), part.skip, part.skip + part.take)
-    else:
-        found = ", ".join(sorted(formats)) or "an unknown format"
-        raise UserError(f"'{builder.data_path}' is stored as {found}: delete it to prepare it again as array_record")
-
-
-def _check_num_examples(part: Any, found: int) -> None:
-    if part.skip + part.take > found:
-        raise ValueError(f"'{part.filename}' holds {found} examples, not {part.skip + part.take}")
-
-
-def _tfrecords(path: str) -> Iterator[bytes]:
-    """Yields the payloads of a TFRecord file: each is framed as uint64 length, its crc32, payload, crc32."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        while header := file.read(12):
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
-            if file.tell() + length + 4 > size:
-                raise UserError(f"'{path}' is truncated or not a TFRecord file: delete its folder to prepare it again")
-            yield file.read(length)
-            file.seek(4, os.SEEK_CUR)
+    formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
+    if "array_record" not in formats:
+        stored = ", ".join(formats) or "an unknown format"
+        raise UserError(f"'{builder.data_path}' is stored as {stored}: delete it to prepare it again as array_record")
+    for part in builder.info.splits[split].file_instructions:
+        reader = ArrayRecordReader(part.filename)
+        if part.skip + part.take > (size := reader.num_records()):
+            raise ValueError(f"'{part.filename}' holds {size} examples, not {part.skip + part.take}")
+        reader.close()
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
 
 
 def _decoder(builder: Any) -> tuple[str, Callable[[list[Any]], np.ndarray]]:
@@ -308,35 +278,29 @@ def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
     key, decode = _decoder(builder)
     total = builder.info.splits[split].num_examples
     labelled = isinstance(dict(builder.info.features.items()).get("label"), tfds.features.ClassLabel)
-    x: np.ndarray | None = None
-    records = _records(builder, split)
-    with _reading(builder), progress_bar(total=total, desc=f"decoding {builder.name} {split}", delay=5) as bar:
-        for start in range(0, total, _CHUNK):
-            rows = slice(start, min(start + _CHUNK, total))
-            chunk = [tf_example_pb2.Example.FromString(r).features.feature for r in itertools.islice(records, _CHUNK)]
-            if len(chunk) != rows.stop - rows.start:
-                raise ValueError("examples are missing")
-            decoded = decode([_value(example[key]) for example in chunk])
-            if x is None:
-                x, label = np.empty((total, *decoded.shape[1:]), decoded.dtype), np.empty(total, np.int32)
-            x[rows] = decoded
-            if labelled:
-                label[rows] = [_value(example["label"])[0] for example in chunk]
-            bar.update(len(chunk))
-    if x is None:
+    if not total:
         raise UserError(f"split '{split}' of dataset '{builder.name}' is empty")
-    return {"x": x, "label": label} if labelled else {"x": x}
-
-
-@contextlib.contextmanager
-def _reading(builder: Any) -> Iterator[None]:
+    arrays: dict[str, np.ndarray] = {}
     try:
-        yield
+        source = _source(builder, split)
+        with progress_bar(total=total, desc=f"decoding {builder.name} {split}", delay=5) as bar:
+            for start in range(0, total, _CHUNK):
+                rows = range(start, min(start + _CHUNK, total))
+                examples = [tf_example_pb2.Example.FromString(r).features.feature for r in source.__getitems__(rows)]
+                chunk = {"x": decode([_value(example[key]) for example in examples])}
+                if labelled:
+                    chunk["label"] = np.array([_value(example["label"])[0] for example in examples], np.int32)
+                if not arrays:
+                    arrays = {name: np.empty((total, *v.shape[1:]), v.dtype) for name, v in chunk.items()}
+                for name, values in chunk.items():
+                    arrays[name][rows] = values
+                bar.update(len(examples))
     except UserError:
         raise
     except Exception as error:
         remedy = "delete that folder to prepare it again"
         raise UserError(f"cannot read '{builder.data_path}' ({first_line(error)}): {remedy}") from error
+    return arrays
 
 
 def _value(feature: Any) -> Any:

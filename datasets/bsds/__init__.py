@@ -1,0 +1,3 @@
+"""The bsds dataset."""
+
+from .bsds import Bsds as Bsds

@@ -1,0 +1,3 @@
+"""The gas dataset."""
+
+from .gas import Gas as Gas

@@ -1,0 +1,3 @@
+"""The hepmass dataset."""
+
+from .hepmass import Hepmass as Hepmass

@@ -1,0 +1,3 @@
+"""The miniboone dataset."""
+
+from .miniboone import Miniboone as Miniboone

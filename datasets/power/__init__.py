@@ -1,0 +1,3 @@
+"""The power dataset."""
+
+from .power import Power as Power
