@@ -50,9 +50,8 @@ def add(path, code):
 def contributed(tmp_path_factory):
     """The copy, and the code that is to be run there."""
     folder, examples, path = tmp_path_factory.mktemp("contributed"), [], None
-    for name in ("posterior_matching", "datasets", "configs", "benchmarks", "tests"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("posterior_matching", "configs", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for source in [*ROOT.glob("train_*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(source, folder)
     for text, code in zip(PARTS[::2], PARTS[1::2], strict=False):

@@ -28,7 +28,7 @@ GUIDES += [
 ]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 LINKED = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.toml"), ROOT / "Makefile"]
-LINKED += [ROOT / "benchmarks", ROOT / "datasets", ROOT / "posterior_matching"]
+LINKED += [ROOT / "benchmarks", ROOT / "posterior_matching"]
 
 STEPS = {"steps": 3, "validation_every": 3, "log_every": 1, "batch_size": 4}
 # Flags by which evaluations and benchmarks are made small; each gets those it has.
