@@ -30,7 +30,7 @@ def training() -> ConfigDict:
 
 
 def table() -> ConfigDict:
-    """The keys of `data.TableOptions`: what the user's own file does not say by itself; None: found out."""
+    """The keys of `data.TableOptions`: what a file of your own does not say by itself; None: detected."""
     return ConfigDict(
         {
             "separator": config_dict.placeholder(str),
@@ -50,7 +50,7 @@ def table() -> ConfigDict:
 
 
 def images() -> ConfigDict:
-    """The keys of `data.ImageOptions`: what to make of the user's own images; None: as they are, or found out."""
+    """The keys of `data.ImageOptions`: how to use images of your own; None: as they are."""
     return ConfigDict(
         {
             "size": config_dict.placeholder(int),  # resize to size x size pixels
@@ -158,7 +158,7 @@ def autoregressive_gmm(residual_blocks: int, hidden_units: int = 256) -> ConfigD
 def pm_vae_tabular(
     latent_dim: int, encoder_blocks: int = 2, decoder_blocks: int = 2, layer_norm: bool = False, dropout: float = 0.0
 ) -> ConfigDict:
-    """What the experiments on tables share."""
+    """Settings shared by the experiments on tables."""
     config = pm_vae()
     config.noise_std = 0.001
     config.matching_ll_stop_gradients = True
@@ -189,7 +189,7 @@ def pm_vae_image(
     decoder_layers: tuple[tuple[int, int, int], ...],
     partial_posterior: ConfigDict,
 ) -> ConfigDict:
-    """What the image experiments share; layers are (filters, kernel size, stride)."""
+    """Settings shared by the image experiments; layers are (filters, kernel size, stride)."""
     config = pm_vae()
     config.evaluate_checkpoint = "best"
     encoder = ConfigDict({"name": "ConvEncoder", "conv_layers": encoder_layers})
@@ -208,12 +208,12 @@ def pm_vae_image(
 
 
 def conv_network(name: str) -> ConfigDict:
-    """A ConvEncoder or ConvDecoder whose layers are found from the size of the images."""
+    """A ConvEncoder or ConvDecoder whose layers follow from the size of the images."""
     return ConfigDict({"name": name, "conv_layers": config_dict.placeholder(tuple)})
 
 
 def for_images(config: ConfigDict) -> None:
-    """Sets what the configs for images of one's own share: masks of any size, averaged weights, the best checkpoint."""
+    """Settings shared by the configs for images of your own: masks of any size, averaged weights, best checkpoint."""
     if "mask_generator" in config:
         config.mask_generator = {
             "name": "MixtureMaskGenerator",

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
         "partial_posterior": common.autoregressive_gmm(residual_blocks=2),
     }
     common.for_images(config)
-    config.batch_size = config_dict.placeholder(int)  # found from the number of images
+    config.batch_size = config_dict.placeholder(int)  # None: set by the number of images
     config.steps = 20_000
     config.optimizer.transition_steps = 2000
     return config

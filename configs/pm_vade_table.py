@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     }
     config.noise_std = 0.05
     config.ema_decay = 0.99
-    config.batch_size = config_dict.placeholder(int)  # found from the number of rows
+    config.batch_size = config_dict.placeholder(int)  # None: set by the number of rows
     config.steps = 1500
     config.validation_every = 250
     config.evaluate_checkpoint = "best"

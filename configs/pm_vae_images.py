@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     }
     common.for_images(config)
     config.matching_ll_stop_gradients = True
-    config.batch_size = config_dict.placeholder(int)  # found from the number of images
+    config.batch_size = config_dict.placeholder(int)  # None: set by the number of images
     config.steps = 50_000
     return config

@@ -13,5 +13,5 @@ def get_config() -> ConfigDict:
     config = common.pm_vae()
     del config.beta  # of a schedule with other options
     config.update(table_config())
-    config.batch_size = config_dict.placeholder(int)  # found from the number of rows
+    config.batch_size = config_dict.placeholder(int)  # None: set by the number of rows
     return config

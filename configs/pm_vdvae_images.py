@@ -11,7 +11,7 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.pm_vdvae()
     common.for_images(config)
-    config.model.encoder = config_dict.placeholder(str)  # found from the size
+    config.model.encoder = config_dict.placeholder(str)  # None: set by the size
     config.model.decoder = config_dict.placeholder(str)
     config.model.width = 128
     config.steps = 100_000

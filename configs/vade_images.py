@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         "likelihood": {"name": "SharedScaleGaussian"},
     }
     common.for_images(config)
-    config.batch_size = config_dict.placeholder(int)  # found from the number of images
+    config.batch_size = config_dict.placeholder(int)  # None: set by the number of images
     config.pretraining.steps = 10_000
     config.pretraining.optimizer.decay_rate = 1.0
     config.steps = config.pretraining.steps + 20_000

@@ -18,11 +18,11 @@ def get_config() -> ConfigDict:
         "posterior": {"name": "DiagonalGaussian"},
         "decoder": network.copy_and_resolve_references(),
         "likelihood": {"name": "Columns"},
-        "availability": config_dict.placeholder(bool),  # found from the data
+        "availability": config_dict.placeholder(bool),  # None: set by the data
     }
     config.noise_std = 0.1
     config.ema_decay = 0.99
-    config.batch_size = config_dict.placeholder(int)  # found from the number of rows
+    config.batch_size = config_dict.placeholder(int)  # None: set by the number of rows
     config.pretraining.steps = 1000
     config.pretraining.optimizer.weight_decay = 1e-3
     config.steps = config.pretraining.steps + 1000

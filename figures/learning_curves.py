@@ -45,9 +45,9 @@ def draw(run_dirs: list[str]) -> plt.Figure:
     losses = [read_losses(run_dir) for run_dir in run_dirs]
     num_rows = -(-len(losses) // _COLUMNS)
     figure, axes = plt.subplots(num_rows, _COLUMNS, figsize=(9, 2.1 * num_rows), squeeze=False)
-    for axis, run_dir, found in zip(axes.flat, run_dirs, losses, strict=False):
-        axis.plot(found["step"], found["train_loss"], color="tab:grey", label="training")
-        axis.plot(found["step"], found["val_loss"], color="tab:blue", label="validation")
+    for axis, run_dir, curves in zip(axes.flat, run_dirs, losses, strict=False):
+        axis.plot(curves["step"], curves["train_loss"], color="tab:grey", label="training")
+        axis.plot(curves["step"], curves["val_loss"], color="tab:blue", label="validation")
         axis.set_title(pathlib.Path(run_dir).name, fontsize=8)
         axis.tick_params(labelsize=6)
         axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))

@@ -1,6 +1,6 @@
-"""The documents: every command and the Python example of the README run, links resolve, versions agree.
+"""The documents: every command and Python example of the README and of the guides runs, links resolve, versions agree.
 
-Commands run in the order of the README, as written but with small configs and few samples. Only the outside world is
+Commands run in the order of the documents, as written but with small configs and few samples. Only the outside world is
 replaced: downloaded data and hosts. `make` only prints what it would do.
 """
 
@@ -22,6 +22,10 @@ from helpers.scripts import execute, finish, free_port, run_script, spawn, write
 pytestmark = pytest.mark.process
 
 README = (ROOT / "README.md").read_text()
+GUIDES = [ROOT / "README.md"]
+GUIDES += [
+    ROOT / "docs" / f"{name}.md" for name in ("tables", "images", "clustering", "acquisition", "devices", "speed")
+]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 LINKED = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.toml"), ROOT / "Makefile"]
 LINKED += [ROOT / "benchmarks", ROOT / "posterior_matching"]
@@ -42,22 +46,28 @@ FEW = {
     "benchmarks/imputation": {"methods": "mean,knn", "shares": 0.3},
 }
 TRAINING = {f"config.{key}": value for key, value in STEPS.items()}  # of a script that may also train
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def sections():
-    """The README's sections with commands: heading -> commands."""
-    found = {}
-    for section in README.split("\n## ")[1:]:
-        heading, text = section.split("\n", 1)
-        lines = re.sub(r" \\\n *", " ", re.sub(r"```.*?```", "", text, flags=re.DOTALL)).splitlines()
-        commands = [re.sub(r"  +#.*", "", line.strip()) for line in lines if line.startswith("    ")]
-        if commands := [c for c in commands if c.split()[0] in ("python", "make", "tensorboard")]:
-            found[heading] = commands
-    return found
+    """The sections to run: heading -> commands that no earlier section has, Python examples."""
+    sections, seen = {}, set()
+    for guide in GUIDES:
+        for section in guide.read_text().split("\n## ")[1:]:
+            heading, text = section.split("\n", 1)
+            if heading == "How well it imputes" or (guide.stem == "speed" and heading != "Measure"):
+                continue  # records of measurements
+            examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+            lines = re.sub(r" \\\n *", " ", re.sub(r"```.*?```", "", text, flags=re.DOTALL)).splitlines()
+            commands = [re.sub(r"  +#.*", "", line.strip()) for line in lines if line.startswith("    ")]
+            commands = [c for c in commands if c.split()[0] in ("python", "make", "tensorboard") and c not in seen]
+            seen.update(commands)
+            if commands or examples:
+                sections[f"{guide.stem}: {heading}"] = commands, examples
+    return sections
 
 
 SECTIONS = sections()
+COMMANDS = [command for commands, _ in SECTIONS.values() for command in commands]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +95,7 @@ def checkout(tmp_path_factory):
 
 
 def small(command, port):
-    """The arguments of a command of the README, with few samples of everything."""
+    """The arguments of a command, with few samples of everything."""
     name, *arguments = shlex.split(command)
     if name == "make":
         return ["make", "--dry-run", f"PYTHON={sys.executable}", *arguments]
@@ -102,11 +112,12 @@ def small(command, port):
 
 
 def test_every_command_stands_in_a_block_and_every_script_in_a_command():
-    assert not re.findall(r"`(?:python (?!-c)|make )[^`]*[ /][^`]*`", README)
-    scripts = {c.split()[1] for commands in SECTIONS.values() for c in commands if c.startswith("python")}
+    for guide in GUIDES:
+        if guide.stem != "speed":
+            assert not re.findall(r"`(?:python (?!-c)|make )[^`]*[ /][^`]*`", guide.read_text())
+    scripts = {command.split()[1] for command in COMMANDS if command.startswith("python")}
     assert {path.name for path in ROOT.glob("*.py")} <= scripts
-    configs = set(re.findall(r"configs/(\w+)\.py", " ".join(c for commands in SECTIONS.values() for c in commands)))
-    assert configs <= SMALL.keys()
+    assert set(re.findall(r"configs/(\w+)\.py", " ".join(COMMANDS))) <= SMALL.keys()
 
 
 def prose(document):
@@ -136,7 +147,7 @@ def test_the_readme_links_every_document():
 def test_the_readme_names_what_is_there():
     table = README.split("## Where to find it")[1].split("\n## ")[0]
     rows = re.findall(r"`(\S+\.py)`\]\(\S+\) \| `(\S+)` \|", table)
-    assert len(rows) == 4
+    assert rows
     for file, name in rows:
         assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (ROOT / file).read_text()), name
 
@@ -158,8 +169,9 @@ def test_pinned_versions_lie_in_the_declared_ranges():
 
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_the_commands_of_a_section_run(heading, checkout):
+    commands, examples = SECTIONS[heading]
     side_by_side, port = [], free_port()
-    for command in SECTIONS[heading]:
+    for command in commands:
         words = small(command, port)
         if "--num_processes" in command:
             side_by_side.append(spawn(words, checkout))
@@ -187,11 +199,10 @@ def test_the_commands_of_a_section_run(heading, checkout):
     for process in side_by_side:
         finish(process)
     assert not side_by_side or (checkout / "runs" / "shared" / "metrics.jsonl").exists()
-    if heading == "Your own data":
-        for example in EXAMPLES:
-            code = example.replace("random_state=0", f"random_state=0, config={STEPS}, num_samples=2")
-            (checkout / "example.py").write_text(code)
-            assert re.search(r"\d", run_script(checkout / "example", cwd=checkout)[0])
+    for example in examples:
+        example = example.replace("random_state=0", f"random_state=0, config={STEPS}, num_samples=2")
+        (checkout / "example.py").write_text(example)
+        assert re.search(r"\d", run_script(checkout / "example", cwd=checkout)[0])
 
 
 @pytest.mark.parametrize(
