@@ -25,7 +25,8 @@ FLOORS = [
     ["mask_generators"],
     ["masking", "data", "numerics"],
     ["config", "parallel"],
-    ["errors", "atomic", "progress"],
+    ["atomic", "progress"],
+    ["errors"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FACE = "posterior_matching"  # the package itself imports nothing before it is asked for it
