@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.linear_model import BayesianRidge, LogisticRegression
 
-from posterior_matching.data.tables.schema import one_hot
+from posterior_matching.evaluation.baselines import one_hot
 
 
 class ChainedImputer:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from posterior_matching.data.tables.schema import one_hot
+from posterior_matching.evaluation.baselines import one_hot
 
 _CAUSES = 0.3  # share of the columns that decide what is missing, as in the paper's experiments
 

@@ -6,8 +6,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from posterior_matching.data.tables.schema import one_hot
-
 BaselineFn = Callable[[np.ndarray], np.ndarray]
 
 
@@ -141,6 +139,23 @@ def _center(values: np.ndarray, cardinality: int) -> float:
     if not len(values):
         return 0.0
     return float(np.bincount(values.astype(int)).argmax() if cardinality else values.mean())
+
+
+def one_hot(x: np.ndarray, cardinalities: Sequence[int]) -> np.ndarray:
+    """Encodes the categories of encoded rows one-hot, real columns unchanged.
+
+    Args:
+        x: `[N, d]`, NaN = missing; categories as indices.
+        cardinalities: See `TableSchema.cardinalities`.
+
+    Returns:
+        `[N, width]`; NaN in all columns of a missing category.
+    """
+    columns = []
+    for values, count in zip(x.T, cardinalities, strict=True):
+        encoded = np.where(np.isnan(values)[:, None], np.nan, values[:, None] == np.arange(count))
+        columns.append(encoded if count else values[:, None])
+    return np.concatenate(columns, axis=1)
 
 
 def _fit_one_hot(imputer: Any, train: np.ndarray, cardinalities: Sequence[int]) -> BaselineFn:

@@ -24,6 +24,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 from posterior_matching import config as configs
 from posterior_matching import models, runs
 from posterior_matching.data import DataOptions, Table, TableOptions, TableSchema, read_table, saved_schema
+from posterior_matching.data.tables import spelling
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.impute.defaults import changed, table_config
 from posterior_matching.impute.imputer import ImputationMode, RowImputer, Unknown
@@ -39,8 +40,8 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
 
     Fitted on a DataFrame, it takes and returns DataFrames, with their dtypes, indices and observed cells; fitted on an
     array, it returns arrays. Columns are real, integer or categorical (texts, booleans, pandas categories, and those in
-    `categorical`), see `data.kinds`. Constant and empty columns are set aside and dropped ones passed through; an empty
-    column stays empty.
+    `categorical`), see `data.tables.kinds`. Constant and empty columns are set aside and dropped ones passed through;
+    an empty column stays empty.
     Of the rows given to `fit`, nine tenths are used for training and one tenth to decide when training stops.
 
     Invalid input raises a one-line `ValueError`.
@@ -281,7 +282,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
     @property
     def _has_names(self) -> bool:
         """Whether the columns had names when the model was trained, as those of arrays do not."""
-        return not all(re.fullmatch(r"column_\d+", name) for name in self.columns_.names)
+        return not spelling.is_unnamed(self.columns_.names)
 
     def _check_parameters(self) -> None:
         parameters = {key: getattr(self, key) for key in ("unknown_categories", "kind", "num_samples", "batch_size")}
@@ -321,7 +322,7 @@ class PosteriorMatchingImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstim
         if known is None:
             known = [str(c) for c in X.columns] if isinstance(X, pd.DataFrame) else None
         if known is None:
-            known = [f"column_{i + 1}" for i in range(self.n_features_in_)]
+            known = list(spelling.unnamed(self.n_features_in_))
         names = []
         for column in columns:
             if str(column) in known:

@@ -8,7 +8,8 @@ from posterior_matching import runs
 from posterior_matching.config import Count, Seed, check
 from posterior_matching.data import DataOptions, TableSchema, saved_schema
 from posterior_matching.data.images.source import is_images
-from posterior_matching.data.tables.read import iter_chunks, table_writer
+from posterior_matching.data.tables.read import iter_chunks
+from posterior_matching.data.tables.write import table_writer
 from posterior_matching.errors import UserError
 from posterior_matching.impute.imputer import ImputationMode, NumImputations, RowImputer, Unknown
 from posterior_matching.progress import progress_bar

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,15 +12,11 @@ import pyarrow.compute as pc
 from pydantic import PlainValidator
 
 from posterior_matching.config import call
-from posterior_matching.data.tables.dialect import Dialect, records
+from posterior_matching.data.tables import spelling
 from posterior_matching.errors import OptionError, UserError
 
-# Spellings of missing: in every column; and those in columns of numbers, which in columns of words may be categories.
-_MISSING = ("", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "-nan", "NULL", "Null", "null")
-_MISSING_NUMBER = (*_MISSING, "None", "none", "na", ".", "-", "--")
 Names = tuple[str | int, ...]
 CellType = Literal["number", "code", "word"]  # codes are categories spelled as numbers
-UNCERTAIN = sorted(set(_MISSING_NUMBER) - set(_MISSING))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +65,25 @@ class TableOptions:
 TableOption = Annotated[TableOptions, PlainValidator(functools.partial(call, TableOptions))]
 
 
+@dataclasses.dataclass(frozen=True)
+class TextFormat:
+    """How a text table is written.
+
+    Attributes:
+        separator: One character; a blank stands for any run of blanks and tabs.
+        encoding: A Python codec.
+        names: The name of every column, `column_1` and so on if the file has none.
+        header: The cells of the header line; None without one.
+        skip: The number of lines before the first row.
+    """
+
+    separator: str
+    encoding: str
+    names: tuple[str, ...]
+    header: tuple[str, ...] | None
+    skip: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
     """The interpretation of one column.
@@ -102,7 +114,8 @@ class Table:
         frame: [N, d] cells: the exact text of a text file, or values of their original types. Names are strings.
         source: Where it is from, for messages.
         options: How it is read.
-        dialect: The dialect of a text file; None for other formats.
+        text: The format of a text file; None for other formats.
+        lines: [N] line numbers of a text file.
         parts: Rows of `train`, `test` and optionally `val`, if the file defines them.
         fingerprint: SHA-256 of the file, or of the frame's values.
         first_row: For a chunk, the number of rows before its first.
@@ -111,7 +124,8 @@ class Table:
     frame: pd.DataFrame
     source: str
     options: TableOptions = TableOptions()
-    dialect: Dialect | None = None
+    text: TextFormat | None = None
+    lines: np.ndarray | None = None
     parts: Mapping[str, np.ndarray] | None = None
     fingerprint: str | None = None
     first_row: int = 0
@@ -126,31 +140,25 @@ class Table:
         return tuple(self.frame.columns)
 
     @property
-    def number(self) -> str:
+    def _number(self) -> str:
         """The regular expression of a number in the text of this table."""
-        point, group = re.escape(self.options.decimal or "."), re.escape(self.options.thousands)
-        whole = rf"\d{{1,3}}({group}\d{{3}})+|\d+" if group else r"\d+"
-        return rf"[+-]?(({whole})({point}\d*)?|{point}\d+)([eE][+-]?\d+)?"
+        number = spelling.number(self.options.decimal or ".", self.options.thousands)
+        return rf"^(?:{number}|[+-]?(?i:inf(?:inity)?))$"
 
     def where(self, name: str) -> str:
         """Names a column in a message."""
         return f"column {self.names.index(name) + 1} ('{name}') of '{self.source}'"
 
     def row(self, index: int) -> str:
-        """Names a row in a message, by its line in a text file, which is read again to find it."""
-        line = None
-        if self.dialect is not None and Path(self.source).is_file():
-            lines = (line for line, _ in records(Path(self.source), self.dialect))
-            line = next(itertools.islice(lines, self.first_row + index, None), None)
-        return f"row {self.first_row + index + 1}" if line is None else f"line {line}"
+        """Names a row in a message, by its line in a text file."""
+        return f"row {self.first_row + index + 1}" if self.lines is None else f"line {self.lines[index]}"
 
     def first_word(self, cells: Cells) -> str:
         """Shows the first cell of a column that is not a number, and where it is."""
         text = cells.array.cast(pa.large_string())
-        is_word = pc.fill_null(pc.invert(pc.match_substring_regex(text, f"^({self.number})$")), False)
-        index = pc.index(is_word, True).as_py()
+        index = pc.index(pc.match_substring_regex(text, self._number), False).as_py()
         index = pc.index(pc.is_valid(text), True).as_py() if index < 0 else index  # codes such as 0123
-        return f"'{shortened(text[index].as_py())}' ({self.row(index)})"
+        return f"'{spelling.shortened(text[index].as_py())}' ({self.row(index)})"
 
     def cells(self, name: str, kind: CellType | None = None) -> Cells:
         """Interprets a column.
@@ -170,7 +178,7 @@ class Table:
         return self._cells[name, kind]
 
     def _understand(self, name: str, kind: CellType | None) -> Cells:
-        array = to_arrow(self.frame[name])
+        array, words, numbers = to_arrow(self.frame[name]), None, None
         is_category = pa.types.is_dictionary(array.type)
         array = array.dictionary_decode() if is_category else array
         if pa.types.is_boolean(array.type):
@@ -178,70 +186,47 @@ class Table:
         if pa.types.is_temporal(array.type):
             return Cells(array, None, is_date=True)
         if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-            return dataclasses.replace(self._understand_text(name, array, kind), is_category=is_category)
-        is_type = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
-        if not any(check(array.type) for check in is_type):
-            raise UserError(f"{self.where(name)} holds neither numbers nor text, but {array.type}: leave it out")
-        numbers = np.array(array.cast(pa.float64(), safe=False).fill_null(np.nan), np.float64)
-        numbers[np.isin(numbers, self._missing_numbers())] = np.nan
-        self._check_finite(name, numbers)
+            text = pc.utf8_trim_whitespace(array)
+            words, array = self._present(text, spelling.MISSING), self._present(text, spelling.MISSING_ANYWHERE)
+            if kind != "word":
+                numbers = self._numbers(array, codes=kind != "number" and name not in self.options.real)
+            if numbers is None:
+                return Cells(array if kind in ("number", "code") else words, None, is_category)
+        else:
+            is_type = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+            if not any(check(array.type) for check in is_type):
+                raise UserError(f"{self.where(name)} holds neither numbers nor text, but {array.type}: leave it out")
+            numbers = np.array(array.cast(pa.float64(), safe=False).fill_null(np.nan), np.float64)
+        numbers[np.isin(numbers, [float(v) for v in self.options.missing_values if _is_float(v)])] = np.nan
+        if np.isinf(numbers).any():
+            row = int(np.argmax(np.isinf(numbers)))
+            raise UserError(
+                f"{self.where(name)} has an infinite value ({self.row(row)}): fix it, or declare it as missing with "
+                f"config.table.missing_values=('{self.frame[name].iloc[row]}',)"
+            )
         return Cells(pc.if_else(pa.array(np.isnan(numbers)), None, array), numbers, is_category)
 
-    def _understand_text(self, name: str, text: pa.Array, kind: CellType | None) -> Cells:
-        text = pc.utf8_trim_whitespace(text)
-        declared = [str(value) for value in self.options.missing_values]
-
-        def present(usual: Sequence[str]) -> pa.Array:
-            missing = [*(usual if self.options.usual_missing else [""]), *declared]
-            return pc.if_else(pc.is_in(text, value_set=pa.array(missing, text.type)), None, text)
-
-        if kind == "word":
-            return Cells(present(_MISSING), None)
-        array = present(_MISSING_NUMBER)
-        numbers = self._numbers(array, codes=kind != "number" and name not in self.options.real)
-        if numbers is None:
-            return Cells(present(_MISSING) if kind is None else array, None)
-        numbers[np.isin(numbers, self._missing_numbers())] = np.nan
-        self._check_finite(name, numbers)
-        return Cells(pc.if_else(pa.array(np.isnan(numbers)), None, array), numbers)
-
-    def _missing_numbers(self) -> list[float]:
-        return [float(v) for v in self.options.missing_values if _is_number(v)]
+    def _present(self, text: pa.Array, usual: frozenset[str]) -> pa.Array:
+        """Returns the text with null for these usual and for the declared spellings of missing."""
+        missing = [*(usual if self.options.usual_missing else [""]), *map(str, self.options.missing_values)]
+        return pc.if_else(pc.is_in(text, value_set=pa.array(missing, text.type)), None, text)
 
     def _numbers(self, text: pa.Array, codes: bool) -> np.ndarray | None:
         """Returns [N] float64, NaN where null, or None if some text is not a number, such as 1_000 or 0x1F.
 
         With `codes`, digits with a leading zero are not a number, such as the ZIP code 02139.
         """
-        options, decimal = self.options, self.options.decimal or "."
-        if codes and pc.any(pc.match_substring_regex(text, r"^[+-]?0\d+$")).as_py():
+        if not pc.all(pc.match_substring_regex(text, self._number)).as_py() and text.null_count < len(text):
             return None
-        if options.thousands:
-            if not pc.all(pc.match_substring_regex(text, f"^({self.number})$")).as_py():
-                return None
-            text = pc.replace_substring(text, options.thousands, "")
-        if decimal == ",":
-            if pc.any(pc.match_substring(text, ".")).as_py():
-                return None
-            text = pc.replace_substring(text, ",", ".")
-        try:
-            array = text.cast(pa.float64())
-        except pa.ArrowInvalid:
+        if codes and pc.any(pc.match_substring_regex(text, f"^{spelling.CODE.pattern}$")).as_py():
             return None
-        numbers = np.array(array.fill_null(np.nan), np.float64)
-        return numbers if np.isnan(numbers).sum() == array.null_count else None
-
-    def _check_finite(self, name: str, numbers: np.ndarray) -> None:
-        infinite = np.flatnonzero(np.isinf(numbers))
-        if len(infinite):
-            cell = self.frame[name].iloc[infinite[0]]
-            raise UserError(
-                f"{self.where(name)} has an infinite value ({self.row(infinite[0])}): fix it, or declare it "
-                f"as missing with config.table.missing_values=('{cell}',)"
-            )
+        if self.options.thousands:
+            text = pc.replace_substring(text, self.options.thousands, "")
+        text = pc.replace_substring(text, self.options.decimal or ".", ".")
+        return np.array(text.cast(pa.float64()).fill_null(np.nan), np.float64)
 
     def replace(self, filled: Mapping[str, pd.Series]) -> "Table":
-        """Returns the table with these columns, by name, in place of its own."""
+        """Returns the table with these columns, by name, instead of its own."""
         return dataclasses.replace(self, frame=self.frame.assign(**filled))
 
 
@@ -254,10 +239,10 @@ def to_arrow(series: pd.Series) -> pa.Array:
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
-def _is_number(value: object) -> bool:
+def _is_float(value: str | float) -> bool:
     try:
-        float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        float(value)
+    except ValueError:
         return False
     return True
 
@@ -269,48 +254,30 @@ def with_decimal(table: Table) -> Table:
         UserError: Columns differ in it, or all commas could also be thousands separators.
     """
     options = table.options
-    if table.dialect is None or options.decimal is not None:
+    if table.text is None or options.decimal is not None:
         return table
     decimal = "," if options.thousands == "." else "."
     if not options.thousands and (commas := _columns_of_numbers(table, ",")):
-        points = _columns_of_numbers(table, ".")
-        cells = [pc.filter(text, pc.match_substring(text, ",")) for text in commas.values()]
-        grouped = all(pc.all(pc.match_substring_regex(c, r"^[+-]?[1-9]\d{0,2}(,\d{3})+$")).as_py() for c in cells)
+        points, decimal = _columns_of_numbers(table, "."), ","
+        cells = pa.chunked_array(commas.values())
+        cells = pc.filter(cells, pc.match_substring(cells, ","))
+        grouped = pc.all(pc.match_substring_regex(cells, r"^[+-]?[1-9]\d{0,2}(,\d{3})+$")).as_py()
         if points or grouped:
-            example = f"'{cells[0][0]}' in {table.where(next(iter(commas)))}"
+            example = f"'{cells[0]}' in {table.where(next(iter(commas)))}"
             other = f"and {table.where(next(iter(points)))} differ in the decimal mark" if points else ""
             problem = other or "may group thousands"
             raise UserError(f"{example} {problem}: set config.table.decimal=',' or config.table.thousands=','")
-        decimal = ","
     return dataclasses.replace(table, options=dataclasses.replace(options, decimal=decimal))
 
 
 def _columns_of_numbers(table: Table, mark: str) -> dict[str, pa.Array]:
-    """Returns the columns of a text table that are numeric with this decimal mark and contain it."""
-    found = {}
+    """Returns the columns of a text table that contain this mark, and are numeric if it is decimal or groups digits."""
+    numeric = rf"^(?:{spelling.number(mark)}|{spelling.number(thousands=mark)})$"
+    columns = {}
     for name in table.names:
         text = pc.utf8_trim_whitespace(to_arrow(table.frame[name]))
         if pc.any(pc.match_substring(text, mark)).as_py():
-            text = pc.filter(text, pc.invert(pc.is_in(text, value_set=pa.array(_MISSING_NUMBER, text.type))))
-            number = rf"^[+-]?(\d+([{mark}]\d*)*|[{mark}]\d+)([eE][+-]?\d+)?$"
-            if len(text) and pc.all(pc.match_substring_regex(text, number)).as_py():
-                found[name] = text
-    return found
-
-
-def number_text(value: float, integer: bool, decimal: str) -> str:
-    """Formats a number like its column: `63`, `63.0`, or seven significant digits."""
-    if integer:
-        return f"{value:.0f}"
-    whole = value == round(value) and abs(value) < 1e15
-    return (f"{value:.1f}" if whole else repr(float(f"{value:.7g}"))).replace(".", decimal)
-
-
-def shortened(text: str) -> str:
-    """Truncates a long cell for a message."""
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def is_usual_missing(text: pa.Array) -> pa.Array:
-    """Whether the cells of a text column are usual spellings of missing."""
-    return pc.is_in(text, value_set=pa.array(_MISSING, text.type))
+            text = pc.filter(text, pc.invert(pc.is_in(text, value_set=pa.array(spelling.MISSING_ANYWHERE, text.type))))
+            if len(text) and pc.all(pc.match_substring_regex(text, numeric)).as_py():
+                columns[name] = text
+    return columns

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.compute as pc
 from absl import logging
 
-from posterior_matching.data.tables.cells import UNCERTAIN, Cells, Table, shortened
-from posterior_matching.data.tables.dialect import UNNAMED
+from posterior_matching.data.tables import spelling
+from posterior_matching.data.tables.cells import Cells, Table
 from posterior_matching.errors import UserError, nearest
 
 ColumnType = Literal["real", "integer", "categorical", "empty", "index"]
@@ -87,7 +87,7 @@ def _kind(table: Table, name: str) -> ColumnType:
         in_order = len(values) == len(table) and values[0] in (0, 1) and bool((np.diff(values) == 1).all())
         if in_order and _is_unnamed(table, name):
             return "index"
-        if not UNNAMED.fullmatch(name) and len(values) >= 10:
+        if not spelling.is_unnamed([name]) and len(values) >= 10:
             if in_order:
                 raise _UselessError(f"numbers the rows from {values[0]:.0f}")
             if _IDENTIFIER.fullmatch(name) and len(np.unique(values)) > len(values) / 2:
@@ -98,9 +98,8 @@ def _kind(table: Table, name: str) -> ColumnType:
 def _is_unnamed(table: Table, name: str) -> bool:
     if name == "__index_level_0__":  # pandas' name for an unnamed index in .parquet
         return True
-    if table.dialect is None or not table.dialect.header:
-        return False
-    return not table.dialect.header[table.names.index(name)]
+    header = table.text.header if table.text else None
+    return header is not None and not header[table.names.index(name)]
 
 
 def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnType:
@@ -109,15 +108,14 @@ def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> Colum
     words = [str(word) for word in pc.unique(pc.drop_null(cells.array)).to_pylist()]
     if all(map(_DATE.fullmatch, words)):
         raise _UselessError(f"holds dates or times ('{words[0]}')")
-    number = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
-    if any(map(number.fullmatch, words)) and not all(word.lstrip("+-").isdigit() for word in words):
+    if any(spelling.is_number(word, ".,") for word in words) and not all(word.lstrip("+-").isdigit() for word in words):
         raise UserError(
             f"{table.where(name)} holds both numbers and {table.first_word(cells)}: fix it, or declare it as "
             f"missing with config.table.missing_values, set the number format with config.table.decimal or "
             f"config.table.thousands, or make all of them categories with config.table.categorical=('{name}',)"
         )
     if len(words) > _MAX_UNDECLARED or len(words) > max(10, present / 2) or len(words) == present > 2:
-        raise _UselessError(f"holds {len(words):,} texts in {present:,} cells ('{shortened(words[0])}', ...)")
+        raise _UselessError(f"holds {len(words):,} texts in {present:,} cells ('{spelling.shortened(words[0])}', ...)")
     return "categorical"
 
 
@@ -154,7 +152,7 @@ def _warn_about_words(table: Table, names: Sequence[str]) -> None:
     for name in names:
         array = table.cells(name).array
         if array.type in ("string", "large_string"):
-            words = sorted(set(UNCERTAIN) & set(pc.unique(pc.drop_null(array)).to_pylist()))
+            words = sorted(spelling.MISSING_NUMBER & set(pc.unique(pc.drop_null(array)).to_pylist()))
             if words:
                 logging.warning(
                     "'%s' is a category in %s: if it means missing, set config.table.missing_values=%s",

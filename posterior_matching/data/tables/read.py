@@ -1,15 +1,14 @@
-"""Reads and writes users' tables, whole or in chunks; cells that are not filled are written back unchanged.
+"""Reads users' tables, whole or in chunks.
 
 | format | rows |
 |---|---|
-| `.csv` `.tsv` `.txt` `.data`, also `.gz` and `.zip` | text; how it is written is detected, see `dialect.sniff` |
+| `.csv` `.tsv` `.txt` `.data`, also `.gz` and `.zip` | text; how it is written is detected, see `sniff.text_format` |
 | `.parquet` | its columns |
 | `.npy` | a 2-D array |
 | `.npz` | a 2-D array; or `train`, `test` and optionally `val` |
 | a DataFrame or a 2-D array | from Python |
 """
 
-import codecs
 import contextlib
 import csv
 import dataclasses
@@ -17,56 +16,47 @@ import gzip
 import hashlib
 import io
 import itertools
-import re
+import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 
-from posterior_matching import atomic
 from posterior_matching.data.cache import file_fingerprint
-from posterior_matching.data.tables.cells import (
-    Cells,
-    Table,
-    TableOption,
-    TableOptions,
-    is_usual_missing,
-    to_arrow,
-    with_decimal,
-)
-from posterior_matching.data.tables.dialect import BLANKS, Dialect, open_bytes, records, sniff, zip_members
+from posterior_matching.data.tables import spelling
+from posterior_matching.data.tables.cells import Cells, Table, TableOption, TableOptions, TextFormat, with_decimal
+from posterior_matching.data.tables.sniff import split_cells, text_format
 from posterior_matching.errors import UserError, first_line
 
-__all__ = [
-    "Cells",
-    "Table",
-    "TableOption",
-    "TableOptions",
-    "is_table",
-    "iter_chunks",
-    "read_table",
-    "table_writer",
-    "write_table",
-]
+__all__ = ["Cells", "Table", "TableOption", "TableOptions", "is_table", "iter_chunks", "read_table"]
 
 TEXT = (".csv", ".tsv", ".txt", ".data")
 FORMATS = (*TEXT, ".parquet", ".npy", ".npz")
-_BLOCK_BYTES = 1 << 23
-_STRING = pa.large_string()
-_STR = pd.StringDtype("pyarrow", na_value=np.nan)
+_CHUNK_ROWS = 65_536
 
 
 def is_table(source: Any) -> bool:
     """Whether `source` is a table for `read_table`: a DataFrame, an array, or the name of a file of a known format."""
-    return not isinstance(source, str | Path) or _format(Path(source)) is not None
+    return not isinstance(source, str | Path) or file_format(Path(source)) is not None
+
+
+def file_format(path: Path) -> str | None:
+    """Returns the suffix that gives a file's format, in lower case: `.csv` for `rows.csv.gz`; None if not a table."""
+    ending = path.suffix.lower()
+    if ending in (".gz", ".zip"):
+        inner = Path(path.stem).suffix.lower()
+        if ending == ".zip" and not inner and path.is_file() and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                endings = {Path(name).suffix.lower() for name in _members(archive)}
+            inner = endings.pop() if len(endings) == 1 else ""
+        return inner if inner in TEXT else None
+    return ending if ending in FORMATS else None
 
 
 def read_table(
@@ -88,17 +78,19 @@ def read_table(
         return _of_frame(source, options)
     with _unchanged(source) as path:
         fingerprint = file_fingerprint(path)
-        chunks = list(_chunks(path, options, known_names, rows=None))
-    if not chunks:
-        raise UserError(f"'{source}' has no rows")
-    frame = chunks[0].frame if len(chunks) == 1 else pd.concat([chunk.frame for chunk in chunks], ignore_index=True)
-    return with_decimal(dataclasses.replace(chunks[0], frame=frame, fingerprint=fingerprint))
+        chunks = list(_chunks(path, options, known_names, sys.maxsize))
+    table = dataclasses.replace(chunks[0], fingerprint=fingerprint)
+    if len(chunks) > 1:
+        frame = pd.concat([chunk.frame for chunk in chunks], ignore_index=True)
+        lines = np.concatenate([chunk.lines for chunk in chunks]) if table.text else None
+        table = dataclasses.replace(table, frame=frame, lines=lines)
+    return with_decimal(table)
 
 
 def iter_chunks(
     source: str | Path,
     options: TableOptions = TableOptions(),  # noqa: B008
-    rows: int = 65_536,
+    rows: int = _CHUNK_ROWS,
     known_names: Sequence[str] = (),
 ) -> Iterator[Table]:
     """Reads a file in chunks of `rows` rows, in constant memory; the last may be shorter (`.npz` is read whole).
@@ -114,8 +106,6 @@ def iter_chunks(
             options = options if first_row else with_decimal(chunk).options
             yield dataclasses.replace(chunk, options=options, first_row=first_row)
             first_row += len(chunk)
-    if not first_row:
-        raise UserError(f"'{source}' has no rows")
 
 
 @contextlib.contextmanager
@@ -133,32 +123,18 @@ def _unchanged(source: str | Path) -> Iterator[Path]:
         raise UserError(f"'{source}' changed while it was read: try again when it is complete")
 
 
-def _format(path: Path) -> str | None:
-    """Returns the suffix that gives a file's format, in lower case: `.csv` for `rows.csv.gz`; None if not a table."""
-    ending = path.suffix.lower()
-    if ending in (".gz", ".zip"):
-        inner = Path(path.stem).suffix.lower()
-        if ending == ".zip" and not inner and path.is_file() and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                endings = {Path(name).suffix.lower() for name in zip_members(archive)}
-            inner = endings.pop() if len(endings) == 1 else ""
-        return inner if inner in TEXT else None
-    return ending if ending in FORMATS else None
-
-
-def _chunks(path: Path, options: TableOptions, known_names: Sequence[str], rows: int | None) -> Iterator[Table]:
-    kind = _format(path)
+def _chunks(path: Path, options: TableOptions, known_names: Sequence[str], rows: int) -> Iterator[Table]:
+    kind, empty = file_format(path), True
+    read = {".parquet": _read_parquet, ".npy": _read_array, ".npz": _read_arrays}
     try:
-        if kind == ".parquet":
-            for batch in pa.parquet.ParquetFile(path).iter_batches(batch_size=rows or 1 << 30):
-                frame = pa.Table.from_batches([batch]).to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
-                yield _of_frame(frame, options, str(path))
-        elif kind in (".npy", ".npz"):
-            yield from _read_numpy(path, options, rows)
-        else:
-            yield from _read_text(path, options, known_names, rows)
+        tables = read[kind](path, options, rows) if kind in read else _read_text(path, options, rows, known_names)
+        for table in tables:
+            yield table
+            empty = False
     except (EOFError, ValueError, csv.Error, zlib.error, zipfile.BadZipFile, pa.ArrowException) as error:
         raise UserError(f"cannot read '{path}': {first_line(error)}") from error
+    if empty:
+        raise UserError(f"'{path}' has no rows")
 
 
 # Arrays and frames ---------------------------------------------------------------------------------------------------
@@ -180,282 +156,96 @@ def _array_frame(source: str, array: np.ndarray, what: str = "the array", kinds:
     if array.ndim != 2 or array.dtype.kind not in kinds or array.size == 0:
         found = f"shape {list(array.shape)} and type {array.dtype}"
         raise UserError(f"'{source}' must hold a 2-D array of numbers, but {what} has {found}")
-    return pd.DataFrame(array, columns=[f"column_{i + 1}" for i in range(array.shape[1])])
+    return pd.DataFrame(array, columns=list(spelling.unnamed(array.shape[1])))
 
 
-def _read_numpy(path: Path, options: TableOptions, rows: int | None) -> Iterator[Table]:
-    suffix, parts = path.suffix.lower(), None
-    with path.open("rb") as file:
-        kind = {b"\x93N": ".npy", b"PK": ".npz"}.get(file.read(2), suffix)
-        if kind != suffix:  # np.load looks at the content, not at the name
-            raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
-        file.seek(0)
-        if kind == ".npy":
-            lazily: Literal["r"] | None = "r" if rows else None
-            array = np.load(path if lazily else file, allow_pickle=False, mmap_mode=lazily)
-            frame = _array_frame(str(path), array, kinds="biuf")
-        else:
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            parts = _parts(path, arrays)
-            frames = [_array_frame(str(path), array, f"'{name}'", "biuf") for name, array in arrays.items()]
-            frame = pd.concat(frames, ignore_index=True)
-    for start in range(0, len(frame), rows or len(frame)):
-        yield Table(frame.iloc[start : start + (rows or len(frame))], str(path), options, parts=parts)
+def _read_parquet(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
+    for batch in pa.parquet.ParquetFile(path).iter_batches(batch_size=min(rows, 1 << 30)):
+        frame = pa.Table.from_batches([batch]).to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
+        yield _of_frame(frame, options, str(path))
 
 
-def _parts(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Returns the rows of each part once they are concatenated; keeps only these parts in `arrays`, in order."""
-    if len(arrays) == 1 and "train" not in arrays:
-        return None
-    if not {"train", "test"} <= arrays.keys():
-        raise UserError(f"'{path}' must hold arrays train, test and val, or one array: it has {', '.join(arrays)}")
-    kept: dict[str, np.ndarray] = {name: arrays[name] for name in ("train", "val", "test") if name in arrays}
-    arrays.clear()
-    arrays.update(kept)
-    if len({array.shape[1:] for array in kept.values() if array.ndim == 2}) > 1:
-        widths = ", ".join(f"{name} {array.shape[1]}" for name, array in kept.items())
+def _read_array(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
+    array = np.lib.format.open_memmap(path, mode="r")
+    frame = _array_frame(str(path), array, kinds="biuf")
+    for start in range(0, len(frame), rows):
+        yield Table(frame.iloc[start : start + rows].copy(), str(path), options)
+
+
+def _read_arrays(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
+    with zipfile.ZipFile(path):  # np.load looks at the content, not at the name
+        loaded = np.load(path, allow_pickle=False)
+    with loaded:
+        arrays = {name: loaded[name] for name in loaded.files}
+    parts = None
+    if len(arrays) > 1 or "train" in arrays:
+        if not {"train", "test"} <= arrays.keys():
+            raise UserError(f"'{path}' must hold arrays train, test and val, or one array: it has {', '.join(arrays)}")
+        arrays = {name: arrays[name] for name in ("train", "val", "test") if name in arrays}
+        ends = np.cumsum([len(array) for array in arrays.values()])
+        parts = {name: np.arange(end - len(arrays[name]), end) for name, end in zip(arrays, ends, strict=True)}
+    frames = [_array_frame(str(path), array, f"'{name}'", "biuf") for name, array in arrays.items()]
+    if len({len(frame.columns) for frame in frames}) > 1:
+        widths = ", ".join(f"{name} {array.shape[1]}" for name, array in arrays.items())
         raise UserError(f"the arrays of '{path}' have unequal numbers of columns: {widths}")
-    ends = np.cumsum([len(array) for array in kept.values()])
-    return {name: np.arange(end - len(kept[name]), end) for name, end in zip(kept, ends, strict=True)}
+    frame = pd.concat(frames, ignore_index=True)
+    for start in range(0, len(frame), rows):
+        yield Table(frame.iloc[start : start + rows], str(path), options, parts=parts)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def _read_text(path: Path, options: TableOptions, known_names: Sequence[str], rows: int | None) -> Iterator[Table]:
-    with open_bytes(path) as stream:
-        dialect = sniff(stream, str(path), options.separator, options.header, options.encoding, known_names)
-    positions = [str(i) for i in range(len(dialect.names))]
-    with open_bytes(path) as stream:
-        by_blanks = dialect.separator == BLANKS
-        try:
-            reader = pa.csv.open_csv(
-                io.BufferedReader(_Tabbed(io.TextIOWrapper(stream, dialect.encoding))) if by_blanks else stream,
-                pa.csv.ReadOptions(
-                    column_names=positions,
-                    skip_rows=dialect.skip,
-                    block_size=_BLOCK_BYTES,
-                    encoding="utf-8" if by_blanks else dialect.encoding.removesuffix("-sig"),
-                ),
-                pa.csv.ParseOptions(
-                    delimiter="\t" if by_blanks else dialect.separator,
-                    newlines_in_values=True,
-                    invalid_row_handler=lambda row: "error" if row.text.strip() else "skip",
-                ),
-                pa.csv.ConvertOptions(column_types=dict.fromkeys(positions, _STRING)),
-            )
-            yield from _rebatched(_without_empty_end(reader), path, options, dialect, rows)
-        except pa.ArrowInvalid as error:
-            for line, cells in records(path, dialect):
-                if len(cells) != len(positions):
-                    raise UserError(
-                        f"line {line} of '{path}' has {len(cells)} cells, but most lines have {len(positions)}: "
-                        "fix it, or set config.table.separator"
-                    ) from error
-            raise
+def _read_text(path: Path, options: TableOptions, rows: int, known_names: Sequence[str]) -> Iterator[Table]:
+    with _open(path) as stream:
+        text = text_format(stream, str(path), options, known_names)
+    with _open(path) as stream, io.TextIOWrapper(stream, text.encoding, newline="") as lines:
+        records = _records(itertools.islice(lines, text.skip, None), str(path), text)
+        while batch := list(itertools.islice(records, min(rows, _CHUNK_ROWS))):
+            numbers, cells = zip(*batch, strict=True)
+            frame = pd.DataFrame(cells, columns=list(text.names), dtype="str")
+            yield Table(frame, str(path), options, text, np.array(numbers))
 
 
-def _rebatched(
-    batches: Iterator[pa.RecordBatch], path: Path, options: TableOptions, dialect: Dialect, rows: int | None
-) -> Iterator[Table]:
-    def table(batches: list[pa.RecordBatch]) -> Table:
-        columns = pa.Table.from_batches(batches)
-        if any(pc.any(pc.match_substring(column, "\n")).as_py() for column in columns.columns):
-            _check_quotes(path, dialect)
-        frame = columns.rename_columns(dialect.names).to_pandas(types_mapper={_STRING: _STR}.get)
-        return Table(frame, str(path), options, dialect)
+def _records(lines: Iterable[str], source: str, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number of its last line, cells) of every row.
 
-    held: list[pa.RecordBatch] = []
-    for batch in batches:
-        held.append(batch)
-        while rows is not None and sum(batch.num_rows for batch in held) >= rows:
-            whole = pa.Table.from_batches(held)
-            yield table(whole.slice(0, rows).to_batches())
-            held = whole.slice(rows).to_batches()
-    if sum(batch.num_rows for batch in held):
-        yield table(held)
-
-
-def _without_empty_end(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Drops the lines at the end of a file that hold only separators, which spreadsheets append.
-
-    Elsewhere such a line is a row of which every cell is missing.
+    A line that holds only separators is a row of which every cell is missing; at the end of a file, where spreadsheets
+    append them, it is none. pandas' own parser fills short lines up, and joins those in unclosed quotes, silently.
     """
-    held: list[pa.RecordBatch] = []  # empty rows that are the last so far
-    for batch in batches:
-        size = batch.num_rows  # without the empty rows at its end
-        while size and not any(column[size - 1].as_py() for column in batch.columns):
-            size -= 1
-        if size:
-            yield from held
-            held = []
-            yield batch.slice(0, size)
-        if size < batch.num_rows:
-            held.append(batch.slice(size))
-
-
-def _check_quotes(path: Path, dialect: Dialect) -> None:
-    """Rejects unclosed quotes, which would swallow lines."""
-    with open_bytes(path) as stream:
-        lines = io.TextIOWrapper(stream, dialect.encoding, newline="")
-        reader = csv.reader(itertools.islice(lines, dialect.skip, None), delimiter=dialect.separator, strict=True)
-        line = 0
-        try:
-            for _ in reader:
-                line = reader.line_num
-        except csv.Error as error:
-            start = line + dialect.skip + 1
-            raise UserError(f"line {start} of '{path}' opens a quote that is not closed: fix it ({error})") from error
-
-
-class _Tabbed(io.RawIOBase):
-    """Converts text with cells separated by blanks to UTF-8 bytes with cells separated by single tabs."""
-
-    def __init__(self, lines: io.TextIOWrapper):
-        self._lines, self._rest = lines, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._rest:
-            self._rest = "".join(map(self._tabbed, itertools.islice(self._lines, 4096))).encode()
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
-
-    @staticmethod
-    def _tabbed(line: str) -> str:
-        if '"' not in line:
-            return "\t".join(line.split()) + "\n"
-        cells = next(csv.reader([line.replace("\t", " ").strip()], delimiter=" ", skipinitialspace=True))
-        return "\t".join('"' + cell.replace('"', '""') + '"' for cell in cells) + "\n"
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def table_writer(path: str | Path) -> Iterator[Callable[[Table], None]]:
-    """Yields a function that writes a table to a file chunk by chunk; the file appears only once it is complete.
-
-    A text table is written as it was read: separator, encoding, header line, line endings, and quotes in columns that
-    were quoted throughout or around cells that need them. The suffix of `path` gives the format, as for reading.
-
-    Raises:
-        UserError: The file cannot be written, or not in this format.
-    """
-    path, kind = Path(path), _format(Path(path))
-    if kind is None:
-        raise UserError(f"cannot write '{path}': its name must end in {', '.join(FORMATS)} (or .csv.gz, .csv.zip)")
+    reader, width, line = split_cells(lines, text.separator, strict=True), len(text.names), text.skip
+    empty: list[tuple[int, list[str]]] = []  # rows that are the last so far
     try:
-        with atomic.replacing(path) as temporary, contextlib.ExitStack() as stack:
-            if kind == ".parquet":
-                yield _parquet_writer(temporary, stack)
-            elif kind in TEXT:
-                yield _text_writer(stack.enter_context(_create_bytes(temporary, path)))
-            else:
-                yield _array_writer(temporary, kind, stack)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+        for cells in reader:
+            line = reader.line_num + text.skip
+            if len(cells) == 0 or (len(cells) == 1 and cells[0].isspace()):
+                continue
+            if len(cells) != width:
+                raise UserError(
+                    f"line {line} of '{source}' has {len(cells)} cells, but most lines have {width}: fix it, or set "
+                    "config.table.separator"
+                )
+            empty.append((line, cells))
+            if any(cells):
+                yield from empty
+                empty.clear()
+    except csv.Error as error:
+        raise UserError(f"line {line + 1} of '{source}' opens a quote that is not closed: fix it ({error})") from error
 
 
-def write_table(path: str | Path, table: Table) -> None:
-    """Writes a whole table, see `table_writer`."""
-    with table_writer(path) as write:
-        write(table)
+def _open(path: Path) -> IO[bytes]:
+    """Opens a file, decompressed if its name ends in `.gz` or `.zip`."""
+    if path.suffix.lower() == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if path.suffix.lower() == ".zip":
+        archive = zipfile.ZipFile(path)
+        members = _members(archive)
+        if len(members) != 1:
+            raise UserError(f"'{path}' holds {len(members)} files: make an archive of a single table")
+        return archive.open(members[0])
+    return path.open("rb")
 
 
-@contextlib.contextmanager
-def _create_bytes(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
-    ending = path.suffix.lower()
-    if ending == ".zip":
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(path.stem, "w") as file:
-            yield file
-    elif ending == ".gz":
-        with temporary.open("wb") as raw, gzip.GzipFile(path.stem, "wb", fileobj=raw, mtime=0) as file:
-            yield cast(IO[bytes], file)
-    else:
-        with temporary.open("wb") as file:
-            yield file
-
-
-def _text_writer(file: IO[bytes]) -> Callable[[Table], None]:
-    encoder = None
-
-    def write(table: Table) -> None:
-        nonlocal encoder
-        dialect = table.dialect
-        begin, encoding = encoder is None, dialect.encoding if dialect else "utf-8"
-        encoder = encoder or codecs.getincrementalencoder(encoding)()  # writes a byte order mark only once
-        if dialect is None:
-            text = table.frame.to_csv(index=False, header=begin, lineterminator="\n")
-        else:
-            text = (dialect.head if begin else "") + _lines(table.frame, dialect)
-        try:
-            file.write(encoder.encode(text))
-        except UnicodeEncodeError as error:
-            letter = error.object[error.start]
-            raise UserError(f"'{letter}' does not exist in {encoding}: use an input in UTF-8") from error
-
-    return write
-
-
-def _lines(frame: pd.DataFrame, dialect: Dialect) -> str:
-    columns = []
-    special = rf'["\r\n{re.escape(dialect.separator)}]'
-    for name, quoted in zip(frame.columns, dialect.quoted, strict=True):
-        text = to_arrow(frame[name]).cast(_STRING)
-        needed = pc.match_substring_regex(text, special)
-        if quoted:
-            needed = pc.or_(needed, pc.invert(is_usual_missing(text)))
-        if pc.any(needed).as_py():
-            text = pc.if_else(needed, _joined(['"', pc.replace_substring(text, '"', '""'), '"'], ""), text)
-        columns.append(text)
-    return dialect.newline.join([*_joined(columns, dialect.separator).to_pylist(), ""])
-
-
-def _joined(columns: Sequence[pa.Array | str], separator: str) -> pa.Array:
-    parts = [pa.scalar(part, _STRING) if isinstance(part, str) else part for part in (*columns, separator)]
-    return pc.binary_join_element_wise(*parts)
-
-
-def _parquet_writer(temporary: Path, stack: contextlib.ExitStack) -> Callable[[Table], None]:
-    writer = None
-
-    def write(table: Table) -> None:
-        nonlocal writer
-        _check_not_text(table, ".parquet")
-        rows = pa.Table.from_pandas(table.frame, schema=writer and writer.schema, preserve_index=False)
-        rows = rows.replace_schema_metadata(None)
-        writer = writer or stack.enter_context(pa.parquet.ParquetWriter(temporary, rows.schema))
-        writer.write_table(rows)
-
-    return write
-
-
-def _array_writer(temporary: Path, kind: str, stack: contextlib.ExitStack) -> Callable[[Table], None]:
-    arrays: list[np.ndarray] = []
-    parts: dict[str, np.ndarray] = {}
-
-    def write(table: Table) -> None:
-        _check_not_text(table, kind)
-        arrays.append(table.frame.to_numpy())
-        parts.update(table.parts or {})
-
-    def save() -> None:
-        array = np.concatenate(arrays)
-        with temporary.open("wb") as file:
-            if kind == ".npy":
-                np.save(file, array, allow_pickle=False)
-            else:
-                np.savez(file, **({name: array[rows] for name, rows in parts.items()} or {"x": array}))
-
-    stack.callback(save)
-    return write
-
-
-def _check_not_text(table: Table, kind: str) -> None:
-    if table.dialect is not None:
-        raise UserError(f"cannot write the text of '{table.source}' as {kind}: choose one of {', '.join(TEXT)}")
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    """Returns the names of the files in an archive, without folders and macOS metadata."""
+    return [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]

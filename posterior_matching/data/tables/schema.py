@@ -17,9 +17,8 @@ import pandas as pd
 import pyarrow.compute as pc
 from absl import logging
 
-from posterior_matching.data.tables import kinds
-from posterior_matching.data.tables.cells import Cells, CellType, Table, TableOptions, number_text
-from posterior_matching.data.tables.dialect import UNNAMED
+from posterior_matching.data.tables import kinds, spelling
+from posterior_matching.data.tables.cells import Cells, CellType, Table, TableOptions
 from posterior_matching.errors import UserError, nearest
 
 Value = str | bool | int | float
@@ -91,7 +90,7 @@ class Column:
         """How to interpret the column's cells."""
         if self.kind != "categorical":
             return "number"
-        return "code" if all(_is_number(_key(value)) for value in self.values) else "word"
+        return "code" if all(spelling.is_number(_key(value)) for value in self.values) else "word"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,13 +273,13 @@ class TableSchema:
     def _match(self, table: Table) -> dict[Column, str]:
         """Returns the name of every column in `table`: its own, or the one at its position if training had no names."""
         known = self.names or tuple(column.name for column in self.columns)
-        if all(map(UNNAMED.fullmatch, known)):
+        if spelling.is_unnamed(known):
             if len(table.names) != len(known):
                 raise UserError(
                     f"'{table.source}' has {len(table.names)} columns, but the run was trained on {len(known)}"
                 )
             return {column: table.names[known.index(column.name)] for column in self.columns}
-        if all(map(UNNAMED.fullmatch, table.names)):
+        if spelling.is_unnamed(table.names):
             raise UserError(
                 f"'{table.source}' has no column names, but the run was trained on named columns: add them "
                 f"({', '.join(known)})"
@@ -297,23 +296,6 @@ class TableSchema:
         return {column: column.name for column in self.columns}
 
 
-def one_hot(x: np.ndarray, cardinalities: Sequence[int]) -> np.ndarray:
-    """Encodes the categories of encoded rows one-hot, real columns unchanged.
-
-    Args:
-        x: `[N, d]`, NaN = missing; categories as indices.
-        cardinalities: See `TableSchema.cardinalities`.
-
-    Returns:
-        `[N, width]`; NaN in all columns of a missing category.
-    """
-    columns = []
-    for values, count in zip(x.T, cardinalities, strict=True):
-        encoded = np.where(np.isnan(values)[:, None], np.nan, values[:, None] == np.arange(count))
-        columns.append(encoded if count else values[:, None])
-    return np.concatenate(columns, axis=1)
-
-
 # One column ----------------------------------------------------------------------------------------------------------
 
 
@@ -326,13 +308,9 @@ def _key(value: Value) -> str:
     text = str(value)
     if text.lower() in ("true", "false"):
         return text.lower()
-    if _is_number(text) and not re.match(r"[+-]?0\d", text):
+    if spelling.is_number(text) and not spelling.CODE.fullmatch(text):
         return f"{float(text):.17g}"
     return text
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text))
 
 
 def _numbers(table: Table, name: str) -> np.ndarray:
@@ -352,16 +330,16 @@ def _categorical(table: Table, name: str) -> Column:
         counts, key=lambda entry: -entry["counts"]
     ):  # the most frequent spelling of a category comes first
         values.setdefault(_key(entry["values"]), entry["values"])
-    keys = sorted(values, key=float if all(map(_is_number, values)) else str)
-    dtype = "str" if table.dialect else str(table.frame[name].dtype)
+    keys = sorted(values, key=float if all(map(spelling.is_number, values)) else str)
+    dtype = "str" if table.text else str(table.frame[name].dtype)
     return Column(name, "categorical", dtype, values=tuple(values[key] for key in keys))
 
 
 def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.ndarray) -> Column:
     dtype = str(table.frame[name].dtype)
-    if table.dialect is not None:
-        text = table.cells(name, "number").array
-        is_int = not pc.any(pc.match_substring_regex(text, "[^0-9+-]")).as_py() and np.abs(values).max() < 2**63
+    if table.text is not None:
+        text, group = table.cells(name, "number").array, re.escape(table.options.thousands)
+        is_int = not pc.any(pc.match_substring_regex(text, f"[^0-9+{group}-]")).as_py() and np.abs(values).max() < 2**63
         dtype = "int64" if is_int else "float64"
     low, high = (None, None) if kind == "real" else (float(values.min()), float(values.max()))
     column = Column(name, kind, dtype, low=low, high=high)
@@ -437,7 +415,9 @@ def _put(table: Table, name: str, missing: np.ndarray, values: pd.Series, intege
         is_text = pd.api.types.infer_dtype(series, skipna=True) == "string"
     if is_text:
         decimal = table.options.decimal or "."
-        series[missing] = [v if isinstance(v, str) else number_text(v, integer, decimal) for v in values.tolist()]
+        series[missing] = [
+            v if isinstance(v, str) else spelling.number_text(v, integer, decimal) for v in values.tolist()
+        ]
     else:
         series[missing] = values.to_numpy()
     return series
