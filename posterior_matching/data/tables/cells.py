@@ -92,13 +92,11 @@ class Cells:
         array: [N] text without surrounding blanks, numbers or booleans; null where missing.
         numbers: [N] float64, NaN where missing; None if some cell is not a number.
         is_category: Whether the column's type is categorical: booleans, pandas categories.
-        is_date: Whether the column's type is a date or time.
     """
 
     array: pa.Array
     numbers: np.ndarray | None
     is_category: bool = False
-    is_date: bool = False
 
     @property
     def missing(self) -> np.ndarray:
@@ -181,10 +179,8 @@ class Table:
         array, words, numbers = to_arrow(self.frame[name]), None, None
         is_category = pa.types.is_dictionary(array.type)
         array = array.dictionary_decode() if is_category else array
-        if pa.types.is_boolean(array.type):
-            return Cells(array, None, is_category=True)
-        if pa.types.is_temporal(array.type):
-            return Cells(array, None, is_date=True)
+        if pa.types.is_boolean(array.type) or pa.types.is_temporal(array.type):
+            return Cells(array, None, is_category=pa.types.is_boolean(array.type))
         if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
             text = pc.utf8_trim_whitespace(array)
             words, array = self._present(text, spelling.MISSING), self._present(text, spelling.MISSING_ANYWHERE)
@@ -193,11 +189,10 @@ class Table:
             if numbers is None:
                 return Cells(array if kind in ("number", "code") else words, None, is_category)
         else:
-            is_type = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
-            if not any(check(array.type) for check in is_type):
+            if pa.types.is_nested(array.type) or pa.types.is_binary(array.type):
                 raise UserError(f"{self.where(name)} holds neither numbers nor text, but {array.type}: leave it out")
             numbers = np.array(array.cast(pa.float64(), safe=False).fill_null(np.nan), np.float64)
-        numbers[np.isin(numbers, [float(v) for v in self.options.missing_values if _is_float(v)])] = np.nan
+        numbers[np.isin(numbers, pd.to_numeric(list(self.options.missing_values), errors="coerce"))] = np.nan
         if np.isinf(numbers).any():
             row = int(np.argmax(np.isinf(numbers)))
             raise UserError(
@@ -239,14 +234,6 @@ def to_arrow(series: pd.Series) -> pa.Array:
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
-def _is_float(value: str | float) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
 def with_decimal(table: Table) -> Table:
     """Determines the decimal mark of a text table: a comma if some column is numeric only with decimal commas.
 
@@ -260,7 +247,6 @@ def with_decimal(table: Table) -> Table:
     if not options.thousands and (commas := _columns_of_numbers(table, ",")):
         points, decimal = _columns_of_numbers(table, "."), ","
         cells = pa.chunked_array(commas.values())
-        cells = pc.filter(cells, pc.match_substring(cells, ","))
         grouped = pc.all(pc.match_substring_regex(cells, r"^[+-]?[1-9]\d{0,2}(,\d{3})+$")).as_py()
         if points or grouped:
             example = f"'{cells[0]}' in {table.where(next(iter(commas)))}"
@@ -271,13 +257,13 @@ def with_decimal(table: Table) -> Table:
 
 
 def _columns_of_numbers(table: Table, mark: str) -> dict[str, pa.Array]:
-    """Returns the columns of a text table that contain this mark, and are numeric if it is decimal or groups digits."""
+    """Returns the cells with this mark of each column of numbers in which it is decimal or groups digits."""
     numeric = rf"^(?:{spelling.number(mark)}|{spelling.number(thousands=mark)})$"
     columns = {}
     for name in table.names:
         text = pc.utf8_trim_whitespace(to_arrow(table.frame[name]))
-        if pc.any(pc.match_substring(text, mark)).as_py():
-            text = pc.filter(text, pc.invert(pc.is_in(text, value_set=pa.array(spelling.MISSING_ANYWHERE, text.type))))
-            if len(text) and pc.all(pc.match_substring_regex(text, numeric)).as_py():
-                columns[name] = text
+        text = pc.filter(text, pc.invert(pc.is_in(text, value_set=pa.array(spelling.MISSING_ANYWHERE, text.type))))
+        marked = pc.filter(text, pc.match_substring(text, mark))
+        if len(marked) and pc.all(pc.match_substring_regex(text, numeric)).as_py():
+            columns[name] = marked
     return columns

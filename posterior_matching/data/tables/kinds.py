@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
@@ -103,7 +104,7 @@ def _is_unnamed(table: Table, name: str) -> bool:
 
 
 def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnType:
-    if cells.is_date:
+    if pa.types.is_temporal(cells.array.type):
         raise _UselessError("holds dates or times")
     words = [str(word) for word in pc.unique(pc.drop_null(cells.array)).to_pylist()]
     if all(map(_DATE.fullmatch, words)):

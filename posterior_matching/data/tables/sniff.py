@@ -21,13 +21,9 @@ _SAMPLE_BYTES = 1 << 20
 
 
 def text_format(stream: IO[bytes], source: str, options: TableOptions, known_names: Sequence[str]) -> TextFormat:
-    """Detects how a text table is written, unless options say it.
+    """Detects how a text table is written from its bytes, decompressed, where options do not say it.
 
-    Args:
-        stream: The file's bytes, decompressed. Read to its end.
-        source: The file's name, for messages.
-        options: What is known.
-        known_names: The columns of the run that the file is for: a first line with half of them is a header.
+    A first line with half of `known_names`, the columns of the run that the file is for, is a header.
 
     Raises:
         UserError: The file is empty, binary or ambiguous.
@@ -42,16 +38,16 @@ def text_format(stream: IO[bytes], source: str, options: TableOptions, known_nam
         raise UserError(f"config.table.encoding='{encoding}' is unknown: 'utf-8', 'utf-16', 'latin-1', ...") from None
     except UnicodeError as error:
         raise UserError(f"cannot read '{source}' as {encoding} ({error}): set config.table.encoding") from None
-    lines = list(io.StringIO(text, newline=""))
+    lines = list(itertools.islice(io.StringIO(text, newline=""), _SAMPLE_ROWS))
     if len(sample) == _SAMPLE_BYTES and len(lines) > 1:
         lines.pop()  # it may be cut off
     separator = options.separator or max(_SEPARATORS, key=lambda separator: _fit(lines, separator))
     sampled = _rows(lines, separator)
     if not sampled:
         raise UserError(f"'{source}' has no rows")
-    (end, first), rows = sampled[0], [row for _, row in sampled[1:]]
-    width = _width(rows or [first])[0]
-    rows = [row for row in rows if len(row) == width]
+    (end, first), *rest = sampled
+    width = _width([row for _, row in rest] or [first])[0]
+    rows = [row for _, row in rest if len(row) == width]
     if len(first) == width + 1 and not first[-1]:  # only the header ends in a separator
         first = first[:-1]
     elif len(first) == width - 1 and rows and not any(row[-1] for row in rows):  # only the rows do
@@ -59,18 +55,27 @@ def text_format(stream: IO[bytes], source: str, options: TableOptions, known_nam
     elif len(first) == width - 1 and rows and separator in " \t":  # R leaves out the header of the row names
         first = ["", *first]
     header = options.header
+    if known_names and header is None:
+        known = len(set(first) & set(known_names)) >= len(known_names) / 2
+        header = True if known else False if spelling.is_unnamed(known_names) else None
     if header is None:
-        header = _is_header(first, rows, source, known_names)
+        header, shown = _is_header(first, rows), spelling.shortened(", ".join(first), 60)
+        if header is None:
+            problem = "may be a header or a row: set config.table.header to True or False"
+            raise UserError(f"line 1 of '{source}' ({shown}) {problem}")
+        if header and any(map(spelling.is_number, first)):
+            logging.warning("line 1 of '%s' (%s) is taken as a header: see config.table.header", source, shown)
     if not header:
         return TextFormat(separator, encoding, spelling.unnamed(width), None, skip=0)
-    names = tuple(name or other for name, other in itertools.zip_longest(first, spelling.unnamed(len(first))))
-    if len(names) != width:
+    if len(first) != width:
         raise UserError(
-            f"line {end} of '{source}' has {len(names)} cells, but most lines have {width}: fix it, or set "
+            f"line {end} of '{source}' has {len(first)} cells, but most lines have {width}: fix it, or set "
             "config.table.separator or config.table.header"
         )
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"'{source}' has more than one column named '{twice[0]}': rename them")
+    names = tuple(name or other for name, other in zip(first, spelling.unnamed(width), strict=True))
+    if len(set(names)) < width:
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"'{source}' has more than one column named '{twice}': rename them")
     return TextFormat(separator, encoding, names, tuple(first), skip=end)
 
 
@@ -105,7 +110,7 @@ def _encoding(sample: bytes, rest: IO[bytes], source: str) -> str:
 
 def _rows(lines: Sequence[str], separator: str) -> list[tuple[int, list[str]]]:
     """Returns (number of its last line, cells without blanks around them) of the first rows."""
-    reader = split_cells(lines[:_SAMPLE_ROWS], separator, skipinitialspace=True)
+    reader = split_cells(lines, separator, skipinitialspace=True)
     rows = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
     return [(line, row) for line, row in rows if any(row)]
 
@@ -126,42 +131,33 @@ def _fit(lines: Sequence[str], separator: str) -> tuple[bool, bool, float]:
     return True, count >= 0.9 * len(rows), sum(not spelling.is_word(cell) for cell in cells) / len(cells)
 
 
-def _is_header(first: Sequence[str], rows: Sequence[list[str]], source: str, known_names: Sequence[str]) -> bool:
-    """Whether the first line holds names: of a run, above numbers, or unlike all cells below.
+def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool | None:
+    """Whether the first line holds names: above numbers, or unlike the cells below; None if that is not clear.
 
-    Whole numbers are names if they are above other columns than of whole numbers, and increase like years or 0, 1, 2.
+    Whole numbers are names if they increase, like years or 0, 1, 2, above columns of something else.
     """
-    if known_names:
-        if len(set(first) & set(known_names)) >= len(known_names) / 2:
-            return True
-        if spelling.is_unnamed(known_names):
-            return False
     numbers = [cell for cell in first if spelling.is_number(cell, ".,")]
     if not rows or len(first) != len(rows[0]):
         return not numbers
     columns = list(zip(*rows, strict=True))
     words = [(cell, column) for cell, column in zip(first, columns, strict=True) if spelling.is_word(cell)]
-    names_numbers = any(not any(map(spelling.is_word, column)) and any(column) for _, column in words)
+    names_numbers = any(any(column) and not any(map(spelling.is_word, column)) for _, column in words)
     repeats = any(cell in column for cell, column in words)
     if not numbers:
         return bool(words) and (names_numbers or not repeats)
-    shown = spelling.shortened(", ".join(first), 60)
-    ambiguous = UserError(
-        f"line 1 of '{source}' ({shown}) may be a header or a row: set config.table.header to True or False"
-    )
-    if not all(re.fullmatch(r"[+-]?\d+", cell) for cell in numbers):  # 63.5 is no name, but a row has no words there
-        if names_numbers and not repeats:
-            raise ambiguous
-        return False
+    if not all(map(_is_integer, numbers)):  # 63.5 is no name, but a row has no words in columns of numbers
+        return None if names_numbers and not repeats else False
     steps = {int(after) - int(before) for before, after in itertools.pairwise(numbers)}
-    index_of_pandas = first[0] == "" and columns[0][:3] == ("0", "1", "2")[: len(rows)] and steps <= {1}
-    if not (names_numbers or (index_of_pandas and int(numbers[0]) == 0)):
-        if not steps or min(steps) <= 0 or (words and repeats):
-            return False
-        below = [column for cell, column in zip(first, columns, strict=True) if cell in numbers]
-        if any(all(re.fullmatch(r"[+-]?\d*", x) or not spelling.is_number(x) for x in column) for column in below):
-            if len(steps) == 1 and len(numbers) > 2:
-                raise ambiguous
-            return False
-    logging.warning("line 1 of '%s' (%s) is taken as a header: see config.table.header", source, shown)
-    return True
+    counts_rows = first[0] == "" and columns[0][:3] == ("0", "1", "2")[: len(rows)]  # pandas' index
+    if names_numbers or (counts_rows and int(numbers[0]) == 0 and steps <= {1}):
+        return True
+    if not steps or min(steps) <= 0 or (words and repeats):
+        return False
+    below = [column for cell, column in zip(first, columns, strict=True) if cell in numbers]
+    if not any(all(_is_integer(cell) or cell in spelling.MISSING_ANYWHERE for cell in column) for column in below):
+        return True
+    return None if len(steps) == 1 and len(numbers) > 2 else False
+
+
+def _is_integer(cell: str) -> bool:
+    return re.fullmatch(r"[+-]?\d+", cell) is not None

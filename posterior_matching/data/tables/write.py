@@ -7,7 +7,7 @@ import io
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ def table_writer(path: str | Path) -> Iterator[Callable[[Table], None]]:
     """Yields a function that writes a table to a file chunk by chunk; the file appears only once it is complete.
 
     The cells of a text table are written as the text that was read, with the separator, header and encoding of their
-    file; cells are quoted where they need it. The suffix of `path` gives the format, as for reading.
+    file, in quotes where they need them. The suffix of `path` gives the format, as for reading.
 
     Raises:
         UserError: The file cannot be written, or not in this format.
@@ -32,19 +32,10 @@ def table_writer(path: str | Path) -> Iterator[Callable[[Table], None]]:
     path, kind = Path(path), file_format(Path(path))
     if kind is None:
         raise UserError(f"cannot write '{path}': its name must end in {', '.join(FORMATS)} (or .csv.gz, .csv.zip)")
-    create = {".parquet": _parquet_writer, ".npy": _array_writer, ".npz": _array_writer}.get(kind, _text_writer)
+    create = _text_writer if kind in TEXT else _parquet_writer if kind == ".parquet" else _array_writer
     try:
         with atomic.replacing(path) as temporary, contextlib.ExitStack() as stack:
-            add = create(temporary, path, stack)
-
-            def write(table: Table) -> None:
-                if table.text is not None and kind not in TEXT:
-                    raise UserError(
-                        f"cannot write the text of '{table.source}' as {kind}: choose one of {', '.join(TEXT)}"
-                    )
-                add(table)
-
-            yield write
+            yield create(stack, temporary, path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
 
@@ -55,22 +46,26 @@ def write_table(path: str | Path, table: Table) -> None:
         write(table)
 
 
-def _text_writer(temporary: Path, path: Path, stack: contextlib.ExitStack) -> Callable[[Table], None]:
-    stream: io.TextIOWrapper | None = None
+def _text_writer(stack: contextlib.ExitStack, temporary: Path, path: Path) -> Callable[[Table], None]:
+    ending, stream = path.suffix.lower(), None
+    if ending == ".zip":
+        archive = stack.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED))
+        file = stack.enter_context(archive.open(path.stem, "w"))
+    else:
+        file = stack.enter_context(temporary.open("wb"))
+        if ending == ".gz":
+            file = cast(IO[bytes], stack.enter_context(gzip.GzipFile(path.stem, "wb", fileobj=file, mtime=0)))
 
     def write(table: Table) -> None:
         nonlocal stream
         text = table.text or TextFormat(",", "utf-8", table.names, table.names, 0)
         header = list(text.header) if text.header and stream is None else False
-        stream = stream or stack.enter_context(
-            io.TextIOWrapper(stack.enter_context(_create(temporary, path)), text.encoding, newline="")
-        )
-        cells = table.frame.set_axis(text.header or text.names, axis=1)
-        # An empty cell between blanks needs quotes.
-        needs_quotes = text.separator == " " and bool((cells == "").any(axis=None) or "" in cells.columns)
-        quoting = csv.QUOTE_ALL if needs_quotes else csv.QUOTE_MINIMAL
+        stream = stream or stack.enter_context(io.TextIOWrapper(file, text.encoding, newline=""))
+        # An empty cell between blanks needs quotes, too.
+        empty = text.separator == " " and ((table.frame == "").any(axis=None) or "" in (text.header or ()))
+        style: dict[str, Any] = {"quoting": csv.QUOTE_ALL if empty else csv.QUOTE_MINIMAL, "lineterminator": "\n"}
         try:
-            cells.to_csv(stream, sep=text.separator, header=header, index=False, lineterminator="\n", quoting=quoting)
+            table.frame.to_csv(stream, sep=text.separator, header=header, index=False, **style)
         except UnicodeEncodeError as error:
             letter = error.object[error.start]
             raise UserError(f"'{letter}' does not exist in {text.encoding}: use an input in UTF-8") from error
@@ -78,25 +73,12 @@ def _text_writer(temporary: Path, path: Path, stack: contextlib.ExitStack) -> Ca
     return write
 
 
-@contextlib.contextmanager
-def _create(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
-    with contextlib.ExitStack() as stack:
-        ending = path.suffix.lower()
-        if ending == ".zip":
-            archive = stack.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED))
-            yield stack.enter_context(archive.open(path.stem, "w"))
-        elif ending == ".gz":
-            raw = stack.enter_context(temporary.open("wb"))
-            yield cast(IO[bytes], stack.enter_context(gzip.GzipFile(path.stem, "wb", fileobj=raw, mtime=0)))
-        else:
-            yield stack.enter_context(temporary.open("wb"))
-
-
-def _parquet_writer(temporary: Path, path: Path, stack: contextlib.ExitStack) -> Callable[[Table], None]:  # noqa: ARG001
+def _parquet_writer(stack: contextlib.ExitStack, temporary: Path, path: Path) -> Callable[[Table], None]:
     writer = None
 
     def write(table: Table) -> None:
         nonlocal writer
+        _check_not_text(table, path)
         rows = pa.Table.from_pandas(table.frame, schema=writer and writer.schema, preserve_index=False)
         rows = rows.replace_schema_metadata(None)
         writer = writer or stack.enter_context(pa.parquet.ParquetWriter(temporary, rows.schema))
@@ -105,21 +87,26 @@ def _parquet_writer(temporary: Path, path: Path, stack: contextlib.ExitStack) ->
     return write
 
 
-def _array_writer(temporary: Path, path: Path, stack: contextlib.ExitStack) -> Callable[[Table], None]:
-    arrays: list[np.ndarray] = []
-    parts: dict[str, np.ndarray] = {}
+def _array_writer(stack: contextlib.ExitStack, temporary: Path, path: Path) -> Callable[[Table], None]:
+    tables: list[Table] = []
 
     def write(table: Table) -> None:
-        arrays.append(table.frame.to_numpy())
-        parts.update(table.parts or {})
+        _check_not_text(table, path)
+        tables.append(table)
 
     def save() -> None:
-        array = np.concatenate(arrays)
+        array = np.concatenate([table.frame.to_numpy() for table in tables])
+        parts = {name: array[rows] for name, rows in (tables[0].parts or {}).items()}
         with temporary.open("wb") as file:
             if path.suffix.lower() == ".npy":
                 np.save(file, array, allow_pickle=False)
             else:
-                np.savez(file, **({name: array[rows] for name, rows in parts.items()} or {"x": array}))
+                np.savez(file, **(parts or {"x": array}))
 
     stack.callback(save)
     return write
+
+
+def _check_not_text(table: Table, path: Path) -> None:
+    if table.text is not None:
+        raise UserError(f"cannot write the text of '{table.source}' as {path.suffix}: choose one of {', '.join(TEXT)}")
