@@ -21,35 +21,20 @@ CellType = Literal["number", "code", "word"]  # codes are categories spelled as 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """The keys of `config.table`: what cannot be told from a file itself. Every key has a default.
+    """The keys of `config.table`: what cannot be told from a file itself. Every key has a default."""
 
-    Attributes:
-        separator: The character between cells, `" "` for any run of blanks; None: detected.
-        header: Whether the first line holds the column names; None: detected.
-        encoding: A Python codec; None: detected.
-        decimal: `"."` or `","`; None: detected.
-        thousands: The thousands separator, a comma in 1,234.5; empty: none.
-        missing_values: Values that mean missing, besides the usual spellings: `(-200, "?")`.
-        usual_missing: False: of the usual spellings, only empty cells mean missing.
-        drop: Columns to leave out.
-        categorical: Columns to treat as categories although they hold numeric codes or many different texts.
-        real: Columns to treat as quantities although they look like codes or row numbers.
-        log: Positive real columns to model on a logarithmic scale; imputations are positive.
-        quantile: Real columns to model by their ranks; imputations stay between the smallest and the largest value.
-    """
-
-    separator: str | None = None
-    header: bool | None = None
-    encoding: str | None = None
-    decimal: str | None = None
-    thousands: str = ""
-    missing_values: tuple[str | int | float, ...] = ()
-    usual_missing: bool = True
-    drop: Names = ()
-    categorical: Names = ()
-    real: Names = ()
-    log: Names = ()
-    quantile: Names = ()
+    separator: str | None = None  # the character between cells, `" "` for any run of blanks; None: detected
+    header: bool | None = None  # whether the first line holds the column names; None: detected
+    encoding: str | None = None  # a Python codec; None: detected
+    decimal: str | None = None  # `"."` or `","`; None: detected
+    thousands: str = ""  # the thousands separator, a comma in 1,234.5; empty: none
+    missing_values: tuple[str | int | float, ...] = ()  # besides the usual spellings: `(-200, "?")`
+    usual_missing: bool = True  # False: of the usual spellings, only empty cells mean missing
+    drop: Names = ()  # columns to leave out
+    categorical: Names = ()  # columns to treat as categories although they hold numeric codes or many different texts
+    real: Names = ()  # columns to treat as quantities although they look like codes or row numbers
+    log: Names = ()  # positive real columns to model on a logarithmic scale; imputations are positive
+    quantile: Names = ()  # real columns to model by their ranks; imputations stay between the extremes
 
     def __post_init__(self) -> None:
         for key in ("drop", "categorical", "real", "log", "quantile"):  # names may be numbers, such as years
@@ -67,36 +52,22 @@ TableOption = Annotated[TableOptions, PlainValidator(functools.partial(call, Tab
 
 @dataclasses.dataclass(frozen=True)
 class TextFormat:
-    """How a text table is written.
+    """How a text table is written."""
 
-    Attributes:
-        separator: One character; a blank stands for any run of blanks and tabs.
-        encoding: A Python codec.
-        names: The name of every column, `column_1` and so on if the file has none.
-        header: The cells of the header line; None without one.
-        skip: The number of lines before the first row.
-    """
-
-    separator: str
-    encoding: str
-    names: tuple[str, ...]
-    header: tuple[str, ...] | None
-    skip: int
+    separator: str  # one character; a blank stands for any run of blanks and tabs
+    encoding: str  # a Python codec
+    names: tuple[str, ...]  # the name of every column, `column_1` and so on if the file has none
+    header: tuple[str, ...] | None  # the cells of the header line; None without one
+    skip: int  # the number of lines before the first row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
-    """The interpretation of one column.
+    """The interpretation of one column."""
 
-    Attributes:
-        array: [N] text without surrounding blanks, numbers or booleans; null where missing.
-        numbers: [N] float64, NaN where missing; None if some cell is not a number.
-        is_category: Whether the column's type is categorical: booleans, pandas categories.
-    """
-
-    array: pa.Array
-    numbers: np.ndarray | None
-    is_category: bool = False
+    array: pa.Array  # [N] text without surrounding blanks, numbers or booleans; null where missing
+    numbers: np.ndarray | None  # [N] float64, NaN where missing; None if some cell is not a number
+    is_category: bool = False  # whether the column's type is categorical: booleans, pandas categories
 
     @property
     def missing(self) -> np.ndarray:
@@ -106,27 +77,16 @@ class Cells:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Rows as they were read.
+    """Rows as they were read."""
 
-    Attributes:
-        frame: [N, d] cells: the exact text of a text file, or values of their original types. Names are strings.
-        source: Where it is from, for messages.
-        options: How it is read.
-        text: The format of a text file; None for other formats.
-        lines: [N] line numbers of a text file.
-        parts: Rows of `train`, `test` and optionally `val`, if the file defines them.
-        fingerprint: SHA-256 of the file, or of the frame's values.
-        first_row: For a chunk, the number of rows before its first.
-    """
-
-    frame: pd.DataFrame
-    source: str
-    options: TableOptions = TableOptions()
-    text: TextFormat | None = None
-    lines: np.ndarray | None = None
-    parts: Mapping[str, np.ndarray] | None = None
-    fingerprint: str | None = None
-    first_row: int = 0
+    frame: pd.DataFrame  # [N, d]: the exact text of a text file, or values of their original types
+    source: str  # where it is from, for messages
+    options: TableOptions = TableOptions()  # how it is read
+    text: TextFormat | None = None  # the format of a text file; None for other formats
+    lines: np.ndarray | None = None  # [N] line numbers of a text file
+    parts: Mapping[str, np.ndarray] | None = None  # rows of `train`, `test`, maybe `val`, if the file has them
+    fingerprint: str | None = None  # SHA-256 of the file, or of the frame's values
+    first_row: int = 0  # for a chunk, the number of rows before its first
     _cells: dict[tuple[str, CellType | None], Cells] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:

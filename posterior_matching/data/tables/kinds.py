@@ -97,10 +97,10 @@ def _kind(table: Table, name: str) -> ColumnType:
 
 
 def _is_unnamed(table: Table, name: str) -> bool:
-    if name == "__index_level_0__":  # pandas' name for an unnamed index in .parquet
-        return True
     header = table.text.header if table.text else None
-    return header is not None and not header[table.names.index(name)]
+    if header is not None:
+        return not header[table.names.index(name)]
+    return name == "__index_level_0__"  # pandas' name for an unnamed index in .parquet
 
 
 def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnType:

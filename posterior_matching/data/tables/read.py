@@ -125,9 +125,11 @@ def _unchanged(source: str | Path) -> Iterator[Path]:
 
 def _chunks(path: Path, options: TableOptions, known_names: Sequence[str], rows: int) -> Iterator[Table]:
     kind, empty = file_format(path), True
-    read = {".parquet": _read_parquet, ".npy": _read_array, ".npz": _read_arrays}
     try:
-        tables = read[kind](path, options, rows) if kind in read else _read_text(path, options, rows, known_names)
+        if kind in (".parquet", ".npy", ".npz"):
+            tables = (_read_parquet if kind == ".parquet" else _read_numpy)(path, options, rows)
+        else:
+            tables = _read_text(path, options, rows, known_names)
         for table in tables:
             yield table
             empty = False
@@ -152,7 +154,7 @@ def _of_frame(source: pd.DataFrame | np.ndarray, options: TableOptions, name: st
     return Table(frame, name, options, fingerprint=digest.hexdigest())
 
 
-def _array_frame(source: str, array: np.ndarray, what: str = "the array", kinds: str = "biufOU") -> pd.DataFrame:
+def _array_frame(source: str, array: np.ndarray, kinds: str = "biufOU", what: str = "the array") -> pd.DataFrame:
     if array.ndim != 2 or array.dtype.kind not in kinds or array.size == 0:
         found = f"shape {list(array.shape)} and type {array.dtype}"
         raise UserError(f"'{source}' must hold a 2-D array of numbers, but {what} has {found}")
@@ -165,32 +167,28 @@ def _read_parquet(path: Path, options: TableOptions, rows: int) -> Iterator[Tabl
         yield _of_frame(frame, options, str(path))
 
 
-def _read_array(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
-    array = np.lib.format.open_memmap(path, mode="r")
-    frame = _array_frame(str(path), array, kinds="biuf")
-    for start in range(0, len(frame), rows):
-        yield Table(frame.iloc[start : start + rows].copy(), str(path), options)
-
-
-def _read_arrays(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
-    with zipfile.ZipFile(path):  # np.load looks at the content, not at the name
-        loaded = np.load(path, allow_pickle=False)
-    with loaded:
-        arrays = {name: loaded[name] for name in loaded.files}
-    parts = None
+def _read_numpy(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
+    loaded, parts = np.load(path, mmap_mode="r", allow_pickle=False), None
+    arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
+    if kind != path.suffix.lower():  # np.load looks at the content
+        raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
     if len(arrays) > 1 or "train" in arrays:
         if not {"train", "test"} <= arrays.keys():
             raise UserError(f"'{path}' must hold arrays train, test and val, or one array: it has {', '.join(arrays)}")
         arrays = {name: arrays[name] for name in ("train", "val", "test") if name in arrays}
         ends = np.cumsum([len(array) for array in arrays.values()])
         parts = {name: np.arange(end - len(arrays[name]), end) for name, end in zip(arrays, ends, strict=True)}
-    frames = [_array_frame(str(path), array, f"'{name}'", "biuf") for name, array in arrays.items()]
+    frames = [
+        _array_frame(str(path), array, "biuf", "the array" if kind == ".npy" else f"'{name}'")
+        for name, array in arrays.items()
+    ]
     if len({len(frame.columns) for frame in frames}) > 1:
         widths = ", ".join(f"{name} {array.shape[1]}" for name, array in arrays.items())
         raise UserError(f"the arrays of '{path}' have unequal numbers of columns: {widths}")
-    frame = pd.concat(frames, ignore_index=True)
+    frame = frames[0] if parts is None else pd.concat(frames, ignore_index=True)
     for start in range(0, len(frame), rows):
-        yield Table(frame.iloc[start : start + rows], str(path), options, parts=parts)
+        yield Table(frame.iloc[start : start + rows].copy(), str(path), options, parts=parts)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow.compute as pc
 from absl import logging
 
+from posterior_matching import config
 from posterior_matching.data.tables import kinds, spelling
 from posterior_matching.data.tables.cells import Cells, CellType, Table, TableOptions
 from posterior_matching.errors import UserError, nearest
@@ -27,33 +28,19 @@ _NUM_KNOTS = 101
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of the model.
+    """One column of the model."""
 
-    Attributes:
-        name: As in the table.
-        kind: `real`, `integer` (modelled as real, decoded to integers between `low` and `high`) or `categorical`.
-        dtype: Type of the original cells, for `TableSchema.decode`.
-        mean: Mean of the transformed training values.
-        std: Standard deviation of the transformed training values; positive.
-        transform: `none`; `log`; or `quantile`, the piecewise linear map from `knots` to `scores`.
-        knots: Increasing values in the table's units.
-        scores: The normal scores of the knots' ranks.
-        low: Smallest training value of an integer column.
-        high: Largest training value of an integer column.
-        values: The categories, by index.
-    """
-
-    name: str
-    kind: Literal["real", "integer", "categorical"]
-    dtype: str = "float64"
-    mean: float = 0.0
-    std: float = 1.0
-    transform: Literal["none", "log", "quantile"] = "none"
-    knots: tuple[float, ...] = ()
-    scores: tuple[float, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    values: tuple[Value, ...] = ()
+    name: str  # as in the table
+    kind: Literal["real", "integer", "categorical"]  # integers are modelled as real, and decoded between `low`, `high`
+    dtype: str = "float64"  # type of the original cells, for `TableSchema.decode`
+    mean: float = 0.0  # mean of the transformed training values
+    std: float = 1.0  # standard deviation of the transformed training values; positive
+    transform: Literal["none", "log", "quantile"] = "none"  # quantile: linear between knots
+    knots: tuple[float, ...] = ()  # increasing values in the table's units
+    scores: tuple[float, ...] = ()  # the normal scores of the knots' ranks
+    low: float | None = None  # smallest training value of an integer column
+    high: float | None = None  # largest training value of an integer column
+    values: tuple[Value, ...] = ()  # the categories, by index
 
     def transformed(self, values: np.ndarray) -> np.ndarray:
         """Maps values [N] in the table's units to the scale that is standardised."""
@@ -95,23 +82,15 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class TableSchema:
-    """All columns of a table.
+    """All columns of a table."""
 
-    Attributes:
-        columns: The d columns of the model.
-        names: All columns of the training file, in order; empty in runs that stored no names, which go by position.
-        set_aside: Constant columns with their value, which fills their missing cells, and empty columns with None.
-        ignored: Dropped columns and unnamed row numbers, passed through unchanged.
-        missing_values: `config.table.missing_values` of the training.
-        usual_missing: `config.table.usual_missing` of the training.
-    """
-
-    columns: tuple[Column, ...]
-    names: tuple[str, ...] = ()
+    columns: tuple[Column, ...]  # the d columns of the model
+    names: tuple[str, ...] = ()  # all columns of the training file; (): columns go by their position
+    # Constant columns with their value, which fills their missing cells, and empty columns with None.
     set_aside: Mapping[str, Value | None] = dataclasses.field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    missing_values: tuple[str | float, ...] = ()
-    usual_missing: bool = True
+    ignored: tuple[str, ...] = ()  # dropped columns and unnamed row numbers, passed through unchanged
+    missing_values: tuple[str | float, ...] = ()  # `config.table.missing_values` of the training
+    usual_missing: bool = True  # `config.table.usual_missing` of the training
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -125,23 +104,13 @@ class TableSchema:
         """Returns plain values that survive `json` exactly; `from_json` reads them."""
         plain = {field.name: field.default for field in dataclasses.fields(Column)}
         columns = [{k: v for k, v in dataclasses.asdict(c).items() if v != plain[k]} for c in self.columns]
-        columns = [{k: list(v) if isinstance(v, tuple) else v for k, v in column.items()} for column in columns]
-        return {
-            "columns": columns,
-            "names": list(self.names),
-            "set_aside": dict(self.set_aside),
-            "ignored": list(self.ignored),
-            "missing_values": list(self.missing_values),
-            "usual_missing": self.usual_missing,
-        }
+        return config.plain(dataclasses.asdict(self) | {"columns": columns})
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """Reads what `to_json` wrote, or the `{"mean": [d], "std": [d]}` of runs that stored no names."""
-        if "columns" not in saved:
-            return cls.from_standardisation(saved["mean"], saved["std"])
-        columns = tuple(Column(**_tuples(column)) for column in saved["columns"])
-        return cls(**_tuples(saved) | {"columns": columns})
+        """Reads what `to_json` wrote."""
+        saved = config.plain(saved)  # lists as tuples
+        return cls(**saved | {"columns": tuple(Column(**column) for column in saved["columns"])})
 
     @classmethod
     def from_standardisation(cls, mean: Sequence[float], std: Sequence[float]) -> Self:
@@ -169,21 +138,14 @@ class TableSchema:
             if kind == "index":
                 logging.warning("%s has no name and numbers the rows: left out", table.where(name))
                 ignored.append(name)
-            elif kind == "empty":
-                set_aside[name] = None
-            elif kind == "categorical":
-                column = _categorical(table, name)
-                if len(column.values) > 1:
-                    columns.append(column)
-                else:
-                    set_aside[name] = column.values[0]
+                continue
+            column = None
+            if kind != "empty":
+                column = _categorical(table, name) if kind == "categorical" else _real(table, name, kind, rows)
+            if isinstance(column, Column):
+                columns.append(column)
             else:
-                values = _numbers(table, name)[rows]
-                values = values[~np.isnan(values)]
-                if len(values) == 0 or values.min() == values.max():
-                    set_aside[name] = _constant(table, name, values)
-                else:
-                    columns.append(_real(table, name, kind, values))
+                set_aside[name] = column
         if set_aside:
             listed = ", ".join(f"'{name}' ({'empty' if v is None else f'always {v}'})" for name, v in set_aside.items())
             logging.warning("set aside, not modelled, of '%s': %s", table.source, listed)
@@ -222,9 +184,13 @@ class TableSchema:
             if column.kind == "categorical":
                 x[:, j] = _encode_categories(column, table, name, cells, unknown_categories)
             else:
-                values = _quantities(column, table, name, cells)
+                if cells.numbers is None:
+                    problem = "but the run was trained on numbers: fix it or set config.table.decimal"
+                    raise UserError(f"{table.where(name)} holds {table.first_word(cells)}, {problem}")
+                if column.transform == "log":
+                    _check(table, name, cells.numbers <= 0, "has no logarithm, which the run models of this column")
                 with np.errstate(over="ignore"):
-                    x[:, j] = (column.transformed(values) - column.mean) / column.std
+                    x[:, j] = (column.transformed(cells.numbers) - column.mean) / column.std
                 _check(table, name, np.isinf(x[:, j]), "is out of all proportion to the training values")
         return x
 
@@ -299,10 +265,6 @@ class TableSchema:
 # One column ----------------------------------------------------------------------------------------------------------
 
 
-def _tuples(saved: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-
-
 def _key(value: Value) -> str:
     """Returns the same key for all spellings of a category: `1`, `1.0`; `true`, `TRUE`."""
     text = str(value)
@@ -319,32 +281,37 @@ def _numbers(table: Table, name: str) -> np.ndarray:
     return numbers
 
 
-def _constant(table: Table, name: str, values: np.ndarray) -> Value | None:
-    return pc.drop_null(table.cells(name, "number").array)[0].as_py() if len(values) else None
-
-
-def _categorical(table: Table, name: str) -> Column:
+def _categorical(table: Table, name: str) -> Column | Value:
+    """Returns the column, or its only category."""
     counts = pc.value_counts(pc.drop_null(table.cells(name).array)).to_pylist()
     values: dict[str, Value] = {}
-    for entry in sorted(
-        counts, key=lambda entry: -entry["counts"]
-    ):  # the most frequent spelling of a category comes first
+    for entry in sorted(counts, key=lambda entry: -entry["counts"]):  # a category is spelled as most often
         values.setdefault(_key(entry["values"]), entry["values"])
+    if len(values) == 1:
+        return next(iter(values.values()))
     keys = sorted(values, key=float if all(map(spelling.is_number, values)) else str)
     dtype = "str" if table.text else str(table.frame[name].dtype)
     return Column(name, "categorical", dtype, values=tuple(values[key] for key in keys))
 
 
-def _real(table: Table, name: str, kind: Literal["real", "integer"], values: np.ndarray) -> Column:
+def _real(table: Table, name: str, kind: Literal["real", "integer"], rows: np.ndarray) -> Column | Value | None:
+    """Returns the column, not yet standardised; or its only value in these rows, None without one."""
+    numbers, array = _numbers(table, name), table.cells(name, "number").array
+    values = numbers[rows]
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return None
+    if values.min() == values.max():
+        return pc.drop_null(array)[0].as_py()
     dtype = str(table.frame[name].dtype)
     if table.text is not None:
-        text, group = table.cells(name, "number").array, re.escape(table.options.thousands)
-        is_int = not pc.any(pc.match_substring_regex(text, f"[^0-9+{group}-]")).as_py() and np.abs(values).max() < 2**63
+        digits = f"^[-+0-9{re.escape(table.options.thousands)}]*$"
+        is_int = pc.all(pc.match_substring_regex(array, digits)).as_py() and np.abs(values).max() < 2**63
         dtype = "int64" if is_int else "float64"
     low, high = (None, None) if kind == "real" else (float(values.min()), float(values.max()))
     column = Column(name, kind, dtype, low=low, high=high)
     if name in table.options.log:
-        _check(table, name, _numbers(table, name) <= 0, "has no logarithm: use config.table.quantile instead of log")
+        _check(table, name, numbers <= 0, "has no logarithm: use config.table.quantile instead of log")
         return dataclasses.replace(column, transform="log")
     if name in table.options.quantile:
         ranks = np.linspace(0, 1, _NUM_KNOTS)
@@ -371,17 +338,6 @@ def _standardised(table: Table, columns: list[Column], rows: np.ndarray) -> tupl
             )
         scaled[column.name] = dataclasses.replace(column, mean=m, std=s)
     return tuple(scaled.get(column.name, column) for column in columns)
-
-
-def _quantities(column: Column, table: Table, name: str, cells: Cells) -> np.ndarray:
-    if cells.numbers is None:
-        word = table.first_word(cells)
-        raise UserError(
-            f"{table.where(name)} holds {word}, but the run was trained on numbers: fix it or set config.table.decimal"
-        )
-    if column.transform == "log":
-        _check(table, name, cells.numbers <= 0, "has no logarithm, but the run models the logarithm of this column")
-    return cells.numbers
 
 
 def _encode_categories(
