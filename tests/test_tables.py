@@ -3,7 +3,6 @@
 import csv
 import datetime
 import gzip
-import io
 import math
 import os
 import zipfile
@@ -93,23 +92,16 @@ def test_case_of_a_sentinel(cases, caplog):
     assert np.isnan(TableSchema.fit(table).encode(table)).sum() == 50 and "repeats" not in caplog.text
 
 
-def test_case_of_observed_cells(cases, tmp_path):
-    path = cases / "f07_observed_cells_changed_skewed" / "money.csv"
-    table = read(path)
+def test_other_cases(cases, tmp_path):
+    table = read(cases / "f07_observed_cells_changed_skewed" / "money.csv")
     columns = TableSchema.fit(table)
     write_table(tmp_path / "out.csv", columns.fill(table, columns.encode(table)))
-    assert (tmp_path / "out.csv").read_text() == path.read_text()
-
-
-def test_cases_that_are_refused(cases):
-    assert "column 1 ('h')" in (message := fails(cases / "f08_values_1e200" / "huge.csv"))
-    assert "too large" in message
-    assert "'code' holds 35 texts" in fails(cases / "f14_underscore_number" / "underscore.csv")
-
-
-def test_case_of_booleans(cases):
+    assert (tmp_path / "out.csv").read_text() == Path(table.source).read_text()
     columns = TableSchema.fit(read(cases / "f13_booleans" / "bools.csv"))
     assert columns.columns[0].values == ("False", "True") and columns.cardinalities == (2, 0, 0, 0, 0)
+    message = fails(cases / "f08_values_1e200" / "huge.csv")
+    assert "column 1 ('h')" in message and "too large" in message
+    assert "'code' holds 35 texts" in fails(cases / "f14_underscore_number" / "underscore.csv")
 
 
 # Public tables -------------------------------------------------------------------------------------------------------
@@ -170,7 +162,7 @@ def test_published_split_of_adult():
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|", " ", ", ", "   "])
 @pytest.mark.parametrize("header", [None, ("a", "b"), ('"a b"', '"b, c; d"')])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_dialects(write, separator, header, end):
+def test_how_text_is_written(write, separator, header, end):
     rows = [("1.5", "-2"), ("3e2", "NA"), ("nan", "4"), ("?", ".5"), ("+7", "8.")]
     path = write(end.join(separator.join(row) for row in ([header] if header else []) + rows) + end)
     table = read(path)
@@ -178,17 +170,15 @@ def test_dialects(write, separator, header, end):
     np.testing.assert_array_equal(list(values(table).values()), expected)
     assert table.names == (tuple(name.strip('"') for name in header) if header else ("column_1", "column_2"))
     write_table(path.with_name("out.csv"), table)
-    np.testing.assert_array_equal(list(values(read(path.with_name("out.csv"))).values()), expected)
     again = read(path.with_name("out.csv"))
-    assert again.frame.to_numpy().tolist() == table.frame.to_numpy().tolist() and again.text == table.text
+    assert again.frame.equals(table.frame) and again.text == table.text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1", "cp1252"])
 def test_encodings(write, encoding):
     path = write("Größe,b\nähm,1\nüb,2\nähm,3\n", encoding=encoding)
-    table = read(path)
-    assert values(table) == {"Größe": ["ähm", "üb", "ähm"], "b": [1, 2, 3]}
-    write_table(path.with_name("out.csv"), table)
+    assert values(read(path)) == {"Größe": ["ähm", "üb", "ähm"], "b": [1, 2, 3]}
+    write_table(path.with_name("out.csv"), read(path))
     assert path.with_name("out.csv").read_bytes() == path.read_bytes()
 
 
@@ -248,8 +238,8 @@ def test_known_names_settle_the_header(write):
 def test_row_names_of_r(write):
     table = read(write('"a" "b"\n"x 1" 1 2.5\n"x 2" 3 4.5\n', "t.txt"))
     assert table.names == ("column_1", "a", "b") and values(table)["column_1"] == ["x 1", "x 2"]
-    write_table(table.source.replace("t.txt", "out.txt"), table)
-    assert read(table.source.replace("t.txt", "out.txt")).frame.equals(table.frame)
+    write_table(table.source, table)
+    assert read(table.source).frame.equals(table.frame)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +265,11 @@ def test_unclear_decimal_marks(write, text):
     assert "config.table.decimal" in fails(write(text))
 
 
-def test_wrongly_grouped_digits_are_no_numbers(write):
+def test_grouped_digits(write):
+    path = write("a,b\n23'722,1\n25'582,2\n,3\n4,1\n")
+    table = read(path, thousands="'")
+    filled = TableSchema.fit(table).fill(table, np.zeros((4, 2)))
+    assert filled.frame["a"].tolist() == ["23'722", "25'582", "16436", "4"]
     assert "'1,23'" in fails(write('a,b\n"1,234",1\n"1,23",2\n'), thousands=",")
 
 
@@ -319,29 +313,26 @@ def test_declared_missing_values(write):
     assert values(table)["b"] == ["x", None, None, "y"]
 
 
-@pytest.mark.parametrize(("code", "shown"), [(-200, "-200"), (999.9, "999.9"), (-99, "-99"), (0, "0")])
-def test_a_repeated_value_far_outside_is_reported(write, caplog, code, shown):
-    numbers = np.random.default_rng(0).normal(50, 5, 60).round(2)
-    numbers[::12] = code
-    with caplog.at_level("WARNING", logger="absl"):
-        TableSchema.fit(read(write("a\n" + "\n".join(map(str, numbers)))))
-    assert f"{shown} repeats in 'a'" in caplog.text
+RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize(
-    "numbers",
+    ("code", "numbers"),
     [
-        np.random.default_rng(0).poisson(0.3, 200),  # mostly zeros
-        np.random.default_rng(0).integers(0, 2, 200),
-        np.random.default_rng(0).normal(size=200).round(1),
-        [*np.random.default_rng(0).normal(size=50).round(3), 40.0],  # once only
-        np.random.default_rng(0).lognormal(0, 2, 200).round(),
+        *((code, RNG.normal(50, 5, 60).round(2)) for code in (-200, 999.9, -99, 0)),
+        (None, RNG.poisson(0.3, 200)),  # mostly zeros
+        (None, RNG.integers(0, 2, 200)),
+        (None, RNG.normal(size=200).round(1)),
+        (None, [*RNG.normal(size=50).round(3), 40.0]),  # once only
+        (None, RNG.lognormal(0, 2, 200).round()),
     ],
 )
-def test_usual_columns_are_not_reported(write, caplog, numbers):
+def test_only_a_repeated_value_far_outside_is_reported(write, caplog, code, numbers):
+    if code is not None:
+        numbers[::12] = code
     with caplog.at_level("WARNING", logger="absl"):
         TableSchema.fit(read(write("a\n" + "\n".join(map(str, numbers)))))
-    assert "repeats" not in caplog.text
+    assert f"{code} repeats in 'a'" in caplog.text if code is not None else "repeats" not in caplog.text
 
 
 # One line ------------------------------------------------------------------------------------------------------------
@@ -417,13 +408,15 @@ def test_codes_keep_their_zeros(write):
 
 
 def test_missing_and_odd_files(tmp_path, write):
-    assert "no file" in fails(tmp_path / "t.csv")
     (tmp_path / "folder.csv").mkdir()
-    assert "no file" in fails(tmp_path / "folder.csv")
-    assert "cannot read" in fails(write(b"not gzip", "t.csv.gz"))
-    assert "cannot read" in fails(write(gzip.compress(b"a,b\n1,2\n" * 99)[:-9], "t.csv.gz"))
-    assert "cannot read" in fails(write(b"not zip", "t.csv.zip"))
-    assert "cannot read" in fails(write(b"PAR1 no", "t.parquet"))
+    assert "no file" in fails(tmp_path / "t.csv") and "no file" in fails(tmp_path / "folder.csv")
+    for content, name in (
+        (b"not gzip", "t.csv.gz"),
+        (gzip.compress(b"a,b\n1,2\n" * 99)[:-9], "t.csv.gz"),
+        (b"not zip", "t.csv.zip"),
+        (b"PAR1 no", "t.parquet"),
+    ):
+        assert "cannot read" in fails(write(content, name))
     with zipfile.ZipFile(tmp_path / "two.csv.zip", "w") as archive:
         archive.writestr("a.csv", "a\n1\n")
         archive.writestr("b.csv", "a\n1\n")
@@ -540,18 +533,16 @@ def test_decimals_and_large_integers(tmp_path, write):
 
 
 def test_fingerprint(write, frame):
-    path = write("a,b\n1,2\n3,4\n")
-    first = read(path).fingerprint
-    assert read(path).fingerprint == first and read(write("a,b\n1,2\n3,5\n")).fingerprint != first
-    assert read(frame).fingerprint == read(frame.copy()).fingerprint
-    assert read(frame).fingerprint != read(frame.assign(real=0.0)).fingerprint
-    assert read(frame).fingerprint != read(frame.rename(columns={"real": "x"})).fingerprint
+    prints = [read(write(text)).fingerprint for text in ("a,b\n1,2\n", "a,b\n1,3\n", "a,b\n1,2\n")]
+    frames = frame, frame.assign(real=0.0), frame.rename(columns={"real": "x"}), frame.copy()
+    prints = [*prints, *(read(frame).fingerprint for frame in frames)]
+    assert prints[0] == prints[2] and prints[3] == prints[6] and len(set(prints)) == 5
 
 
 # Round trips ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_any_cells_survive(tmp_path, seed):
     rng = np.random.default_rng(seed)
     letters = [*"abc 1.\"',;|\t\nö€", '""', "\r\n", " a "]
@@ -559,24 +550,18 @@ def test_any_cells_survive(tmp_path, seed):
     cells = [["".join(rng.choice(letters, rng.integers(0, 5))) for _ in range(width)] for _ in range(rows)]
     cells = [row if any(cell.strip() for cell in row) else ["x"] * width for row in cells]
     separator, end = str(rng.choice([",", ";", "\t", "|"])), str(rng.choice(["\n", "\r\n"]))
-    quoting = int(rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
-    text = io.StringIO(newline="")
-    csv.writer(text, delimiter=separator, lineterminator=end, quoting=quoting).writerows(
-        [[f"name {i}" for i in range(width)], *cells]
-    )
-    path = tmp_path / "t.csv"
-    path.write_bytes(text.getvalue().encode())
-    table = read(path, separator=separator, header=True, decimal=".")
+    path, options = tmp_path / "t.csv", TableOptions(separator=separator, header=True, decimal=".")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        quoting = int(rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+        writer = csv.writer(file, delimiter=separator, lineterminator=end, quoting=quoting)
+        writer.writerows([[f"name {i}" for i in range(width)], *cells])
+    table, chunks = read_table(path, options), list(iter_chunks(path, options, rows=7))
     assert table.frame.to_numpy().tolist() == cells
-    write_table(tmp_path / "out.csv", table)
-    assert read(tmp_path / "out.csv", separator=separator, header=True, decimal=".").frame.equals(table.frame)
-    chunks = list(iter_chunks(path, TableOptions(separator=separator, header=True, decimal="."), rows=7))
     assert [len(chunk) for chunk in chunks[:-1]] == [7] * (len(chunks) - 1)
-    assert pd.concat([chunk.frame for chunk in chunks], ignore_index=True).equals(table.frame)
-    with table_writer(tmp_path / "chunks.csv") as append:
+    with table_writer(tmp_path / "out.csv") as append:
         for chunk in chunks:
             append(chunk)
-    assert (tmp_path / "chunks.csv").read_bytes() == (tmp_path / "out.csv").read_bytes()
+    assert read_table(tmp_path / "out.csv", options).frame.equals(table.frame)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".npy", ".npz", ".parquet"])

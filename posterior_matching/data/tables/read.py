@@ -169,8 +169,9 @@ def _read_parquet(path: Path, options: TableOptions, rows: int) -> Iterator[Tabl
 
 def _read_numpy(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
     loaded, parts = np.load(path, mmap_mode="r", allow_pickle=False), None
-    arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
+    with contextlib.nullcontext({"x": loaded}) if kind == ".npy" else loaded as opened:
+        arrays = dict(opened)
     if kind != path.suffix.lower():  # np.load looks at the content
         raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
     if len(arrays) > 1 or "train" in arrays:
