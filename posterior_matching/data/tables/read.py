@@ -168,12 +168,13 @@ def _read_parquet(path: Path, options: TableOptions, rows: int) -> Iterator[Tabl
 
 
 def _read_numpy(path: Path, options: TableOptions, rows: int) -> Iterator[Table]:
-    loaded, parts = np.load(path, mmap_mode="r", allow_pickle=False), None
-    kind = ".npy" if isinstance(loaded, np.ndarray) else ".npz"
-    with contextlib.nullcontext({"x": loaded}) if kind == ".npy" else loaded as opened:
-        arrays = dict(opened)
-    if kind != path.suffix.lower():  # np.load looks at the content
-        raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
+    parts, suffix = None, path.suffix.lower()
+    with path.open("rb") as file:
+        kind = {b"\x93N": ".npy", b"PK": ".npz"}.get(file.read(2), suffix)
+        if kind != suffix:
+            raise UserError(f"cannot read '{path}': it is a {kind} file, rename it")
+        file.seek(0)
+        arrays = dict(np.load(file)) if kind == ".npz" else {"x": np.lib.format.open_memmap(path, mode="r")}
     if len(arrays) > 1 or "train" in arrays:
         if not {"train", "test"} <= arrays.keys():
             raise UserError(f"'{path}' must hold arrays train, test and val, or one array: it has {', '.join(arrays)}")
@@ -181,7 +182,7 @@ def _read_numpy(path: Path, options: TableOptions, rows: int) -> Iterator[Table]
         ends = np.cumsum([len(array) for array in arrays.values()])
         parts = {name: np.arange(end - len(arrays[name]), end) for name, end in zip(arrays, ends, strict=True)}
     frames = [
-        _array_frame(str(path), array, "biuf", "the array" if kind == ".npy" else f"'{name}'")
+        _array_frame(str(path), array, "biuf", f"'{name}'" if kind == ".npz" else "the array")
         for name, array in arrays.items()
     ]
     if len({len(frame.columns) for frame in frames}) > 1:
