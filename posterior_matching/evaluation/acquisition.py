@@ -15,10 +15,9 @@ from posterior_matching.config import Count, NonNegative, call, option
 from posterior_matching.data import decode
 from posterior_matching.errors import UserError, nearest
 from posterior_matching.evaluation.examples import EvaluationOptions, ExampleMap
-from posterior_matching.evaluation.results import Arrays, PartialResults, Results
+from posterior_matching.evaluation.results import Arrays, PartialResults, Results, with_log
 from posterior_matching.models.greedy import POLICIES, Policy, acquire, features_that_fit, sampling_policy
 from posterior_matching.models.lookahead import LookaheadPosterior
-from posterior_matching.progress import with_log
 
 # The numbers of acquisitions that results.json reports on; the arrays hold all.
 BUDGETS = (1, 3, 5, 10, 20, 30)
@@ -90,7 +89,9 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
             at_once = features_that_fit(trained, *rows, num_samples, chosen.memory_budget_gb)
             policy = functools.partial(sampling_policy, features_at_once=at_once)
 
-        def acquire_example(model: LookaheadPosterior, key: jax.Array, x: jax.Array, available: jax.Array):
+        def acquire_example(
+            model: LookaheadPosterior, key: jax.Array, x: jax.Array, available: jax.Array
+        ) -> dict[str, jax.Array]:
             options = {"num_steps": num_steps, "num_samples": num_samples}
             return acquire(policy, model, key, x, available, **options)._asdict()
 

@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from posterior_matching import data, mask_generators, masking, parallel, runs
 from posterior_matching.config import Count, Seed, option
 from posterior_matching.data.dataset import padded_batches
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.results import Arrays, PartialResults
-from posterior_matching.progress import progress_bar
 
 Model = TypeVar("Model", bound=nnx.Module)
 # (model, key, x [*input_shape], available mask) -> results by name, for one example
@@ -231,7 +231,7 @@ class ExampleMap:
         self._dataset = dataset
         self._indices, self._weights = padded_batches(len(dataset), batch_size * jax.local_device_count())
 
-        def run_batch(state, key, rows, indices):
+        def run_batch(state: nnx.State, key: jax.Array, rows: jax.Array, indices: jax.Array) -> Mapping[str, jax.Array]:
             model = nnx.merge(graphdef, state)
             x, available = data.decode(rows, dataset.max_value)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
@@ -253,7 +253,7 @@ class ExampleMap:
         batches = list(enumerate(zip(self._indices, self._weights, strict=True)))
         results = []
         try:
-            with progress_bar(batches, description, unit="batch", leave=False) as bar:
+            with tqdm(batches, description, unit="batch", leave=False, disable=None) as bar:
                 for number, (indices, weights) in bar:
                     compute = functools.partial(self._compute, key, indices, weights)
                     results.append(parts.get(f"{number:05}", compute) if parts else compute())

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from posterior_matching.config import Count, call, option
 from posterior_matching.errors import UserError
@@ -18,11 +19,10 @@ from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.embeddings import EMBEDDINGS
 from posterior_matching.evaluation.examples import WEIGHTED, ExampleMap, MaskedOptions
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
-from posterior_matching.evaluation.results import Results
+from posterior_matching.evaluation.results import Results, with_log
 from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
 from posterior_matching.models.vqvae import PosteriorMatchingVQVAE
-from posterior_matching.progress import progress_bar, with_log
 
 MODELS = ("pm_vdvae", "pm_vqvae")
 
@@ -75,7 +75,7 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
     trained: PosteriorMatchingVQVAE | PosteriorMatchingVDVAE = run.model
     model = UnitRange(trained) if isinstance(trained, PosteriorMatchingVDVAE) else trained
 
-    def impute_example(models: nnx.Dict, key: jax.Array, x: jax.Array, available: jax.Array):
+    def impute_example(models: nnx.Dict, key: jax.Array, x: jax.Array, available: jax.Array) -> dict[str, jax.Array]:
         key_mask, key_impute = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape)) * available[None]
         imputations, log_weights = models["model"].impute_and_weigh(x[None], b, num_samples, key=key_impute)
@@ -83,7 +83,7 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
         found = {"b": b[0], "imputation": mean[0]}
         return found if embed is None else found | {"embeddings": models["embed"](imputations[:, 0])}
 
-    def embed_example(embed: nnx.Module, _key: jax.Array, x: jax.Array, _available: jax.Array):
+    def embed_example(embed: nnx.Module, _key: jax.Array, x: jax.Array, _available: jax.Array) -> dict[str, jax.Array]:
         return {"embedding": embed(x[None])[0]}
 
     key = jax.random.key(chosen.seed)
@@ -103,7 +103,7 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
         if embed is None:
             continue
         sets = np.moveaxis(found["embeddings"], 1, 0)
-        with progress_bar(sets, f"trial {trial + 1}: precision and recall", leave=False) as bar:
+        with tqdm(sets, f"trial {trial + 1}: precision and recall", leave=False, disable=None) as bar:
             precision, recall = np.mean([precision_recall(real, generated, chosen.seed) for generated in bar], axis=0)
         curves.append((precision, recall))
         f_1_8, f_8 = max_f_score(precision, recall, 1 / 8), max_f_score(precision, recall, 8)

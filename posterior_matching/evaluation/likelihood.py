@@ -11,9 +11,8 @@ import numpy as np
 from posterior_matching.config import Count, call, help_of, option
 from posterior_matching.evaluation.examples import ExampleMap, MaskedOptions
 from posterior_matching.evaluation.metrics import finite_mean
-from posterior_matching.evaluation.results import PartialResults, Results
+from posterior_matching.evaluation.results import PartialResults, Results, with_log
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
-from posterior_matching.progress import with_log
 
 INSTANCES_PER_DEVICE = 625  # as published
 
@@ -54,7 +53,9 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
     generator = run.masks(chosen.mask_generator)
     trained: PosteriorMatchingVDVAE = run.model
 
-    def evaluate_example(model: PosteriorMatchingVDVAE, key: jax.Array, x: jax.Array, available: jax.Array):
+    def evaluate_example(
+        model: PosteriorMatchingVDVAE, key: jax.Array, x: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
         key_mask, key_likelihood = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape)) * available[None]
         likelihood = model.is_log_prob(

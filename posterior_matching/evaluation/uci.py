@@ -13,10 +13,9 @@ from posterior_matching.config import Count, Steps, call, help_of, option
 from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.examples import WEIGHTED, ExampleMap, MaskedOptions, first_examples
 from posterior_matching.evaluation.metrics import category_accuracy, nrmse
-from posterior_matching.evaluation.results import Results
+from posterior_matching.evaluation.results import Results, with_log
 from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.models.vae import PosteriorMatchingVAE
-from posterior_matching.progress import with_log
 
 _MOST_SIMULATED = 1000  # their gaps are as costly as a trial, and the mean over more would hardly differ
 
@@ -62,7 +61,9 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
     trained: PosteriorMatchingVAE = run.model
     num_samples, sampling = chosen.num_samples, {"chunk_size": chosen.chunk_size, "refine_steps": chosen.refine_steps}
 
-    def evaluate_example(model: PosteriorMatchingVAE, key: jax.Array, x: jax.Array, available: jax.Array):
+    def evaluate_example(
+        model: PosteriorMatchingVAE, key: jax.Array, x: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
         key_mask, _, key_likelihood = jax.random.split(key, 3)
         x, available = x[None], available[None]
         b = generator(key_mask, (1, *run.mask_shape)) * available
@@ -80,7 +81,9 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
             "gap_xo": likelihood.gap_xo[0],
         }
 
-    def simulate_example(model: PosteriorMatchingVAE, key: jax.Array, _: jax.Array, available: jax.Array):
+    def simulate_example(
+        model: PosteriorMatchingVAE, key: jax.Array, _: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
         key_mask, key_simulation = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape))
         gap_x, gap_xo = model.simulated_gaps(b, num_samples, key=key_simulation, available=available[None], **sampling)

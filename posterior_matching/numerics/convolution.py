@@ -232,20 +232,23 @@ def _transposed(method: _General, y: jax.Array, kernel: jax.Array) -> jax.Array:
     return method.input_gradient(y, kernel)
 
 
-def _forward_fwd(method, x, kernel):
+_Pair = tuple[jax.Array, jax.Array]
+
+
+def _forward_fwd(method: _General, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return _forward(method, x, kernel), (x, kernel)
 
 
-def _forward_bwd(method, residuals, g):
+def _forward_bwd(method: _General, residuals: _Pair, g: jax.Array) -> _Pair:
     x, kernel = residuals
     return _transposed(method, g, kernel), method.kernel_gradient(x, g)
 
 
-def _transposed_fwd(method, y, kernel):
+def _transposed_fwd(method: _General, y: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return _transposed(method, y, kernel), (y, kernel)
 
 
-def _transposed_bwd(method, residuals, g):
+def _transposed_bwd(method: _General, residuals: _Pair, g: jax.Array) -> _Pair:
     y, kernel = residuals
     return _forward(method, g, kernel), method.kernel_gradient(g, y)
 
