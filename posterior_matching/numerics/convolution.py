@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from posterior_matching.numerics import materialise, on_cpu, split
+from posterior_matching.numerics import materialise, on_cpu
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -112,7 +112,7 @@ class _General:
         if blocks == 1:
             return one_block(x, y)
         pairs = (a.reshape(num_pairs, 2, *a.shape[1:]) for a in (x, y))
-        parts = ([part.reshape(-1, *part.shape[2:]) for part in split(a, blocks)] for a in pairs)
+        parts = ([part.reshape(-1, *part.shape[2:]) for part in jnp.array_split(a, blocks)] for a in pairs)
         return functools.reduce(jnp.add, map(one_block, *parts))
 
     def _before(self) -> list[int]:
@@ -219,7 +219,7 @@ def _blocks(x: jax.Array) -> list[jax.Array]:
     With 8 blocks the convolutions of smaller images ran on one core: XLA gives kernels to another thread only if more
     than 8 are ready.
     """
-    return split(x, 16 if len(x) >= 128 and on_cpu() else 1)
+    return jnp.array_split(x, 16 if len(x) >= 128 and on_cpu() else 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
