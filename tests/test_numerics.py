@@ -3,27 +3,12 @@
 import platform
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from helpers.arrays import normal
 from helpers.configs import ROOT
 from helpers.scripts import finish, spawn
-from posterior_matching import numerics
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-
-
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_materialise_changes_neither_value_nor_gradient(backend, shape, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    x = jnp.asarray(normal(0, *shape))
-    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.square(numerics.materialise(x)).sum()))(x)
-    np.testing.assert_allclose(value, np.square(x).sum(), rtol=1e-6)
-    np.testing.assert_allclose(gradient, 2 * x, rtol=1e-6)
 
 
 TWICE = """

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from posterior_matching.numerics import materialise, on_cpu
+from posterior_matching.numerics import on_cpu
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -152,7 +152,7 @@ class _Pointwise(_General):
         # Of two matrices, so that XLA does not transpose x.
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if on_cpu() and x.shape[1] > y.shape[1]:  # there wide results are twice as fast as tall ones
-            return materialise(y.T @ x).T[None, None]
+            return (y.T @ x).T[None, None]
         return (x.T @ y)[None, None]
 
 

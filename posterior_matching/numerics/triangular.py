@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from posterior_matching.numerics import materialise, on_cpu
+from posterior_matching.numerics import on_cpu
 
 
 def diagonal(matrices: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ def inverse(tril: jax.Array) -> jax.Array:
     # The inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
     half = e // 2
     a, c = inverse(jnp.stack([tril[..., :half, :half], tril[..., half:, half:]]))
-    b = -_product(materialise(_product(c, tril[..., half:, :half])), a)
+    b = -_product(_product(c, tril[..., half:, :half]), a)
     upper, lower = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1), jnp.concatenate([b, c], axis=-1)
     return jnp.concatenate([upper, lower], axis=-2)
 
@@ -98,9 +98,8 @@ def _inverse_forward(tril: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _inverse_backward(result: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    # Materialised: XLA would compute a sum of outer products anew in every kernel that reads it.
-    transposed = materialise(result.swapaxes(-1, -2))
-    return (materialise(-jnp.tril(_product(materialise(_product(transposed, g)), transposed))),)
+    transposed = result.swapaxes(-1, -2)
+    return (-jnp.tril(_product(_product(transposed, g), transposed)),)
 
 
 inverse.defvjp(_inverse_forward, _inverse_backward)
