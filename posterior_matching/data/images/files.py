@@ -24,9 +24,7 @@ from PIL import Image, ImageOps
 
 from posterior_matching.data.cache import cached, file_fingerprint
 from posterior_matching.data.images.options import (
-    MAX_SIDE,
     PARTS,
-    WHITE_16,
     ImageFormat,
     ImageOptions,
     Images,
@@ -148,12 +146,6 @@ def read_files(path: Path, options: ImageOptions, known: ImageFormat | None, str
         logging.warning("%d of the files of '%s' are no images (%s): left out", len(others), path, first_names(others))
     for note, found in notes["notes"].items():
         logging.warning("%d of the images of '%s' %s (%s)", len(found), path, note, first_names(found))
-    if not known and 0 < notes["largest"] < WHITE_16 // 4:
-        bound = 2 ** notes["largest"].bit_length() - 1
-        raise UserError(
-            f"the images of '{path}' have 16 bits but only values up to {notes['largest']}: set config.images.range to "
-            f"(0, {bound}), if {bound} is white, or to (0, {WHITE_16})"
-        )
     x, kept = stored["x"], [candidates[i] for i in stored["kept"]]
     channels = options.channels or (known.shape[2] if known else x.shape[3])
     if x.shape[3] > channels:
@@ -163,7 +155,7 @@ def read_files(path: Path, options: ImageOptions, known: ImageFormat | None, str
     label, labels = _labels(kept, folders, known.labels if known else (), str(path))
     x = x if x.shape[3] == channels else np.repeat(x, channels, axis=3)
     kind = ImageFormat(x.shape[1:], "uint8", (0.0, 255.0), labels)
-    return Images(str(path), x, 255.0, tuple(kept), kind, fingerprint(path), label, parts, sizes=stored["sizes"])
+    return Images(str(path), x, 255.0, tuple(kept), kind, fingerprint(path), stored["sizes"], label, parts)
 
 
 def _decode_all(
@@ -178,7 +170,6 @@ def _decode_all(
     sizes: list[tuple[int, int]] = []
     broken: dict[str, str] = {}
     notes: dict[str, list[str]] = collections.defaultdict(list)
-    largest = 0
     threads = min(8, os.cpu_count() or 1)
     with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
@@ -194,7 +185,6 @@ def _decode_all(
                 pixels.append(decoded.pixels)
                 kept.append(i)
                 sizes.append(decoded.size)
-                largest = max(largest, decoded.largest)
                 for note in decoded.notes:
                     notes[note].append(names[i])
         finally:
@@ -207,7 +197,7 @@ def _decode_all(
     x = np.empty((len(pixels), *pixels[0].shape[:2], channels), np.uint8)
     for row, image in zip(x, pixels, strict=True):
         row[:] = image
-    found = json.dumps({"broken": broken, "notes": notes, "colour": colour, "largest": largest})
+    found = json.dumps({"broken": broken, "notes": notes, "colour": colour})
     return {"x": x, "kept": np.array(kept), "sizes": np.array(sizes), "notes": np.array(found)}
 
 
@@ -217,7 +207,6 @@ class _Decoded(NamedTuple):
     pixels: np.ndarray | None  # [H, W, 1 or 3] uint8
     notes: tuple[str, ...] = ()
     size: tuple[int, int] = (0, 0)  # before cropping and resizing
-    largest: int = 0  # of the values of 16 bits
     problem: str = ""
 
 
@@ -225,29 +214,23 @@ def _decode(name: str, read: Callable[[str], bytes], options: ImageOptions) -> _
     try:
         with Image.open(io.BytesIO(read(name)), formats=formats()) as image:
             notes = ["are animated or have several pages, of which the first is taken"] if _has_frames(image) else []
-            if any(";16" in str(tile) for tile in getattr(image, "tile", ())) or image.mode.startswith("I;16"):
-                notes.append("have 16 bits, reduced to 8")
+            if any(";16" in str(tile) for tile in getattr(image, "tile", ())) and image.mode in ("RGB", "RGBA"):
+                notes.append("have 16 bits, reduced to 8")  # by Pillow
             upright = ImageOps.exif_transpose(image)
             solid = opaque(upright)
             if solid is not upright:
                 notes.append("are transparent, shown on white")
-            eight_bits, largest = _in_eight_bits(solid, name, options)
-            fitted = fit(eight_bits, options, name)
+            fitted = fit(_in_eight_bits(solid, name, options), options, name)
     except UserError:
         raise
     except FileNotFoundError:
         return _Decoded(None, problem="there is no such file")
     except Exception as error:  # whatever Pillow and zipfile raise for damaged files
         return _Decoded(None, problem=reason(error))
-    if fitted.width * fitted.height > MAX_SIDE**2:
-        raise UserError(
-            f"the image '{name}' has {fitted.height}x{fitted.width} pixels, more than {MAX_SIDE}x{MAX_SIDE}: set "
-            "config.images.size, which resizes the images"
-        )
     pixels = np.asarray(fitted).reshape(fitted.height, fitted.width, -1)
     if (pixels == pixels[:, :, :1]).all():  # no colour
         pixels = pixels[:, :, :1]
-    return _Decoded(pixels, tuple(notes), (upright.height, upright.width), largest)
+    return _Decoded(pixels, tuple(notes), (upright.height, upright.width))
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -265,27 +248,21 @@ def opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha)
 
 
-def _in_eight_bits(image: Image.Image, name: str, options: ImageOptions) -> tuple[Image.Image, int]:
-    """Returns the image in mode L or RGB, and its largest value if it has 16 bits and no range is set."""
-    deep, largest = image.mode in ("I", "F") or image.mode.startswith("I;16"), 0
+def _in_eight_bits(image: Image.Image, name: str, options: ImageOptions) -> Image.Image:
+    """Returns the image in mode L or RGB."""
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     if not deep:
         image = image.convert("L" if options.channels == 1 or image.mode in ("1", "L") else "RGB")
-    if deep or options.range is not None:
-        values = np.asarray(image).astype(np.float64)
-        black, white = options.range or (0, WHITE_16)
-        if not np.isfinite(values).all():
-            raise ValueError("some values are not numbers")
-        if options.range is None and image.mode in ("I", "F"):
-            raise UserError(
-                f"the image '{name}' has 32 bits and values from {values.min():g} to {values.max():g}: set "
-                "config.images.range to (black, white)"
-            )
-        if values.min() < black or values.max() > white:
-            found = f"{values.min():g} to {values.max():g}"
-            raise OptionError("config.images.range", f"is {options.range}, but '{name}' has values from {found}")
-        largest = 0 if options.range else int(values.max())
-        image = Image.fromarray(np.rint((values - black) / (white - black) * 255).astype(np.uint8))
-    return image, largest
+    if not deep and options.range is None:
+        return image
+    values = np.asarray(image).astype(np.float64)
+    found = f"'{name}' has values from {values.min():g} to {values.max():g}"
+    if options.range is None:
+        raise UserError(f"{found}, more than 8 bits: set config.images.range to (black, white), such as (0, 65535)")
+    black, white = options.range
+    if not (values.min() >= black and values.max() <= white):
+        raise OptionError("config.images.range", f"is {options.range}, but {found}")
+    return Image.fromarray(np.rint((values - black) / (white - black) * 255).astype(np.uint8))
 
 
 def _mixed_sizes(source: str, names: list[str], read: Callable[[str], bytes], known: ImageFormat | None) -> UserError:
