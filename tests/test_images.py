@@ -182,9 +182,9 @@ def test_what_is_no_image_is_counted(tmp_path, warned):
     (tmp_path / "photos" / "linked.png").symlink_to("a.png")
     (tmp_path / "photos" / "deep" / "loop").symlink_to("..")
     assert read(tmp_path / "photos").names == ("a.png", "deep/er/b.png", "linked.png")
-    assert len(warned) == 2 and warned[0].startswith("cannot read 4 files of") and "broken.png" in warned[0]
+    assert len(warned) == 2 and warned[0].startswith("cannot read 4 of the files of") and "broken.png" in warned[0]
     assert "2 of the files of" in warned[1] and "table.csv" in warned[1]
-    assert "cannot read 4 files of" in refusal(read_images, tmp_path / "photos", for_imputation=True)
+    assert "cannot read 4 of the files of" in refusal(read_images, tmp_path / "photos", for_imputation=True)
 
 
 def test_an_archive_is_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ def test_refusals_of_files(tmp_path, monkeypatch):
     assert "is a run directory" in of("run", {"config.json": b"{}", "checkpoints/x": b"", "a.png": picture()})
     assert "of 2 files none can be read (a.png: " in of("broken", {"a.png": b"x", "b.png": b"y"})
     sizes = {"a.png": picture(8, 9), "b.png": picture(8, 9), "c.png": picture(9, 8)}
-    assert "differ in size (2 of 8x9, 1 of 9x8 pixels): set config.images.size" in of("sizes", sizes)
+    assert "differ in size ('a.png' is 8x9, 'c.png' is 9x8 pixels): set config.images.size" in of("sizes", sizes)
     message = of("crop", {"a.png": picture()}, crop=(0, 0, 8, 9))
     assert message.startswith("config.images.crop is (0, 0, 8, 9), which does not lie inside 'a.png', which has 8x8")
     assert "more than 1024x1024: set config.images.size" in of("large", {"a.png": Image.new("L", (2000, 1000))})
@@ -347,7 +347,7 @@ def test_folders_are_labels_or_splits(tmp_path):
     assert data.load(str(named), "validation").label.tolist() == [1]
     assert "has no split 'test'" in refusal(data.load, str(named), "test")
     folder_of(named, files("x/y.png"))
-    assert "'x/y.png' lies beside the folders train, val of" in refusal(read, named)
+    assert "'x/y.png' lies next to the folders train, val of" in refusal(read, named)
     vehicles = read(folder_of(tmp_path / "e", files("train/1.png", "car/2.png")))
     assert vehicles.format.labels == ("car", "train") and set(vehicles.parts) == {"train", "val", "test"}
     # A run's labels are those of later images, also of only one of them.
@@ -683,7 +683,7 @@ def test_masks_of_zeros_and_ones(run, tmp_path):
         ({"mask": "mask.png", "output": "out.npy"}, "name a folder"),
         ({"mask": "mask.png", "output": "out.png"}, "name a folder"),
         ({"mask": "mask.png", "source": "rows.csv"}, "is no folder, .zip or file of images"),
-        ({"mask": "mask.png", "source": "broken"}, r"cannot read 'b.png' of .*: remove or replace it"),
+        ({"mask": "mask.png", "source": "broken"}, r"cannot read 1 of the files of .*b.png.*: remove or replace it"),
         (
             {"mask": "mask.png", "source": "twins"},
             "two images of .* are named '[aA]', up to suffix and case: rename one",
