@@ -230,7 +230,9 @@ def test_refusals_of_files(tmp_path, monkeypatch):
     assert message.startswith("config.images.crop is (0, 0, 8, 9), which does not lie inside 'a.png', which has 8x8")
     assert "more than 1024x1024: set config.images.size" in of("large", {"a.png": Image.new("L", (2000, 1000))})
     dim = Image.fromarray(np.full((8, 8), 4000, np.uint16))
-    assert "from 4000 to 4000, more than 8 bits: set config.images.range" in of("dim", {"a.png": dim})
+    more = "from 4000 to 4000, more than 8 bits: set config.images.range"
+    assert more in of("dim", {"a.png": dim})
+    assert more in refusal(read_images, tmp_path / "dim", known=ImageFormat((8, 8, 1)))  # of a run
     real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
     assert "set config.images.range to (black, white)" in of("float", {"a.tif": encoded(real, "tiff")})
     assert "has values from 4000 to 4000" in of("dim", {}, range=(0, 3000))
