@@ -66,10 +66,11 @@ def _decode_mask(name: str, read: Callable[[str], bytes], source: str) -> np.nda
         with warnings.catch_warnings(), Image.open(io.BytesIO(read(name)), formats=formats()) as image:
             warnings.simplefilter("ignore")
             upright = ImageOps.exif_transpose(image)
-            alpha, levels = np.asarray(upright.convert("RGBA"))[..., 3], np.asarray(upright.convert("L"))
+            levels = np.asarray(upright.convert("L"))
+            transparent = upright.has_transparency_data and (np.asarray(upright.convert("RGBA"))[..., 3] < 255).any()
     except Exception as error:  # whatever Pillow and zipfile raise for damaged files
         raise UserError(f"cannot read '{name}' of '{source}' ({reason(error)})") from error
-    if (alpha < 255).any():
+    if transparent:
         raise UserError(f"the mask '{name}' is transparent: save it in black (hole) and white (observed)")
     return levels * np.uint8(255) if levels.max() == 1 else levels
 
