@@ -119,7 +119,7 @@ def test_the_scale_of_initial_kernels_is_that_of_no_other_weights():
 @pytest.mark.parametrize(
     ("shape", "options", "named"),
     [
-        ((9, 8, 1), {}, "images of 9x8 do not fit a code grid 4 times smaller"),
+        ((9, 8, 1), {}, "images of 9x8 do not fit a code grid 4 times smaller: set config.images.size=8"),
         ((64,), {}, "a VQ-VAE needs images"),
         ((8, 8, 1), {"strides": (2,)}, "strides has a wrong number of entries"),
         ((8, 8, 1), {"decay": 1.0}, "decay must be less than 1"),

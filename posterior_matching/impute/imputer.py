@@ -52,7 +52,9 @@ class RowImputer:
         """
         return self._filled(x, _draws, (self._num_samples, num_imputations), Counter() if earlier is None else earlier)
 
-    def image(self, x: np.ndarray, b: np.ndarray, copy: int | None = None) -> np.ndarray:
+    def image(
+        self, x: np.ndarray, b: np.ndarray, copy: int | None = None, earlier: Counter[int] | None = None
+    ) -> np.ndarray:
         """Returns images `[N, H, W, C]` in [0, 1] with the pixels where `b: [N, H, W, 1]` is 0 filled.
 
         Args:
@@ -60,11 +62,13 @@ class RowImputer:
             b: The masks, float32.
             copy: Fill with draws, with others for each number; None: with point estimates, the weighted mean
                 of `num_samples`, see `marginal_likelihood.tempered_weights`.
+            earlier: Counts the images of this copy before these by their content, and is updated.
         """
         x = np.where(b == 1, x, np.float32(0))
         if copy is None:
             return self._over_batches(_mean_image, self._num_samples, self._key, x, b)
-        return self._over_batches(_image_draw, 1, jax.random.fold_in(self._key, copy), x, b)
+        earlier = Counter() if earlier is None else earlier
+        return self._over_batches(_image_draw, 1, jax.random.fold_in(self._key, copy), x, b, earlier)
 
     def log_prob(self, x: np.ndarray, given: np.ndarray, of: np.ndarray, num_samples: int) -> np.ndarray:
         """Estimates log p(x_of | x_given) of rows by importance sampling, per standardised unit.

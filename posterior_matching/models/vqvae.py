@@ -61,9 +61,9 @@ class GridFeatures(nnx.Module):
         height, width, channels = input_shape
         features, strides, shrink = body.hidden_units, body.strides, math.prod(body.strides)
         if height % shrink or width % shrink:
-            raise OptionError(
-                "strides", f"{{}}={strides}: images of {height}x{width} do not fit a code grid {shrink} times smaller"
-            )
+            size = max(shrink, min(height, width) // shrink * shrink)
+            found = f"images of {height}x{width} do not fit a code grid {shrink} times smaller"
+            raise OptionError("strides", f"{{}}={strides}: {found}: set config.images.size={size} for your own images")
         widths = itertools.pairwise((channels, features // 2, features, features))
         layers = zip(widths, (4, 4, 3), (*strides, 1), strict=True)
         self.convs = nnx.List(Conv(*sizes, kernel, stride, "SAME", rngs=rngs) for sizes, kernel, stride in layers)

@@ -25,9 +25,7 @@ from tqdm import tqdm
 
 from posterior_matching.data.cache import cached, file_fingerprint
 from posterior_matching.data.images.options import (
-    MAX_SIDE,
     PARTS,
-    WHITE_16,
     ImageFormat,
     ImageOptions,
     Images,
@@ -112,7 +110,7 @@ def opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes], list
             named = {member.replace("\\", "/"): member for member in members}
             for name in named:
                 if re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
-                    raise UserError(f"'{path}' names a file outside of itself, '{name}': make the archive anew")
+                    raise UserError(f"'{path}' names a file outside of itself, '{name}': make a new archive")
             lock = threading.Lock()  # since Python 3.12, concurrent reads of one archive fail: "Overlapped entries"
 
             def read(name: str) -> bytes:
@@ -129,133 +127,101 @@ def read_files(path: Path, options: ImageOptions, known: ImageFormat | None, str
     with opened(path) as (names, read, holders):
         candidates = [name for name in names if Path(name).suffix.lower() in suffixes() or not Path(name).suffix]
         if not candidates:
-            shown = f": it has {', '.join(names[:3])}" + (", ..." if len(names) > 3 else "") if names else ""
-            raise UserError(f"'{path}' holds no images{shown}")
-        key = f"images-{hash_text((str(path.resolve()), candidates, dataclasses.astuple(options)))[:12]}"
-        stored = cached(key, holders, lambda: _decode_all(str(path), candidates, read, options, known))
-    notes = json.loads(str(stored["notes"]))
-    others = sorted(set(names) - set(candidates))
-    others += [name for name in notes["broken"] if not Path(name).suffix]
-    broken = {name: why for name, why in notes["broken"].items() if name not in others}
-    if broken:
-        name, why = next(iter(broken.items()))
-        which = f"'{name}' of '{path}'" if len(broken) == 1 else f"{len(broken)} files of '{path}'"
-        text = f"cannot read {which} ({'' if len(broken) == 1 else f'{name}: '}{why})"
+            raise UserError(f"'{path}' holds no images" + (f": it has {first_names(names)}" if names else ""))
+        key = f"decoded-{hash_text((str(path.resolve()), candidates, dataclasses.astuple(options)))[:12]}"
+        remedy = f"resize them to {size_text(known.shape[:2])}" if known else "set config.images.size=64 to resize them"
+        stored = cached(key, holders, lambda: _decode_all(str(path), candidates, read, options, remedy))
+    broken, notes = json.loads(str(stored["broken"])), json.loads(str(stored["notes"]))
+    others = [name for name in names if name not in candidates or (name in broken and not Path(name).suffix)]
+    if unread := [f"{name}: {why}" for name, why in broken.items() if name not in others]:
+        text = f"cannot read {len(unread)} of the files of '{path}' ({first_names(unread)})"
         if strict:
-            raise UserError(f"{text}: remove or replace {'it' if len(broken) == 1 else 'them'}")
+            raise UserError(f"{text}: remove or replace {'it' if len(unread) == 1 else 'them'}")
         logging.warning("%s: left out", text)
     if others:
         logging.warning("%d of the files of '%s' are no images (%s): left out", len(others), path, first_names(others))
-    for note, found in notes["notes"].items():
+    for note, found in notes.items():
         logging.warning("%d of the images of '%s' %s (%s)", len(found), path, note, first_names(found))
-    if not known and 0 < notes["largest"] < WHITE_16 // 4:
-        bound = 2 ** notes["largest"].bit_length() - 1
-        raise UserError(
-            f"the images of '{path}' have 16 bits but only values up to {notes['largest']}: set config.images.range to "
-            f"(0, {bound}), if {bound} is white, or to (0, {WHITE_16})"
-        )
     x, kept = stored["x"], [candidates[i] for i in stored["kept"]]
     channels = options.channels or (known.shape[2] if known else x.shape[3])
     if x.shape[3] > channels:
-        found = f"{len(notes['colour'])} of the images of '{path}' are in colour ({first_names(notes['colour'])})"
+        colour = [name for name, image in zip(kept, x, strict=True) if (image != image[:, :, :1]).any()]
+        found = f"{len(colour)} of the images of '{path}' are in colour ({first_names(colour)})"
         raise UserError(f"{found}, but the run was trained on grey ones: make them grey")
     parts, folders = _parts_and_folders(kept, str(path))
     label, labels = _labels(kept, folders, known.labels if known else (), str(path))
     x = x if x.shape[3] == channels else np.repeat(x, channels, axis=3)
     kind = ImageFormat(x.shape[1:], "uint8", (0.0, 255.0), labels)
-    return Images(str(path), x, 255.0, tuple(kept), kind, fingerprint(path), label, parts, sizes=stored["sizes"])
+    return Images(str(path), x, 255.0, tuple(kept), kind, fingerprint(path), stored["sizes"], label, parts)
 
 
 def _decode_all(
-    source: str,
-    names: list[str],
-    read: Callable[[str], bytes],
-    options: ImageOptions,
-    known: ImageFormat | None,
+    source: str, names: list[str], read: Callable[[str], bytes], options: ImageOptions, remedy: str
 ) -> dict[str, np.ndarray]:
-    pixels: list[np.ndarray] = []
-    kept: list[int] = []
-    sizes: list[tuple[int, int]] = []
+    images: dict[int, _Decoded] = {}
     broken: dict[str, str] = {}
     notes: dict[str, list[str]] = collections.defaultdict(list)
-    largest = 0
-    threads = min(8, os.cpu_count() or 1)
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         results = pool.map(lambda name: _decode(name, read, options), names)
         try:
             for i, decoded in enumerate(tqdm(results, f"decoding {source}", len(names), delay=5, disable=None)):
-                if decoded.pixels is None:
-                    broken[names[i]] = decoded.problem
+                if isinstance(decoded, str):
+                    broken[names[i]] = decoded
                     continue
-                if pixels and decoded.pixels.shape[:2] != pixels[0].shape[:2]:
-                    raise _mixed_sizes(source, names, read, known)
-                pixels.append(decoded.pixels)
-                kept.append(i)
-                sizes.append(decoded.size)
-                largest = max(largest, decoded.largest)
+                images[i] = decoded
+                first, image = next(iter(images.items()))
+                if image.pixels.shape[:2] != decoded.pixels.shape[:2]:
+                    pair = [f"'{names[j]}' is {size_text(images[j].pixels.shape[:2])}" for j in (first, i)]
+                    raise UserError(f"the images of '{source}' differ in size ({', '.join(pair)} pixels): {remedy}")
                 for note in decoded.notes:
                     notes[note].append(names[i])
         finally:
             pool.shutdown(cancel_futures=True)
-    if not pixels:
+    if not images:
         name, why = next(iter(broken.items()))
         raise UserError(f"'{source}' holds no images: of {len(broken)} files none can be read ({name}: {why})")
-    colour = [names[i] for i, image in zip(kept, pixels, strict=True) if image.shape[2] == 3]
-    channels = 3 if colour else 1
-    x = np.empty((len(pixels), *pixels[0].shape[:2], channels), np.uint8)
-    for row, image in zip(x, pixels, strict=True):
-        row[:] = image
-    found = json.dumps({"broken": broken, "notes": notes, "colour": colour, "largest": largest})
-    return {"x": x, "kept": np.array(kept), "sizes": np.array(sizes), "notes": np.array(found)}
+    channels = max(image.pixels.shape[2] for image in images.values())
+    x = np.empty((len(images), *next(iter(images.values())).pixels.shape[:2], channels), np.uint8)
+    for row, image in zip(x, images.values(), strict=True):
+        row[:] = image.pixels
+    sizes = np.array([image.size for image in images.values()])
+    texts = {"broken": np.array(json.dumps(broken)), "notes": np.array(json.dumps(notes))}
+    return {"x": x, "kept": np.array(list(images)), "sizes": sizes, **texts}
 
 
 class _Decoded(NamedTuple):
-    """A decoded image, or why there is none."""
-
-    pixels: np.ndarray | None  # [H, W, 1 or 3] uint8
-    notes: tuple[str, ...] = ()
-    size: tuple[int, int] = (0, 0)  # before cropping and resizing
-    largest: int = 0  # of the values of 16 bits
-    problem: str = ""
+    pixels: np.ndarray  # [H, W, 1 or 3] uint8
+    size: tuple[int, int]  # before cropping and resizing
+    notes: list[str]
 
 
-def _decode(name: str, read: Callable[[str], bytes], options: ImageOptions) -> _Decoded:
+def _decode(name: str, read: Callable[[str], bytes], options: ImageOptions) -> _Decoded | str:
+    """Returns an image, or why it cannot be read."""
+    notes = []
     try:
         with Image.open(io.BytesIO(read(name)), formats=formats()) as image:
-            notes = ["are animated or have several pages, of which the first is taken"] if _has_frames(image) else []
-            if any(";16" in str(tile) for tile in getattr(image, "tile", ())) or image.mode.startswith("I;16"):
-                notes.append("have 16 bits, reduced to 8")
+            # The further pictures of an MPO, which many cameras write as .jpg, are no pages.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                notes.append("are animated or have several pages, of which the first is taken")
             upright = ImageOps.exif_transpose(image)
-            solid = opaque(upright)
+            solid = _opaque(upright)
             if solid is not upright:
                 notes.append("are transparent, shown on white")
-            eight_bits, largest = _in_eight_bits(solid, name, options)
-            fitted = fit(eight_bits, options, name)
+            fitted = fit(_in_eight_bits(solid, name, options), options, name)
     except UserError:
         raise
     except FileNotFoundError:
-        return _Decoded(None, problem="there is no such file")
+        return "there is no such file"
     except Exception as error:  # whatever Pillow and zipfile raise for damaged files
-        return _Decoded(None, problem=reason(error))
-    if fitted.width * fitted.height > MAX_SIDE**2:
-        raise UserError(
-            f"the image '{name}' has {fitted.height}x{fitted.width} pixels, more than {MAX_SIDE}x{MAX_SIDE}: set "
-            "config.images.size, which resizes the images"
-        )
+        return reason(error)
     pixels = np.asarray(fitted).reshape(fitted.height, fitted.width, -1)
-    if (pixels == pixels[:, :, :1]).all():  # no colour
-        pixels = pixels[:, :, :1]
-    return _Decoded(pixels, tuple(notes), (upright.height, upright.width), largest)
+    grey = (pixels == pixels[:, :, :1]).all()
+    return _Decoded(pixels[:, :, :1] if grey else pixels, (upright.height, upright.width), notes)
 
 
-def _has_frames(image: Image.Image) -> bool:
-    # The further pictures of an MPO, which many cameras write as .jpg, are no pages.
-    return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-
-
-def opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image) -> Image.Image:
     """Returns the image itself if nothing of it is transparent."""
     if not image.has_transparency_data:
         return image
@@ -265,42 +231,21 @@ def opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha)
 
 
-def _in_eight_bits(image: Image.Image, name: str, options: ImageOptions) -> tuple[Image.Image, int]:
-    """Returns the image in mode L or RGB, and its largest value if it has 16 bits and no range is set."""
-    deep, largest = image.mode in ("I", "F") or image.mode.startswith("I;16"), 0
+def _in_eight_bits(image: Image.Image, name: str, options: ImageOptions) -> Image.Image:
+    """Returns the image in mode L or RGB."""
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     if not deep:
         image = image.convert("L" if options.channels == 1 or image.mode in ("1", "L") else "RGB")
-    if deep or options.range is not None:
-        values = np.asarray(image).astype(np.float64)
-        black, white = options.range or (0, WHITE_16)
-        if not np.isfinite(values).all():
-            raise ValueError("some values are not numbers")
-        if options.range is None and image.mode in ("I", "F"):
-            raise UserError(
-                f"the image '{name}' has 32 bits and values from {values.min():g} to {values.max():g}: set "
-                "config.images.range to (black, white)"
-            )
-        if values.min() < black or values.max() > white:
-            found = f"{values.min():g} to {values.max():g}"
-            raise OptionError("config.images.range", f"is {options.range}, but '{name}' has values from {found}")
-        largest = 0 if options.range else int(values.max())
-        image = Image.fromarray(np.rint((values - black) / (white - black) * 255).astype(np.uint8))
-    return image, largest
-
-
-def _mixed_sizes(source: str, names: list[str], read: Callable[[str], bytes], known: ImageFormat | None) -> UserError:
-    sizes: collections.Counter[str] = collections.Counter()
-    for name in names:
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(read(name)), formats=formats()) as image:
-            upright = image.size[::-1] if image.getexif().get(0x0112, 1) < 5 else image.size
-            sizes[size_text(upright)] += 1
-    counts = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3)) + (
-        ", ..." if len(sizes) > 3 else ""
-    )
-    remedy = (
-        f"resize them to {size_text(known.shape[:2])}" if known else "set config.images.size=64 to resize them to 64x64"
-    )
-    return UserError(f"the images of '{source}' differ in size ({counts} pixels): {remedy}")
+    if not deep and options.range is None:
+        return image
+    values = np.asarray(image).astype(np.float64)
+    found = f"'{name}' has values from {values.min():g} to {values.max():g}"
+    if options.range is None:
+        raise UserError(f"{found}, more than 8 bits: set config.images.range to (black, white), such as (0, 65535)")
+    black, white = options.range
+    if not (values.min() >= black and values.max() <= white):
+        raise OptionError("config.images.range", f"is {options.range}, but {found}")
+    return Image.fromarray(np.rint((values - black) / (white - black) * 255).astype(np.uint8))
 
 
 # Splits and labels ---------------------------------------------------------------------------------------------------
@@ -322,12 +267,10 @@ def _parts_and_folders(names: list[str], source: str) -> tuple[dict[str, np.ndar
         return {part: np.flatnonzero(part_of == part) for part in ("train", "val", "test")}, folders
     for name, folder in zip(names, outermost, strict=True):
         if folder not in PARTS:
-            raise UserError(f"'{name}' lies beside the folders {', '.join(sorted(found))} of '{source}': move it")
+            raise UserError(f"'{name}' lies next to the folders {', '.join(sorted(found))} of '{source}': move it")
     part_of = np.array([PARTS[name] for name in outermost])
-    parts: dict[str, np.ndarray] = {
-        part: np.flatnonzero(part_of == part) for part in ("train", "val", "test") if part in found
-    }
-    return parts, [inside[1:] for inside in folders]
+    order = [part for part in ("train", "val", "test") if part in found]
+    return {part: np.flatnonzero(part_of == part) for part in order}, [inside[1:] for inside in folders]
 
 
 def _part_by_name(name: str) -> str:

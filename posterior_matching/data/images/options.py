@@ -12,11 +12,10 @@ from PIL import Image, ImageOps
 from pydantic import Field, PlainValidator
 
 from posterior_matching.config import call
-from posterior_matching.errors import OptionError, first_line
+from posterior_matching.errors import OptionError, UserError, first_line
 
 MAX_SIDE = 1024
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-WHITE_16 = 65535
 
 Offset = Annotated[int, Field(ge=0, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=100_000)]
@@ -32,8 +31,8 @@ class ImageOptions:
             are, which must be of one size.
         crop: `(top, left, height, width)` of the part to use, in pixels, before resizing; None: all.
         channels: 1 (grey) or 3 (colour); None: 3 if any image has colour.
-        range: The stored values that mean black and white; None: found.
-        channels_first: Whether arrays are `[N, C, H, W]`; None: found.
+        range: The stored values that mean black and white; None: 0 and 255 in 8 bits, 0 and 1 in floats.
+        channels_first: Whether arrays are `[N, C, H, W]`; None: no.
     """
 
     size: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = None
@@ -88,12 +87,10 @@ class Images:
         names: Their names: of files, relative to the source and with `/` between folders; of arrays, their numbers.
         format: What a run keeps of them.
         fingerprint: SHA-256 of the files.
+        sizes: [N, 2], the heights and widths before cropping and resizing.
         label: [N] int32 indices of `format.labels`, or None.
         parts: Indices of `train`, `val` and `test`; None for arrays without parts.
         holes: [N, H, W, 1] bool, where a value of an array is NaN; None: nowhere.
-        axes: The axes of a `.npy` array: "NHW", "NHWC" or "NCHW"; empty otherwise.
-        sizes: [N, 2], the heights and widths before cropping and resizing.
-        original: The array as `[N, H, W, C]` in its own type and range, if it was neither cropped nor resized.
     """
 
     source: str
@@ -102,12 +99,10 @@ class Images:
     names: tuple[str, ...]
     format: ImageFormat
     fingerprint: str
+    sizes: np.ndarray
     label: np.ndarray | None = None
     parts: dict[str, np.ndarray] | None = None
     holes: np.ndarray | None = None
-    axes: str = ""
-    sizes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
-    original: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -117,7 +112,7 @@ def fit(image: Image.Image, options: ImageOptions, name: str) -> Image.Image:
     """Crops and resizes an image as `options` say; `name` is for messages.
 
     Raises:
-        OptionError: The part to crop does not lie inside the image.
+        UserError: The part to crop does not lie inside the image, or the image stays too large.
     """
     if options.crop is not None:
         top, left, height, width = options.crop
@@ -127,6 +122,9 @@ def fit(image: Image.Image, options: ImageOptions, name: str) -> Image.Image:
         image = image.crop((left, top, left + width, top + height))
     if options.size is not None and image.size != (options.size, options.size):
         image = ImageOps.fit(image, (options.size, options.size), Image.Resampling.BICUBIC)
+    if image.width * image.height > MAX_SIDE**2:
+        found = f"the image '{name}' has {image.height}x{image.width} pixels, more than {MAX_SIDE}x{MAX_SIDE}"
+        raise UserError(f"{found}: set config.images.size, which resizes the images")
     return image
 
 
