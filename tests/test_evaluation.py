@@ -17,7 +17,7 @@ from helpers.runs import untrained_run
 from posterior_matching import data, mask_generators, models
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import pictures, uci
-from posterior_matching.evaluation.examples import ExampleMap, load_examples, open_run
+from posterior_matching.evaluation.examples import EvaluationOptions, ExampleMap, load_examples, open_run
 from posterior_matching.evaluation.results import PartialResults, Results, with_log
 
 NUM_ROWS, DIM = 1797, 5
@@ -156,8 +156,9 @@ def description(**changes):
     return {"config": config, "input_shape": [8]} | changes
 
 
-def load_dataset(*args, **options):
-    return load_examples(*args, **options)[1]
+def load_dataset(description, dataset, split, num_instances, at_most=None):
+    chosen = EvaluationOptions(run_dir="", dataset=dataset, split=split, num_instances=num_instances)
+    return load_examples(description, chosen, at_most)[1]
 
 
 def test_num_instances_takes_the_first_examples():

@@ -465,11 +465,12 @@ def test_only_the_five_tables_are_checked_and_are_prepared_for_it():
 
 def test_the_evaluation_repeats_the_check(tmp_path, monkeypatch, capsys):
     write("power", "old")
-    run = Evaluation(tmp_path / "run", {}, "best", data.load("power", "test"))
+    source = data.open_source(data.DataOptions("power", "train", "validation"))
+    run = Evaluation(tmp_path / "run", {}, "best", source, source.split("test"))
     parts = {"encoder": MLP, "posterior": DIAGONAL, "decoder": MLP, "likelihood": {"name": "IdentityGaussian"}}
     model = PosteriorMatchingVAE(input_shape=(6,), latent_dim=2, **parts, rngs=nnx.Rngs(0))
     monkeypatch.setattr(Evaluation, "model", model)
-    monkeypatch.setattr(uci, "open_run", lambda *_, **__: run)
+    monkeypatch.setattr(uci.Options, "open_run", lambda *_, **__: run)
     capsys.readouterr()
     uci.evaluate(run.path, num_samples=2, num_trials=1)
     measured = data.gaussian_check("power").measured

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from pydantic import Field
 from posterior_matching.config import Count, NonNegative, call, option
 from posterior_matching.data import decode
 from posterior_matching.errors import UserError, nearest
-from posterior_matching.evaluation.examples import EvaluationOptions, ExampleMap
+from posterior_matching.evaluation.examples import EvaluationOptions, ExampleMap, RunDir, run_made_by
 from posterior_matching.evaluation.results import Arrays, PartialResults, Results, with_log
 from posterior_matching.models.greedy import POLICIES, Policy, acquire, features_that_fit, sampling_policy
 from posterior_matching.models.lookahead import LookaheadPosterior
@@ -28,9 +27,7 @@ MOST_INSTANCES = 1000
 class Options(EvaluationOptions):
     """The options of this evaluation; each is a flag of its script."""
 
-    run_dir: str | os.PathLike[str] = option(
-        dataclasses.MISSING, "Evaluate the run in this directory, made by train_lookahead_posterior.py (required)."
-    )
+    run_dir: RunDir = run_made_by("train_lookahead_posterior.py")
     policies: Sequence[str] = option(
         tuple(POLICIES), "Compare these policies for choosing the next feature, separated by commas."
     )
@@ -54,15 +51,13 @@ class Options(EvaluationOptions):
     )
 
 
-def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
+def evaluate(run_dir: RunDir, **options: Any) -> Results:
     """Acquires with every policy and writes `trajectories/` in the run directory of a lookahead posterior.
 
     The folder holds `<policy>.npz`, with the arrays of `acquisition.Trajectory`, `[N, T, ...]`, and the data `x`; and
     `results.json`. Finished parts are kept, so the same call resumes an interrupted evaluation.
 
-    Args:
-        run_dir: The run directory.
-        options: Fields of `Options`.
+    The options are the fields of `Options`.
 
     Raises:
         UserError: An argument is wrong, or does not match the run or the evaluation to resume; or it was interrupted.

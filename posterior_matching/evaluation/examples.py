@@ -13,7 +13,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from posterior_matching import data, mask_generators, masking, parallel, runs
-from posterior_matching.config import Count, Seed, option
+from posterior_matching.config import Count, Seed, call, option
 from posterior_matching.data.dataset import padded_batches
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.results import Arrays, PartialResults
@@ -23,16 +23,21 @@ Model = TypeVar("Model", bound=nnx.Module)
 ExampleFn = Callable[[Model, jax.Array, jax.Array, jax.Array], Mapping[str, jax.Array]]
 
 Checkpoint = Literal["best", "latest"]
-
+RunDir = str | os.PathLike[str]
 
 WEIGHTED = "Weigh the draws of a point estimate by p(x_o, z) / q(z | x_o); in the paper they are not weighted."
+
+
+def run_made_by(scripts: str) -> Any:
+    """The field `run_dir` of an evaluation's options."""
+    return option(dataclasses.MISSING, f"Evaluate the run in this directory, made by {scripts} (required).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """The options of every evaluation; the flags of the evaluation scripts are made from them."""
 
-    run_dir: str | os.PathLike[str] = option(dataclasses.MISSING, "Evaluate the run in this directory (required).")
+    run_dir: RunDir = run_made_by("a training script")
     dataset: str | None = option(
         None, "Evaluate on this dataset, a name or the path of a file; by default the one the run was trained on."
     )
@@ -50,16 +55,17 @@ class EvaluationOptions:
     seed: Seed = option(0, "Seed all masks, samples and clusterings with this number.")
 
     def open_run(self, model: str | None = None, at_most: int | None = None) -> "Evaluation":
-        """See `open_run`."""
-        return open_run(
-            self.run_dir,
-            model,
-            dataset=self.dataset,
-            split=self.split,
-            checkpoint=self.checkpoint,
-            num_instances=self.num_instances,
-            at_most=at_most,
-        )
+        """Opens the run, which must be of this model (None: any).
+
+        Without `num_instances`, the first `at_most` examples are taken.
+
+        Raises:
+            UserError: It is not such a run, or the data do not match it.
+        """
+        description = runs.read_description(self.run_dir, model)
+        source, examples = load_examples(description, self, at_most)
+        checkpoint = self.checkpoint or description["config"]["evaluate_checkpoint"]
+        return Evaluation(pathlib.Path(self.run_dir), description, checkpoint, source, examples)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +82,7 @@ class MaskedOptions(EvaluationOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A run opened for evaluation, see `open_run`.
+    """A run opened for evaluation.
 
     Attributes:
         path: The run directory.
@@ -108,14 +114,10 @@ class Evaluation:
         return masking.mask_shape(self.dataset.input_shape)
 
     def masks(self, mask_generator: str | mask_generators.MaskGenerator) -> mask_generators.MaskGenerator:
-        """Returns a mask generator that fits the data.
-
-        Args:
-            mask_generator: The generator, its specification (`mask_generators.mask_generator_from_spec`), or "config"
-                for the one that the run was trained with.
+        """Returns a generator that fits the data: this one, or that of a specification, or "config", the run's own.
 
         Raises:
-            UserError: The specification is wrong, or the generator does not fit the data.
+            UserError: The specification (see `mask_generator_from_spec`) is wrong, or does not fit the data.
         """
         if mask_generator == "config":
             mask_generator = mask_generators.build_mask_generator(self.description["config"]["mask_generator"])
@@ -143,66 +145,35 @@ class Evaluation:
         return np.where(available == 1, x, np.nan).reshape(len(x), -1)
 
 
-def open_run(
-    run_dir: str | os.PathLike,
-    model: str | None = None,
-    *,
-    dataset: str | None = None,
-    split: str = "test",
-    checkpoint: str | None = None,
-    num_instances: int | None = None,
-    at_most: int | None = None,
-) -> Evaluation:
-    """Opens a run for evaluation.
-
-    Args:
-        run_dir: The run directory.
-        model: The required model of the run; None: any.
-        dataset: The dataset to evaluate on; None: the one the run was trained on.
-        split: Its split.
-        checkpoint: "best" or "latest"; None: the one named in the run's config.
-        num_instances: Evaluate only this many examples, from the first; None: all of them, or the first `at_most`.
-        at_most: See `num_instances`.
-
-    Raises:
-        UserError: It is not such a run, or the data do not match it; see `runs.read_description` and `load_examples`.
-    """
-    description = runs.read_description(run_dir, model)
-    source, examples = load_examples(description, dataset, split, num_instances, at_most)
-    checkpoint = checkpoint or description["config"]["evaluate_checkpoint"]
-    return Evaluation(pathlib.Path(run_dir), description, checkpoint, source, examples)
+def open_run(run_dir: RunDir, model: str | None = None, **options: Any) -> Evaluation:
+    """See `EvaluationOptions.open_run`; the options are its fields."""
+    return call(EvaluationOptions, {"run_dir": run_dir} | options).open_run(model)
 
 
 def load_examples(
-    description: Mapping[str, Any],
-    dataset: str | None,
-    split: str,
-    num_instances: int | None,
-    at_most: int | None = None,
+    description: Mapping[str, Any], chosen: EvaluationOptions, at_most: int | None = None
 ) -> tuple[data.Source, data.Dataset]:
-    """Returns the data to evaluate a run on, in its units, and their examples; see `open_run`.
+    """Returns the data to evaluate a run on, in its units, and their examples.
 
     Raises:
-        UserError: The data differ in shape from the run's training data, or there are fewer examples than
-            `num_instances`.
+        UserError: Their shape is not that of the training data, or there are fewer than `num_instances`.
     """
     options = data.DataOptions.of_run(description)
-    options = dataclasses.replace(options, dataset=dataset or options.dataset)
+    options = dataclasses.replace(options, dataset=chosen.dataset or options.dataset)
     if options.dataset is None:
         raise UserError("the run was trained on a table in memory: pass --dataset, and --split=all for every row of it")
     source = data.open_source(options, description)
-    examples, expected = source.split(split), tuple(description["input_shape"])
+    examples, expected = source.split(chosen.split), tuple(description["input_shape"])
     if examples.input_shape != expected:
         raise UserError(
             f"dataset {source.name} has examples of shape {examples.input_shape}, but the run was trained on {expected}"
         )
-    if num_instances is None:
-        num_instances = min(len(examples), at_most or len(examples))
-    if not 1 <= num_instances <= len(examples):
-        raise UserError(
-            f"num_instances={num_instances}: the {split} split of {source.name} has {len(examples)} examples"
-        )
-    return source, first_examples(examples, num_instances)
+    count, number = len(examples), chosen.num_instances
+    if number is None:
+        number = min(count, at_most or count)
+    if not 1 <= number <= count:
+        raise UserError(f"num_instances={number}: the {chosen.split} split of {source.name} has {count} examples")
+    return source, first_examples(examples, number)
 
 
 def first_examples(dataset: data.Dataset, count: int) -> data.Dataset:
@@ -214,15 +185,9 @@ def first_examples(dataset: data.Dataset, count: int) -> data.Dataset:
 class ExampleMap:
     """Maps a function of one example over a dataset, in batches, on all local devices.
 
-    Every example has its own random key, a function of the base key and its row, so results do not depend on the
-    batches.
-
-    Args:
-        fn: `fn(model, key, x, available) -> {name: array}` for one example, `x: [*input_shape]` and its `available`
-            mask; must be traceable.
-        model: The model.
-        dataset: The examples.
-        batch_size: Examples at once on each device.
+    `fn(model, key, x, available) -> {name: array}` takes one example, `x: [*input_shape]`, with its `available` mask,
+    and must be traceable. Every example has its own random key, a function of the base key and its row, so results do
+    not depend on the `batch_size`, the number of examples at once on each device.
     """
 
     def __init__(self, fn: ExampleFn[Model], model: Model, dataset: data.Dataset, batch_size: int):
@@ -242,10 +207,8 @@ class ExampleMap:
     def __call__(self, key: jax.Array, description: str = "", parts: PartialResults | None = None) -> Arrays:
         """Returns the results of all examples in order, `{name: [N, ...]}`.
 
-        Args:
-            key: The base key.
-            description: The description on the progress bar.
-            parts: Where the results of finished batches are kept, so that an interrupted evaluation can resume.
+        The `description` stands on the progress bar. In `parts`, finished batches are kept, so that an interrupted
+        evaluation can resume.
 
         Raises:
             UserError: It was interrupted, and `parts` keeps the finished batches.

@@ -4,6 +4,7 @@ It is Inception v3 (Szegedy et al. 2016, arXiv 1512.00567) as of 2015-12-05, who
 versions.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -33,46 +34,38 @@ class ConvNorm(nnx.Module):
 class InceptionBlock(nnx.Module):
     """Parallel branches with concatenated outputs.
 
-    A branch is a list of steps: `(name, features, (rows, columns))` is a convolution that keeps the size, or, with a
-    stride as fourth entry, one without padding; "mean" and "max" pool 3x3 at stride one, "max/2" at stride two; a list
-    of steps in place of one applies them in parallel.
+    A branch is a list of steps: `(name, features, rows, columns)` is a convolution that keeps the size, or, with a
+    stride as fifth entry, one without padding; "mean" and "max" pool 3x3 at stride one, "max/2" at stride two; a list
+    of branches applies them in parallel.
     """
 
     def __init__(self, features_in: int, *branches: list[Any]):
         self.convs: nnx.Dict = nnx.Dict()
-        self.features, self.branches = 0, branches
+        self.branches = branches
 
-        def build(step: Any, features: int) -> int:
+        def build(features: int, step: Any) -> int:
             if isinstance(step, str):
                 return features
-            if isinstance(step, list):
-                return sum(build(part, features) for part in step)
-            name, features_out, size, *stride = step
-            padding = (0, 0) if stride else tuple(n // 2 for n in size)
-            self.convs[name] = ConvNorm(features, features_out, size, stride[0] if stride else 1, padding)
+            if not isinstance(step[0], str):
+                return sum(functools.reduce(build, branch, features) for branch in step)
+            name, features_out, *size, stride = step if len(step) == 5 else (*step, None)
+            padding = (0, 0) if stride else (size[0] // 2, size[1] // 2)
+            self.convs[name] = ConvNorm(features, features_out, (size[0], size[1]), stride or 1, padding)
             return features_out
 
-        for branch in branches:
-            features = features_in
-            for step in branch:
-                features = build(step, features)
-            self.features += features
+        self.features = build(features_in, branches)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, C]` to `[B, H', W', features]`."""
 
-        def apply(step: Any, x: jax.Array) -> jax.Array:
-            if isinstance(step, list):
-                return jnp.concatenate([apply(part, x) for part in step], axis=-1)
-            return _POOLS[step](x) if isinstance(step, str) else self.convs[step[0]](x)
+        def apply(x: jax.Array, step: Any) -> jax.Array:
+            if isinstance(step, str):
+                return _POOLS[step](x)
+            if isinstance(step[0], str):
+                return self.convs[step[0]](x)
+            return jnp.concatenate([functools.reduce(apply, branch, x) for branch in step], axis=-1)
 
-        outputs = []
-        for branch in self.branches:
-            y = x
-            for step in branch:
-                y = apply(step, y)
-            outputs.append(y)
-        return jnp.concatenate(outputs, axis=-1)
+        return apply(x, self.branches)
 
 
 def _pool(x: jax.Array, initial: float, reduce: Any, stride: int, padding: str) -> jax.Array:
@@ -87,71 +80,64 @@ _POOLS = {
 }
 
 
+def _convs(name: str, *steps: tuple[int, ...]) -> list[Any]:
+    """Convolutions name_1, name_2, ... of (features, rows, columns) and perhaps a stride."""
+    return [(f"{name}_{number}", *step) for number, step in enumerate(steps, start=1)]
+
+
 def _block_a(pool_features: int) -> list[list[Any]]:
     return [
-        [("branch1x1", 64, (1, 1))],
-        [("branch5x5_1", 48, (1, 1)), ("branch5x5_2", 64, (5, 5))],
-        [("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)), ("branch3x3dbl_3", 96, (3, 3))],
-        ["mean", ("branch_pool", pool_features, (1, 1))],
+        [("branch1x1", 64, 1, 1)],
+        _convs("branch5x5", (48, 1, 1), (64, 5, 5)),
+        _convs("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
+        ["mean", ("branch_pool", pool_features, 1, 1)],
     ]
 
 
 def _block_b() -> list[list[Any]]:
     return [
-        [("branch3x3", 384, (3, 3), 2)],
-        [("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)), ("branch3x3dbl_3", 96, (3, 3), 2)],
+        [("branch3x3", 384, 3, 3, 2)],
+        _convs("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3, 2)),
         ["max/2"],
     ]
 
 
 def _block_c(n: int) -> list[list[Any]]:
     return [
-        [("branch1x1", 192, (1, 1))],
-        [("branch7x7_1", n, (1, 1)), ("branch7x7_2", n, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-        [
-            ("branch7x7dbl_1", n, (1, 1)),
-            ("branch7x7dbl_2", n, (7, 1)),
-            ("branch7x7dbl_3", n, (1, 7)),
-            ("branch7x7dbl_4", n, (7, 1)),
-            ("branch7x7dbl_5", 192, (1, 7)),
-        ],
-        ["mean", ("branch_pool", 192, (1, 1))],
+        [("branch1x1", 192, 1, 1)],
+        _convs("branch7x7", (n, 1, 1), (n, 1, 7), (192, 7, 1)),
+        _convs("branch7x7dbl", (n, 1, 1), (n, 7, 1), (n, 1, 7), (n, 7, 1), (192, 1, 7)),
+        ["mean", ("branch_pool", 192, 1, 1)],
     ]
 
 
 def _block_d() -> list[list[Any]]:
     return [
-        [("branch3x3_1", 192, (1, 1)), ("branch3x3_2", 320, (3, 3), 2)],
-        [
-            ("branch7x7x3_1", 192, (1, 1)),
-            ("branch7x7x3_2", 192, (1, 7)),
-            ("branch7x7x3_3", 192, (7, 1)),
-            ("branch7x7x3_4", 192, (3, 3), 2),
-        ],
+        _convs("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
+        _convs("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
         ["max/2"],
     ]
 
 
 def _block_e(pool: str) -> list[list[Any]]:
+    def both(name: str) -> list[list[Any]]:
+        return [[(f"{name}a", 384, 1, 3)], [(f"{name}b", 384, 3, 1)]]
+
     return [
-        [("branch1x1", 320, (1, 1))],
-        [("branch3x3_1", 384, (1, 1)), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
-        [
-            ("branch3x3dbl_1", 448, (1, 1)),
-            ("branch3x3dbl_2", 384, (3, 3)),
-            [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))],
-        ],
-        [pool, ("branch_pool", 192, (1, 1))],
+        [("branch1x1", 320, 1, 1)],
+        [*_convs("branch3x3", (384, 1, 1)), both("branch3x3_2")],
+        [*_convs("branch3x3dbl", (448, 1, 1), (384, 3, 3)), both("branch3x3dbl_3")],
+        [pool, ("branch_pool", 192, 1, 1)],
     ]
 
 
 _STEM = [
-    ("Conv2d_1a_3x3", 32, (3, 3), 2),
-    ("Conv2d_2a_3x3", 32, (3, 3), 1),
-    ("Conv2d_2b_3x3", 64, (3, 3)),
+    ("Conv2d_1a_3x3", 32, 3, 3, 2),
+    ("Conv2d_2a_3x3", 32, 3, 3, 1),
+    ("Conv2d_2b_3x3", 64, 3, 3),
     "max/2",
-    ("Conv2d_3b_1x1", 80, (1, 1)),
-    ("Conv2d_4a_3x3", 192, (3, 3), 1),
+    ("Conv2d_3b_1x1", 80, 1, 1),
+    ("Conv2d_4a_3x3", 192, 3, 3, 1),
     "max/2",
 ]
 _BLOCKS = {

@@ -5,7 +5,6 @@ individual imputations match the distribution of real images.
 """
 
 import dataclasses
-import os
 from typing import Any, Literal
 
 import jax
@@ -17,7 +16,7 @@ from posterior_matching.config import Count, call, option
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation import baselines as rivals
 from posterior_matching.evaluation.embeddings import EMBEDDINGS
-from posterior_matching.evaluation.examples import WEIGHTED, ExampleMap, MaskedOptions
+from posterior_matching.evaluation.examples import WEIGHTED, ExampleMap, MaskedOptions, RunDir, run_made_by
 from posterior_matching.evaluation.metrics import NUM_CLUSTERS, max_f_score, precision_recall, psnr
 from posterior_matching.evaluation.results import Results, with_log
 from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
@@ -31,10 +30,7 @@ MODELS = ("pm_vdvae", "pm_vqvae")
 class Options(MaskedOptions):
     """The options of this evaluation; each is a flag of its script."""
 
-    run_dir: str | os.PathLike[str] = option(
-        dataclasses.MISSING,
-        "Evaluate the run in this directory, made by train_pm_vqvae.py or train_pm_vdvae.py (required).",
-    )
+    run_dir: RunDir = run_made_by("train_pm_vqvae.py or train_pm_vdvae.py")
     num_samples: Count = option(10, "Draw this many imputations of each image.")
     embedding: Literal["inception", "pixels", "none"] = option(
         "inception",
@@ -47,16 +43,14 @@ class Options(MaskedOptions):
     )
 
 
-def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
+def evaluate(run_dir: RunDir, **options: Any) -> Results:
     """Evaluates a PM-VQVAE or PM-VDVAE and writes `imputation_results/` in its run directory.
 
     The folder holds `psnrs.npy` [trials], `prd_data.npy` [trials, 2 (precision, recall), 1001], `f_scores.npy` [trials,
     2 (F_1/8, F_8)], `results.json` and `imputations.png`. The metrics `precision` and `recall` are the maximum F_1/8
     and F_8 along the curve, as in the paper; `f_1_8` and `f_8` are the same numbers under their exact names.
 
-    Args:
-        run_dir: The run directory.
-        options: Fields of `Options`.
+    The options are the fields of `Options`.
 
     Raises:
         UserError: An argument is wrong, or does not match the run.

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import os
 from typing import Any
 
 import jax
 import numpy as np
 
 from posterior_matching.config import Count, call, help_of, option
-from posterior_matching.evaluation.examples import ExampleMap, MaskedOptions
+from posterior_matching.evaluation.examples import ExampleMap, MaskedOptions, RunDir, run_made_by
 from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.results import PartialResults, Results, with_log
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE
@@ -21,9 +20,7 @@ INSTANCES_PER_DEVICE = 625  # as published
 class Options(MaskedOptions):
     """The options of this evaluation; each is a flag of its script."""
 
-    run_dir: str | os.PathLike[str] = option(
-        dataclasses.MISSING, "Evaluate the run in this directory, made by train_pm_vdvae.py (required)."
-    )
+    run_dir: RunDir = run_made_by("train_pm_vdvae.py")
     num_instances: Count | None = option(
         None,
         "Evaluate only this many examples, from the start of the split; by default "
@@ -34,16 +31,14 @@ class Options(MaskedOptions):
     num_samples: Count = option(10_000, "Draw this many samples of z for each example and estimate.")
 
 
-def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
+def evaluate(run_dir: RunDir, **options: Any) -> Results:
     """Evaluates a PM-VDVAE and writes `likelihood_results/` in its run directory.
 
     The folder holds `x_lls.npy` and `xo_lls.npy` (log p(x) and log p(x_o) in nats, [trials, N]), `bpd.npy` (bits per
     dimension, [trials]) and `results.json`. Finished batches are kept in `likelihood_results/parts/` until the end, so
     the same call resumes an interrupted evaluation.
 
-    Args:
-        run_dir: The run directory.
-        options: Fields of `Options`.
+    The options are the fields of `Options`.
 
     Raises:
         UserError: An argument is wrong, or does not match the run or the evaluation to resume; or it was interrupted.
@@ -58,14 +53,8 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
     ) -> dict[str, jax.Array]:
         key_mask, key_likelihood = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape)) * available[None]
-        likelihood = model.is_log_prob(
-            model.to_levels(x[None]),
-            b,
-            chosen.num_samples,
-            key=key_likelihood,
-            available=available[None],
-            chunk_size=chosen.chunk_size,
-        )
+        sampling = {"available": available[None], "chunk_size": chosen.chunk_size}
+        likelihood = model.is_log_prob(model.to_levels(x[None]), b, chosen.num_samples, key=key_likelihood, **sampling)
         return {name: value[0] for name, value in likelihood._asdict().items()}
 
     evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, chosen.batch_size)

@@ -15,9 +15,9 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     over the evaluated data; averaged over features. Features that are constant or never scored are left out.
 
     Args:
-        x: True values `[N, ...]`; NaN = missing.
+        x: True values `[N, ...]`; NaN = missing, never scored.
         imputation: `[N, ...]`.
-        scored: `[N, ...]`, 1 where the value was unobserved; missing values are never scored.
+        scored: `[N, ...]`, 1 where the value was unobserved.
 
     Returns:
         The NRMSE; imputing the mean gives 1, up to sampling error. NaN if nothing is scored.
@@ -33,13 +33,7 @@ def nrmse(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
 def category_accuracy(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray) -> float:
     """Accuracy of imputed categories: per column, the share of scored entries that are correct; averaged over columns.
 
-    Args:
-        x: True categories `[N, d]`; NaN = missing.
-        imputation: `[N, d]`.
-        scored: `[N, d]`, 1 where the value was unobserved; missing values are never scored.
-
-    Returns:
-        The accuracy, in [0, 1]. NaN if nothing is scored.
+    Arguments as of `nrmse`, categories `[N, d]`. In [0, 1], or NaN if nothing is scored.
     """
     scored = np.asarray(scored, bool) & ~np.isnan(x)
     count = scored.sum(0)
@@ -50,15 +44,8 @@ def category_accuracy(x: np.ndarray, imputation: np.ndarray, scored: np.ndarray)
 def crps(x: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """Continuous ranked probability score of predictive draws, `E|X - x| - E|X - X'| / 2`; lower is better.
 
-    The estimate is unbiased (Zamo and Naveau 2018, equation PWM). For a point prediction, a single draw, it is the
-    absolute error.
-
-    Args:
-        x: True values `[...]`.
-        draws: `[S, ...]`.
-
-    Returns:
-        `[...]`, in the units of x.
+    From true values `x: [...]` and `draws: [S, ...]` to `[...]`, in the units of x. The estimate is unbiased (Zamo and
+    Naveau 2018, equation PWM). For a point prediction, a single draw, it is the absolute error.
     """
     num_draws = len(draws)
     error = np.abs(draws - x).mean(0)  # over draws
@@ -101,12 +88,7 @@ def finite_mean(values: np.ndarray) -> tuple[float, int]:
 def psnr(x: np.ndarray, imputation: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of images, in decibels: `-10 log10(mean squared error over all pixels)`.
 
-    Args:
-        x: True images `[N, H, W, C]` in [0, 1].
-        imputation: `[N, H, W, C]` in [0, 1].
-
-    Returns:
-        `[N]`; infinite where the two are equal.
+    From images `[N, H, W, C]` in [0, 1] to `[N]`; infinite where the two are equal.
     """
     squared_error = np.square(np.asarray(x, np.float64) - imputation).mean((1, 2, 3))  # over pixels and channels
     with np.errstate(divide="ignore"):

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,29 +21,17 @@ from posterior_matching.evaluation.metrics import finite_mean
 from posterior_matching.evaluation.pictures import imputation_grid, save_png
 from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.masking import mask_shape
+from posterior_matching.models.protocols import Imputes
 
 Arrays = dict[str, np.ndarray]
 Item = TypeVar("Item")
 
 
-class ImputesImages(Protocol):
-    """A model that imputes images in [0, 1]."""
-
-    def impute(self, x: jax.Array, b: jax.Array, num_samples: int, *, key: jax.Array) -> jax.Array:
-        """Returns `[num_samples, B, H, W, C]` for images `x: [B, H, W, C]` and masks `b: [B, H, W, 1]`."""
-        ...
-
-
 class Results:
     """The trials of an evaluation, and the folder they are written to.
 
-    Args:
-        folder: Created at once, so that an evaluation cannot run for hours and then fail to write.
-        num_examples: How many examples were evaluated.
-        arguments: The evaluation's arguments by name, including `seed`; saved as `flags`.
-
-    Raises:
-        UserError: The folder cannot be created.
+    The `arguments` of the evaluation, including `seed`, are saved as `flags`. The folder is created at once, so that an
+    evaluation cannot run for hours and then fail to write; a UserError says if that is impossible.
     """
 
     def __init__(self, folder: pathlib.Path, num_examples: int, arguments: Mapping[str, Any]):
@@ -90,10 +78,7 @@ class Results:
     def write(self, **arrays: np.ndarray | None) -> None:
         """Prints all metrics, and writes `results.json` and one `<name>.npy` per array, all of them or none.
 
-        An array of None removes the file of an earlier evaluation.
-
-        Raises:
-            UserError: They cannot be written.
+        An array of None removes the file of an earlier evaluation. A UserError says if they cannot be written.
         """
         description = {
             "metrics": self.metrics,
@@ -103,34 +88,28 @@ class Results:
             "versions": runs.versions(),
             "seconds": round(time.perf_counter() - self._start, 1),
         }
-        with _one_line(self.folder), contextlib.ExitStack() as files:
-            # The stack moves the files to their names once all are written, results.json last.
-            summary = files.enter_context(replacing(self.folder / "results.json"))
-            summary.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
-            for name, array in arrays.items():
-                if array is not None:
-                    with open(files.enter_context(replacing(self.folder / f"{name}.npy")), "wb") as file:
-                        np.save(file, array, allow_pickle=False)
+        paths = {self.folder / f"{name}.npy": array for name, array in arrays.items()}
         with _one_line(self.folder):
-            for name, array in arrays.items():
-                if array is None:
-                    (self.folder / f"{name}.npy").unlink(missing_ok=True)
+            with contextlib.ExitStack() as files:
+                # The stack moves the files to their names once all are written, results.json last.
+                summary = files.enter_context(replacing(self.folder / "results.json"))
+                summary.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
+                for path, array in paths.items():
+                    if array is not None:
+                        with files.enter_context(replacing(path)).open("wb") as file:
+                            np.save(file, array, allow_pickle=False)
+            for path in (path for path, array in paths.items() if array is None):
+                path.unlink(missing_ok=True)
         print(self)
         for name, count in self._left_out.items():
             if count:
                 print(f"warning: {count} infinite or NaN values were left out of the mean of {name}")
         print(f"{self.num_examples} examples; written to {self.folder}")
 
-    def draw_imputations(self, model: ImputesImages, x: np.ndarray, masks: MaskGenerator) -> None:
-        """Draws `imputations.png`, after `write`: original, observed part and six imputations of each image.
+    def draw_imputations(self, model: Imputes, x: np.ndarray, masks: MaskGenerator) -> None:
+        """Draws `imputations.png`, after `write`: original, observed part and six imputations of ten images.
 
-        Args:
-            model: The model.
-            x: Images `[B, H, W, C]` in [0, 1]; the first ten are drawn.
-            masks: The generator of the masks.
-
-        Raises:
-            UserError: It cannot be written.
+        The images `x: [B, H, W, C]` lie in [0, 1]. A UserError says if the picture cannot be written.
         """
         x = x[:10]
         key_mask, key_impute = jax.random.split(jax.random.key(self._arguments["seed"]))
@@ -145,12 +124,8 @@ class Results:
 class PartialResults:
     """Parts of a long evaluation, one `.npz` each, kept so that an interrupted evaluation can resume.
 
-    Every part stores the settings it was computed with. It is recomputed if it is damaged or its settings differ.
-    Several processes may work in the same folder.
-
-    Args:
-        folder: Where they are kept; created when there is something to keep.
-        settings: Everything that the parts depend on, JSON values by name.
+    Every part stores the settings it was computed with, JSON values by name, and is computed again if it is damaged or
+    they differ. Several processes may work in the same folder.
     """
 
     def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any], prefix: str = ""):
@@ -163,9 +138,11 @@ class PartialResults:
         Raises:
             UserError: It holds parts with other settings, or cannot be written.
         """
-        path = folder / "settings.json"
-        saved = _read_settings(path)
-        changed = [f"{k}: {saved.get(k)} -> {v}" for k, v in settings.items() if saved.get(k) != v] if saved else []
+        path, saved = folder / "settings.json", None
+        with contextlib.suppress(OSError, ValueError):
+            saved = json.loads(path.read_text())
+        saved = saved if isinstance(saved, dict) and saved else settings
+        changed = [f"{k}: {saved.get(k)} -> {v}" for k, v in settings.items() if saved.get(k) != v]
         if changed:
             raise UserError(
                 f"{folder} holds an evaluation that differs ({'; '.join(changed)}): use its values, or delete it"
@@ -180,11 +157,7 @@ class PartialResults:
         return PartialResults(self.folder / name, self._settings, f"{self._prefix}{name}/")
 
     def get(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
-        """Returns the arrays of a part: those kept earlier, or the result of `compute`, which is then kept.
-
-        Raises:
-            UserError: The part cannot be written.
-        """
+        """Returns the arrays of a part: those kept earlier, or the result of `compute`, which is then kept."""
         path = self.folder / f"{name}.npz"
         stamp = json.dumps(self._settings | {"part": self._prefix + name}, sort_keys=True)
         kept = load_npz(path)
@@ -215,14 +188,6 @@ def load_npz(path: pathlib.Path) -> Arrays | None:
             return None if archive.zip.testzip() else dict(archive)
     except Exception:  # whatever NumPy and zipfile raise for files that are truncated, empty or no archives
         return None
-
-
-def _read_settings(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return saved if isinstance(saved, dict) else None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any dataset."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,14 @@ import numpy as np
 from posterior_matching import data
 from posterior_matching.config import Count, Steps, call, help_of, option
 from posterior_matching.evaluation import baselines as rivals
-from posterior_matching.evaluation.examples import WEIGHTED, ExampleMap, MaskedOptions, first_examples
+from posterior_matching.evaluation.examples import (
+    WEIGHTED,
+    ExampleMap,
+    MaskedOptions,
+    RunDir,
+    first_examples,
+    run_made_by,
+)
 from posterior_matching.evaluation.metrics import category_accuracy, nrmse
 from posterior_matching.evaluation.results import Results, with_log
 from posterior_matching.mask_generators import MaskGenerator
@@ -24,9 +30,7 @@ _MOST_SIMULATED = 1000  # their gaps are as costly as a trial, and the mean over
 class Options(MaskedOptions):
     """The options of this evaluation; each is a flag of its script."""
 
-    run_dir: str | os.PathLike[str] = option(
-        dataclasses.MISSING, "Evaluate the run in this directory, made by train_pm_vae.py (required)."
-    )
+    run_dir: RunDir = run_made_by("train_pm_vae.py")
     mask_generator: str | MaskGenerator = option("BernoulliMaskGenerator", help_of(MaskedOptions, "mask_generator"))
     num_samples: Count = option(512, "Draw this many samples of z for each example and estimate.")
     chunk_size: Count = option(128, "Draw at most this many samples of an example at once, to save memory.")
@@ -37,7 +41,7 @@ class Options(MaskedOptions):
     baselines: bool = option(False, "Also score mean, k-nearest-neighbour and iterative imputation on the same masks.")
 
 
-def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
+def evaluate(run_dir: RunDir, **options: Any) -> Results:
     """Evaluates a PM-VAE and writes `uci_results/` in its run directory.
 
     The folder holds `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, for images,
@@ -48,9 +52,7 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
     The NRMSE is over real columns, the accuracy over categorical ones. Log-likelihoods are per standardised unit of the
     real columns; for a table of the user's own, `ac_ll_table_nats` and `log_p_x_table_nats` are per unit of the table.
 
-    Args:
-        run_dir: The run directory.
-        options: Fields of `Options`.
+    The options are the fields of `Options`.
 
     Raises:
         UserError: An argument is wrong, or does not match the run.
@@ -70,16 +72,7 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
         point, likelihood = model.point_and_log_prob(
             x, b, num_samples, key=key_likelihood, available=available, weighted=chosen.weighted, **sampling
         )
-        return {
-            "b": b[0],
-            "imputation": point[0],
-            "ac_ll": likelihood.log_p_xu_given_xo[0],
-            "log_p_x": likelihood.log_p_x[0],
-            "ess_x": likelihood.ess_x[0],
-            "ess_xo": likelihood.ess_xo[0],
-            "gap_x": likelihood.gap_x[0],
-            "gap_xo": likelihood.gap_xo[0],
-        }
+        return {name: value[0] for name, value in (likelihood._asdict() | {"b": b, "imputation": point}).items()}
 
     def simulate_example(
         model: PosteriorMatchingVAE, key: jax.Array, _: jax.Array, available: jax.Array
@@ -89,31 +82,30 @@ def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
         gap_x, gap_xo = model.simulated_gaps(b, num_samples, key=key_simulation, available=available[None], **sampling)
         return {"x": gap_x[0], "xo": gap_xo[0]}
 
-    evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, chosen.batch_size)
     x, available = (np.asarray(a) for a in data.decode(run.dataset.x, run.dataset.max_value))
     truth = np.where(available == 1, x, np.nan)
-    columns = run.source.schema if isinstance(run.source.schema, data.TableSchema) else None
-    cardinalities = columns.cardinalities if columns else ()
+    schema = run.source.schema if isinstance(run.source.schema, data.TableSchema) else None
+    cardinalities = schema.cardinalities if schema else ()
     imputers = rivals.fit(run.training_rows(), cardinalities=cardinalities) if chosen.baselines else {}
-    # For densities per unit of the table: sum over columns of log |d standardised / d table units|.
-    log_slopes = np.where(available == 1, columns.log_det_jacobian(x), 0.0) if columns else None
+    evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, chosen.batch_size)
     results = Results(run.path / "uci_results", len(run.dataset), vars(chosen))
 
     for trial in with_log(range(chosen.num_trials), "trial"):
         found = evaluate_all(jax.random.fold_in(jax.random.key(chosen.seed), trial), f"trial {trial + 1}")
-        results.add(**_errors(truth, found["imputation"], 1 - found["b"], cardinalities))
-        results.add_mean(ac_ll_nats=found["ac_ll"], log_p_x_nats=found["log_p_x"])
-        if log_slopes is not None:
-            unobserved = (log_slopes * (1 - found["b"])).sum(1)  # over columns
-            results.add_mean(ac_ll_table_nats=found["ac_ll"] + unobserved)
-            results.add_mean(log_p_x_table_nats=found["log_p_x"] + log_slopes.sum(1))
+        b, ac_ll, log_p_x = found["b"], found["log_p_xu_given_xo"], found["log_p_x"]
+        results.add(**_errors(truth, found["imputation"], 1 - b, cardinalities))
+        results.add_mean(ac_ll_nats=ac_ll, log_p_x_nats=log_p_x)
+        if schema:  # per unit of the table: plus log |d standardised / d table units|, summed over columns
+            log_slopes = np.where(available == 1, schema.log_det_jacobian(x), 0.0)
+            results.add_mean(ac_ll_table_nats=ac_ll + (log_slopes * (1 - b)).sum(1))
+            results.add_mean(log_p_x_table_nats=log_p_x + log_slopes.sum(1))
         results.add_mean(effective_sample_size_x=found["ess_x"], effective_sample_size_xo=found["ess_xo"])
         results.add_mean(gap_x_nats=found["gap_x"], gap_xo_nats=found["gap_xo"])
         if run.dataset.name == "mixture":
-            exact = data.mixture_log_prob(x, np.ones_like(x)) - data.mixture_log_prob(x, found["b"])
+            exact = data.mixture_log_prob(x, np.ones_like(x)) - data.mixture_log_prob(x, b)
             results.add(ac_ll_exact_nats=exact.mean())
-        for name, imputation in rivals.impute(imputers, truth, found["b"]):
-            errors = _errors(truth, imputation, 1 - found["b"], cardinalities)
+        for name, imputation in rivals.impute(imputers, truth, b):
+            errors = _errors(truth, imputation, 1 - b, cardinalities)
             results.add(**{f"{metric}_{name}": value for metric, value in errors.items()})
 
     simulate_all = ExampleMap(
