@@ -10,12 +10,4 @@ from posterior_matching import cli
 from posterior_matching.evaluation import acquisition
 
 if __name__ == "__main__":
-    cli.evaluation_main(
-        acquisition.evaluate,
-        run_dir="Evaluate the run in this directory, made by train_lookahead_posterior.py (required).",
-        num_instances="Evaluate only this many examples, from the start of the split; by default "
-        f"{acquisition.MOST_INSTANCES}, or all if there are fewer.",
-        num_samples="Draw this many imputations of each example at each step.",
-        batch_size="Process this many examples at once on each device; the results do not depend on it, but an "
-        "interruption loses the current batch.",
-    )
+    cli.evaluation_main(acquisition.evaluate, acquisition.Options)

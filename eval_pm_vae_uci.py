@@ -10,8 +10,4 @@ from posterior_matching import cli
 from posterior_matching.evaluation import uci
 
 if __name__ == "__main__":
-    cli.evaluation_main(
-        uci.evaluate,
-        run_dir="Evaluate the run in this directory, made by train_pm_vae.py (required).",
-        baselines="Also score mean, k-nearest-neighbour and iterative imputation on the same masks.",
-    )
+    cli.evaluation_main(uci.evaluate, uci.Options)

@@ -11,9 +11,4 @@ from posterior_matching import cli
 from posterior_matching.evaluation import likelihood
 
 if __name__ == "__main__":
-    cli.evaluation_main(
-        likelihood.evaluate,
-        run_dir="Evaluate the run in this directory, made by train_pm_vdvae.py (required).",
-        num_instances="Evaluate only this many examples, from the start of the split; by default "
-        f"{likelihood.INSTANCES_PER_DEVICE} on each device, or all if there are fewer.",
-    )
+    cli.evaluation_main(likelihood.evaluate, likelihood.Options)

@@ -10,9 +10,4 @@ from posterior_matching import cli
 from posterior_matching.evaluation import inpainting
 
 if __name__ == "__main__":
-    cli.evaluation_main(
-        inpainting.evaluate,
-        run_dir="Evaluate the run in this directory, made by train_pm_vqvae.py (required).",
-        num_samples="Draw this many imputations of each image.",
-        baselines="Also compute the PSNR of mean and k-nearest-neighbour imputation on the same masks.",
-    )
+    cli.evaluation_main(inpainting.evaluate, inpainting.Options)

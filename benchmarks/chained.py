@@ -18,8 +18,8 @@ class ChainedImputer:
 
     Args:
         cardinalities: Number of categories of each column, 0 for real ones.
-        regressor: An estimator of scikit-learn for real columns; None: Bayesian ridge.
-        classifier: One for categories; None: logistic.
+        regressor: An estimator of scikit-learn for real columns.
+        classifier: One for categories.
         num_rounds: Rounds over all columns.
     """
 
@@ -77,6 +77,5 @@ class ChainedImputer:
 def _center(values: np.ndarray, cardinality: int) -> float:
     """The mean, or the mode of categories; 0 if all are missing."""
     values = values[~np.isnan(values)]
-    if not len(values):
-        return 0.0
-    return float(np.bincount(values.astype(int)).argmax() if cardinality else values.mean())
+    mode = cardinality and len(values)
+    return float(np.bincount(values.astype(int)).argmax() if mode else values.mean() if len(values) else 0)

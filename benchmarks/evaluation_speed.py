@@ -11,6 +11,7 @@ Medians of interleaved repetitions. A bound of each is the time that its matrix 
 by itself.
 """
 
+import functools
 import pathlib
 import sys
 import time
@@ -35,65 +36,40 @@ _SAMPLES = flags.DEFINE_integer("num_samples", 50, "Samples per example.", lower
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Repetitions.", lower_bound=1)
 _PRODUCTS = flags.DEFINE_bool("products", True, "Measure the matrix products and convolutions by themselves, too.")
 
-# (model, x [B, ...], b, keys [B]) -> arrays, compiled; by the name of what is counted, with the count of one call
+# (model, x [B, ...], b, keys [B]) -> arrays, and their count per example; by the name of what is counted
 Evaluations = dict[str, tuple[Callable[..., Any], int]]
 
 
-def of_pm_vae(count: int, samples: int) -> Evaluations:
-    """Rows."""
+def evaluations(samples: int) -> dict[str, Evaluations]:
+    """What is measured of each family."""
 
-    def evaluate(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+    def row(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
         return jax.vmap(lambda x, b, key: model.point_and_log_prob(x[None], b[None], samples, key=key))(x, b, keys)
 
-    return {"rows": (evaluate, count)}
-
-
-def of_images(count: int, samples: int) -> Evaluations:
-    """Imputations."""
-
     def impute(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
-        x = model.to_levels(x) if hasattr(model, "to_levels") else x
-        return model.impute(x, b, samples, key=keys[0])
-
-    return {"imputations": (impute, count * samples)}
-
-
-def of_pm_vdvae(count: int, samples: int) -> Evaluations:
-    """Imputations, and samples of the likelihoods."""
+        return model.impute(model.to_levels(x) if hasattr(model, "to_levels") else x, b, samples, key=keys[0])
 
     def score(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
         return model.is_log_prob(model.to_levels(x), b, samples, key=keys[0])
 
-    return of_images(count, samples) | {"likelihood samples": (score, count * samples)}
+    def decide(policy: greedy.Policy, model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
+        return jax.vmap(lambda x, b, key: greedy.greedy_action(policy(model, x, b, samples, key)))(x, b, keys)
 
-
-def of_lookahead(count: int, samples: int) -> Evaluations:
-    """Decisions of both policies."""
-
-    def decide(policy: greedy.Policy) -> Callable[..., Any]:
-        def action(model: Any, x: jax.Array, b: jax.Array, keys: jax.Array) -> Any:
-            gains = jax.vmap(lambda x, b, key: policy(model, x, b, samples, key))(x, b, keys)
-            return jax.vmap(greedy.greedy_action)(gains)
-
-        return action
-
-    return {f"decisions by {name}": (decide(greedy.POLICIES[name]), count) for name in ("sampling", "lookahead")}
-
-
-EVALUATIONS: dict[str, Callable[[int, int], Evaluations]] = {
-    "pm_vae": of_pm_vae,
-    "pm_vqvae": of_images,
-    "pm_vdvae": of_pm_vdvae,
-    "lookahead": of_lookahead,
-}
+    policies = {name: functools.partial(decide, greedy.POLICIES[name]) for name in ("sampling", "lookahead")}
+    return {
+        "pm_vae": {"rows": (row, 1)},
+        "pm_vqvae": {"imputations": (impute, samples)},
+        "pm_vdvae": {"imputations": (impute, samples), "likelihood samples": (score, samples)},
+        "lookahead": {f"decisions by {name}": (policy, 1) for name, policy in policies.items()},
+    }
 
 
 def main() -> None:
     """Measures and prints."""
     config, name = _CONFIG.value, cli.config_name()
-    family = synthetic.family(name).name
-    if family not in EVALUATIONS:
-        raise UserError(f"nothing is measured of the family {family}: choose a config of {', '.join(EVALUATIONS)}")
+    family, known = synthetic.family(name).name, evaluations(_SAMPLES.value)
+    if family not in known:
+        raise UserError(f"nothing is measured of the family {family}: choose a config of {', '.join(known)}")
     rows = synthetic.dataset(synthetic.dataset_of(name, config), _BATCH_SIZE.value)
     model: Any = synthetic.experiment(name, config, rows).phases[-1].model
     x, available = data.decode(rows.x, rows.max_value)
@@ -103,13 +79,12 @@ def main() -> None:
     print(f"device                               {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"config                               {cli.config_path()}, {len(x)} examples, {_SAMPLES.value} samples")
 
-    chosen = EVALUATIONS[family](len(x), _SAMPLES.value)
     graph, weights = nnx.split(model)  # once: `nnx.jit` does it in every call, which takes milliseconds
 
-    def compiled_on_weights(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.jit(lambda weights, *arguments: fn(nnx.merge(graph, weights), *arguments))
+    def on_weights(fn: Callable[..., Any], weights: nnx.State, *arguments: jax.Array) -> Any:
+        return fn(nnx.merge(graph, weights), *arguments)
 
-    compiled = {name: compiled_on_weights(fn) for name, (fn, _) in chosen.items()}
+    compiled = {name: jax.jit(functools.partial(on_weights, fn)) for name, (fn, _) in known[family].items()}
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for repeat in range(-1, _REPEATS.value):  # the first repetition compiles
         for name, fn in compiled.items():
@@ -119,7 +94,8 @@ def main() -> None:
                 calls += 1
             if repeat >= 0:
                 seconds[name].append((time.perf_counter() - start) / calls)
-    for name, (_, count) in chosen.items():
+    for name, (_, per_example) in known[family].items():
+        count = per_example * len(x)
         fastest, slowest = count / min(seconds[name]), count / max(seconds[name])
         rate = count / float(np.median(seconds[name]))
         print(f"{name + ' per second':36} {rate:.4g}  ({slowest:.4g} to {fastest:.4g})")

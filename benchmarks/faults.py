@@ -71,9 +71,6 @@ def main(only: list[str], tries: int, seed: int) -> None:
         raise UserError(f"{len(broken)} did not hold")
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
-
-
 def small_config(**changes: Any) -> dict[str, Any]:
     """A PM-VAE that compiles within seconds."""
     config = pm_vae_mixture.get_config()
@@ -131,15 +128,11 @@ def is_refused(process: subprocess.Popen[str], any_status: bool = False) -> str 
         _, err = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.communicate()
         return "hangs"
     lines = [line for line in err.splitlines() if line.strip() and "[Gloo]" not in line and line[:5] != "step "]
     if process.returncode == 0 or (process.returncode != 1 and not any_status):
         return f"status {process.returncode}: {lines[-1:]}"
     return None if len(lines) == 1 and lines[0].startswith("error: ") else f"not one line: {lines[-3:]}"
-
-
-# Faults --------------------------------------------------------------------------------------------------------------
 
 
 def kills(folder: pathlib.Path, tries: int, rng: random.Random) -> Iterator[Outcome]:
@@ -167,23 +160,22 @@ def kills(folder: pathlib.Path, tries: int, rng: random.Random) -> Iterator[Outc
             yield f"{config} {number.name} after {seconds:.2f} s", problem or difference(run_dir, undisturbed)
 
 
+def _become_a_folder(file: pathlib.Path, _: random.Random) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 def _flip_a_bit(file: pathlib.Path, rng: random.Random) -> None:
     content = bytearray(file.read_bytes() or b"0")
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
 
 
-def _become_a_folder(file: pathlib.Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
 DAMAGES: dict[str, Callable[[pathlib.Path, random.Random], object]] = {
     "cut": lambda file, _: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
     "empty": lambda file, _: file.write_bytes(b""),
     "noise": lambda file, rng: file.write_bytes(rng.randbytes(max(file.stat().st_size, 64))),
-    "a number": lambda file, _: file.write_text("3\n"),
-    "a folder": lambda file, _: _become_a_folder(file),
+    "a folder": _become_a_folder,
     "deleted": lambda file, _: file.unlink(),
     "a flipped bit": _flip_a_bit,
 }

@@ -18,6 +18,7 @@ true values in the central 90% interval; seconds of fitting. A method without dr
 Every result is kept as a JSON file under `folder`; the same command runs what is missing.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -107,21 +108,17 @@ def forest(rows: Rows, train: np.ndarray, seed: int) -> Impute:
     return lambda x: Imputations(imputer.complete(x))
 
 
-def of_baseline(name: str) -> Method:
+def of_baseline(name: str, rows: Rows, train: np.ndarray, seed: int) -> Impute:
     """An imputer of `evaluation/baselines.py`, without draws."""
-
-    def method(rows: Rows, train: np.ndarray, seed: int) -> Impute:
-        del seed
-        imputer = baselines.fit(train, (name,), cardinalities=rows.schema.cardinalities)[name]
-        return lambda x: Imputations(imputer(x))
-
-    return method
+    del seed
+    imputer = baselines.fit(train, (name,), cardinalities=rows.schema.cardinalities)[name]
+    return lambda x: Imputations(imputer(x))
 
 
 METHODS: dict[str, Method] = {
     "posterior_matching": posterior_matching,
-    "mean": of_baseline("mean"),
-    "knn": of_baseline("knn"),
+    "mean": functools.partial(of_baseline, "mean"),
+    "knn": functools.partial(of_baseline, "knn"),
     "iterative": iterative,
     "forest": forest,
 }
@@ -189,10 +186,7 @@ def score(rows: Rows, truth: np.ndarray, imputed: Imputations, hidden: np.ndarra
 
 def report(results: pd.DataFrame) -> str:
     """Markdown tables of new and of training rows: the mean over tables of every metric, with its standard error over
-    seeds, and the mean rank, by share, mechanism and method.
-
-    Args:
-        results: One row per result: table, mechanism, share, seed, method, rows (`in` or `out`) and the metrics.
+    seeds, and the mean rank, by share, mechanism and method; from one row per result, as `main` returns them.
     """
     missing = pd.Series(np.nan, results.index)
     error = results.get("nrmse", missing).fillna(0) + (1 - results.get("accuracy", missing)).fillna(0)
@@ -262,14 +256,10 @@ if __name__ == "__main__":
     _methods = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
     _max_rows = flags.DEFINE_integer("max_rows", 2000, "Rows of each table, drawn at random.", lower_bound=30)
     _folder = flags.DEFINE_string("folder", "runs/imputation", "Folder of the results.")
-    cli.run(
-        lambda: main(
-            _tables.value,
-            _mechanisms.value,
-            [float(share) for share in _shares.value],
-            _seeds.value,
-            _methods.value,
-            _max_rows.value,
-            pathlib.Path(_folder.value),
-        )
-    )
+
+    def run() -> None:
+        """Calls `main` with the flags."""
+        hidden = _mechanisms.value, [float(share) for share in _shares.value], _seeds.value
+        main(_tables.value, *hidden, _methods.value, _max_rows.value, pathlib.Path(_folder.value))
+
+    cli.run(run)

@@ -65,7 +65,7 @@ def load_datasets(config: Any, normalize_images: bool = True) -> tuple[RandomDat
 
 
 def steps_per_second(trainer: Any, state: Any, batch: Mapping[str, Any], seconds: float) -> float:
-    """Median rate of the training steps of a `bax.Trainer`; `train_speed.py` measures ours in the same way."""
+    """Median rate of the steps of a `bax.Trainer`, measured as `train_speed.py` does."""
     import jax
 
     def step() -> None:

@@ -74,7 +74,7 @@ _BASELINES = ("nrmse_mean", "nrmse_knn", "nrmse_iterative")
 _ELBO = ("val_elbo_nats", "val_matching_ll_nats")
 _VQVAE = Experiment("vqvae", metrics=("val_reconstruction_ll_nats", "val_perplexity"))
 _VADE = Experiment("vade", metrics=("val_clustering_accuracy", "val_nmi"))
-_VDVAE = "eval_pm_vdvae_imputation.py"
+_VDVAE_SCRIPT, _VQVAE_SCRIPT = "eval_pm_vdvae_imputation.py", "eval_pm_vqvae.py"
 _PIXELS = {"embedding": "pixels", "baselines": True, "num_trials": 2, "weighted": True}
 
 # By config, bases before what builds on them.
@@ -89,14 +89,14 @@ EXPERIMENTS |= {
     "pm_vae_mnist": Experiment("pm_vae", [_uci(num_samples=64, num_trials=2)], metrics=_ELBO),
     "pm_vae_mnist16": Experiment("pm_vae", metrics=_ELBO),
     "lookahead_mnist16": Experiment(
-        "lookahead_posterior", [_acquisition(num_steps=21, num_instances=256, batch_size=64)], base="pm_vae_mnist16"
+        "lookahead_posterior", [_acquisition(num_steps=21, num_instances=256, batch_size=64)], "pm_vae_mnist16"
     ),
     "vqvae_mnist": _VQVAE,
-    "pm_vqvae_mnist": Experiment("pm_vqvae", [_inpainting("eval_pm_vqvae.py", baselines=True)], base="vqvae_mnist"),
+    "pm_vqvae_mnist": Experiment("pm_vqvae", [_inpainting(_VQVAE_SCRIPT, baselines=True)], "vqvae_mnist"),
     "vqvae_celeb_a": _VQVAE,
-    "pm_vqvae_celeb_a": Experiment("pm_vqvae", [_inpainting("eval_pm_vqvae.py")], base="vqvae_celeb_a"),
-    "pm_vdvae_mnist": Experiment("pm_vdvae", [_inpainting(_VDVAE, baselines=True), _likelihood()]),
-    "pm_vdvae_celeb_a": Experiment("pm_vdvae", [_inpainting(_VDVAE)]),
+    "pm_vqvae_celeb_a": Experiment("pm_vqvae", [_inpainting(_VQVAE_SCRIPT)], "vqvae_celeb_a"),
+    "pm_vdvae_mnist": Experiment("pm_vdvae", [_inpainting(_VDVAE_SCRIPT, baselines=True), _likelihood()]),
+    "pm_vdvae_celeb_a": Experiment("pm_vdvae", [_inpainting(_VDVAE_SCRIPT)]),
     "vade_mnist": _VADE,
     "pm_vade_mnist": Experiment("pm_vade", base="vade_mnist", metrics=_VADE.metrics),
     "pm_vae_digits": Experiment("pm_vae", [_uci(*_BASELINES, baselines=True)]),
@@ -104,14 +104,12 @@ EXPERIMENTS |= {
     "pm_vae_mixture": Experiment("pm_vae", [_uci("ac_ll_exact_nats", *_BASELINES, baselines=True, num_trials=2)]),
     "pm_vae_digits_sparse": Experiment("pm_vae", metrics=_ELBO),
     "lookahead_digits": Experiment(
-        "lookahead_posterior", [_acquisition(num_steps=21, num_instances=200)], base="pm_vae_digits_sparse"
+        "lookahead_posterior", [_acquisition(num_steps=21, num_instances=200)], "pm_vae_digits_sparse"
     ),
     "vqvae_digits": _VQVAE,
-    "pm_vqvae_digits": Experiment(
-        "pm_vqvae", [_inpainting("eval_pm_vqvae.py", **_PIXELS, num_samples=100)], base="vqvae_digits"
-    ),
+    "pm_vqvae_digits": Experiment("pm_vqvae", [_inpainting(_VQVAE_SCRIPT, **_PIXELS, num_samples=100)], "vqvae_digits"),
     "pm_vdvae_digits": Experiment(
-        "pm_vdvae", [_inpainting(_VDVAE, **_PIXELS, num_samples=200), _likelihood(num_samples=200, num_trials=1)]
+        "pm_vdvae", [_inpainting(_VDVAE_SCRIPT, **_PIXELS, num_samples=200), _likelihood(num_samples=200, num_trials=1)]
     ),
     "vade_digits": _VADE,
     "pm_vade_digits": Experiment("pm_vade", base="vade_digits", metrics=_VADE.metrics),
@@ -226,11 +224,7 @@ class Run:
 
 
 def main(folder: pathlib.Path, only: Sequence[str], seeds: int, status: bool, document: str | None) -> None:
-    """Runs everything that is not done, or only prints the status, or writes the results into a Markdown document.
-
-    Raises:
-        UserError: A name is unknown, the document cannot be written, or something did not run.
-    """
+    """Runs everything that is not done, or only prints the status, or writes the results into a Markdown document."""
     for name in only:
         if name not in EXPERIMENTS:
             raise UserError(f"unknown experiment '{name}': {nearest(name, EXPERIMENTS)}")
@@ -280,11 +274,10 @@ def _mean_and_error(values: Sequence[float]) -> str:
 def _write_table(path: pathlib.Path, text: str) -> None:
     begin, end = "<!-- reproduce.py: begin -->\n", "<!-- reproduce.py: end -->"
     try:
-        document = path.read_text(encoding="utf-8")
+        before, _, after = path.read_text(encoding="utf-8").partition(begin)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    before, found, after = document.partition(begin)
-    if not found or end not in after:
+    if end not in after:
         raise UserError(f"{path} must have the lines '{begin.strip()}' and '{end}', between which the table goes")
     write_text(path, before + begin + text + end + after.partition(end)[2])
 

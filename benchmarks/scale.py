@@ -1,4 +1,4 @@
-"""Measures how time and memory grow with rows, features, latent dimensions, samples and devices.
+"""Measures how time and memory grow with rows, features, latent dimensions and devices.
 
     python benchmarks/scale.py [--folder runs/scale] [--only rows,features] [--seconds 5]
 
@@ -9,7 +9,6 @@ rows         `train_pm_vae.py` on a `.npy` file of so many rows, streamed: secon
 features     of a training step
 latent       dimensions, of a training step with full-covariance posteriors
 latent_gmm   the same with `configs/pm_vae_gas.py`, an autoregressive partial posterior
-samples      of the likelihoods of 32 rows, 128 at a time
 devices      of a training step on so many devices, which are threads on the same cores, with 512 rows on all together
 
 Every point is measured in a process of its own, whose peak memory includes what Python and JAX need. The exponent is
@@ -34,7 +33,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from benchmarks import synthetic
 from posterior_matching import cli, data
@@ -47,7 +45,6 @@ AXES: dict[str, tuple[int, ...]] = {
     "features": (10, 32, 100, 316, 1000),
     "latent": (16, 32, 64, 128, 256),
     "latent_gmm": (16, 32, 64, 128, 256),
-    "samples": (64, 256, 1024, 4096),
     "devices": (1, 2, 4, 8),
 }
 
@@ -60,20 +57,6 @@ def of_a_step(config_name: str, num_features: int, seconds: float, **changes: An
     step = synthetic.TrainingStep(config_name, config, data.Dataset("random", "train", x))
     step.run()
     return {"seconds": _median_seconds(step.run, seconds) / step.per_dispatch}
-
-
-def of_samples(count: int, seconds: float) -> dict[str, float]:
-    """Median seconds of the likelihoods of 32 rows with `count` samples."""
-    rows = synthetic.dataset("gas", 32)
-    model: Any = synthetic.experiment(GAUSSIAN, synthetic.load(GAUSSIAN), rows).phases[-1].model
-    b = np.random.default_rng(0).integers(0, 2, rows.x.shape).astype(np.float32)
-    estimate = nnx.jit(lambda model, key: model.is_log_prob(rows.x, b, count, key=key))
-
-    def run() -> None:
-        jax.block_until_ready(estimate(model, jax.random.key(0)))
-
-    run()
-    return {"seconds": _median_seconds(run, seconds)}
 
 
 def of_rows(count: int) -> dict[str, float]:
@@ -109,7 +92,6 @@ MEASUREMENTS: dict[str, Callable[[int, float], dict[str, float]]] = {
     "features": lambda count, seconds: of_a_step(GAUSSIAN, count, seconds),
     "latent": lambda count, seconds: of_a_step(GAUSSIAN, 8, seconds, **{"model.latent_dim": count}),
     "latent_gmm": lambda count, seconds: of_a_step("pm_vae_gas", 8, seconds, **{"model.latent_dim": count}),
-    "samples": of_samples,
     "devices": lambda count, seconds: of_a_step(GAUSSIAN, 8, seconds, batch_size=512 // count),
 }
 
@@ -137,11 +119,7 @@ def _measure_here(axis: str, value: int, seconds: float) -> dict[str, float]:
 
 
 def measure(axis: str, value: int, seconds: float) -> dict[str, float]:
-    """Measures a point in a process of its own.
-
-    Raises:
-        UserError: The process failed.
-    """
+    """Measures a point in a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
             return process.submit(_measure_here, axis, value, seconds).result()
@@ -168,11 +146,7 @@ def table(points: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
 
 
 def main(folder: pathlib.Path, only: Sequence[str], seconds: float, most: int | None) -> None:
-    """Measures what is missing and prints the table.
-
-    Raises:
-        UserError: An axis is unknown, or a measurement failed.
-    """
+    """Measures what is missing and prints the table."""
     for name in only:
         if name not in AXES:
             raise UserError(f"--only: unknown '{name}': {nearest(name, AXES)}")

@@ -41,12 +41,6 @@ from posterior_matching.errors import UserError
 def compare(other: pathlib.Path, rounds: int, published_python: str | None, arguments: Sequence[str]) -> None:
     """Measures two checkouts in turn, theirs first, and prints their steps per second and the ratios.
 
-    Args:
-        other: A checkout of this repository or of the published code.
-        rounds: Measurements of each.
-        published_python: A Python that has the packages of the published code.
-        arguments: Those of this script.
-
     Raises:
         UserError: `other` is no checkout, or a measurement failed.
     """
@@ -56,15 +50,10 @@ def compare(other: pathlib.Path, rounds: int, published_python: str | None, argu
     other_command = command
     if not (other / "benchmarks" / "train_speed.py").is_file():
         if not (other / "posterior_matching" / "models" / "pixel_cnn.py").is_file():
-            raise UserError(
-                f"--against={other} is not a checkout of this repository, with benchmarks/train_speed.py, or of the "
-                "published code"
-            )
+            raise UserError(f"--against={other} is not a checkout of this repository or of the published code")
         if published_python is None:
-            raise UserError(
-                f"--against={other} is the published code: set --published_python to a Python that has its packages; "
-                "benchmarks/published_speed.py says which"
-            )
+            problem = "is the published code: set --published_python, as benchmarks/published_speed.py says"
+            raise UserError(f"--against={other} {problem}")
         script = str(synthetic.ROOT / "benchmarks" / "published_speed.py")
         other_command = [str(pathlib.Path(published_python).absolute()), script, f"--checkout={other}", *arguments]
     ratios = []

@@ -1,6 +1,6 @@
 """The command line of all scripts: flags, one-line errors with exit status 1, JAX's compilation cache."""
 
-import inspect
+import dataclasses
 import os
 import pathlib
 import re
@@ -8,6 +8,7 @@ import runpy
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -196,115 +197,36 @@ def _use_compilation_cache() -> None:
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
-# The flags of all evaluations, one per parameter of an `evaluate` function: its definer and its help.
-_EVALUATION_FLAGS: dict[str, tuple[Callable[..., flags.FlagHolder], str]] = {
-    "run_dir": (flags.DEFINE_string, "Evaluate the run in this directory (required)."),
-    "dataset": (
-        flags.DEFINE_string,
-        "Evaluate on this dataset, a name or the path of a file; by default the one the run was trained on.",
-    ),
-    "split": (flags.DEFINE_string, "Evaluate on this split of the dataset; 'all' takes every row of your own file."),
-    "checkpoint": (
-        flags.DEFINE_string,
-        "Load this checkpoint, 'best' or 'latest'; by default the one set by the run's config.evaluate_checkpoint.",
-    ),
-    "mask_generator": (
-        flags.DEFINE_string,
-        "Draw masks from this generator, given with its options as in UniformMaskGenerator:bounds=0.0,0.2 or "
-        "SquareMaskGenerator:size=4; 'config' uses the generator the run was trained with.",
-    ),
-    "num_instances": (
-        flags.DEFINE_integer,
-        "Evaluate only this many examples, from the start of the split; by default all.",
-    ),
-    "batch_size": (
-        flags.DEFINE_integer,
-        "Process this many examples at once on each device; the results do not depend on it.",
-    ),
-    "chunk_size": (flags.DEFINE_integer, "Draw at most this many samples of an example at once, to save memory."),
-    "num_samples": (flags.DEFINE_integer, "Draw this many samples of z for each example and estimate."),
-    "refine_steps": (
-        flags.DEFINE_integer,
-        "Fit the proposals of the likelihoods to each example by so many gradient steps; 400 is a good number.",
-    ),
-    "annealing_steps": (
-        flags.DEFINE_integer,
-        "Make each sample of the likelihoods a chain of so many steps of annealed importance sampling.",
-    ),
-    "num_trials": (flags.DEFINE_integer, "Repeat the evaluation this many times, with new masks and samples."),
-    "num_steps": (
-        flags.DEFINE_integer,
-        "Visit this many states, from nothing observed to num_steps - 1 features acquired.",
-    ),
-    "policies": (flags.DEFINE_list, "Compare these policies for choosing the next feature, separated by commas."),
-    "seed": (flags.DEFINE_integer, "Seed all masks, samples and clusterings with this number."),
-    "embedding": (
-        flags.DEFINE_string,
-        "Compute precision and recall in this embedding of images, 'inception' (a download of 96 MB) or 'pixels'; or "
-        "neither, with 'none'.",
-    ),
-    "memory_budget_gb": (
-        flags.DEFINE_float,
-        "Let the sampling policy evaluate as many features together as fit into this many gigabytes on each device.",
-    ),
-    "input": (
-        flags.DEFINE_string,
-        "Fill the missing cells of this file of rows, or the holes of these images: a folder, .zip, .png, .npy ...",
-    ),
-    "output": (
-        flags.DEFINE_string,
-        "Write the filled rows to this file, NAME.csv; several imputations go to NAME_1.csv, NAME_2.csv and so on. "
-        "Filled images go to this new folder, as PNG files under their names.",
-    ),
-    "mask": (
-        flags.DEFINE_string,
-        "The holes of the images: a mask for all of them, or a folder of masks with the names of the images. White is "
-        "observed, black a hole.",
-    ),
-    "num_imputations": (flags.DEFINE_integer, "Write this many completed copies, which differ in their draws."),
-    "kind": (
-        flags.DEFINE_string,
-        "Fill with 'point' estimates (means, and the most likely categories) or with 'draws' from p(x_u | x_o); by "
-        "default with draws if there are several copies.",
-    ),
-    "unknown_categories": (
-        flags.DEFINE_string,
-        "Treat categories that the run does not know as an 'error' or as 'missing'.",
-    ),
-    "train": (
-        flags.DEFINE_bool,
-        "If the run directory holds no run yet, train the default config on the input first; --config.table.KEY=VALUE "
-        "sets how to read it, and --config.KEY=VALUE changes any other key.",
-    ),
-    "weighted": (
-        flags.DEFINE_bool,
-        "Weigh the draws that a point estimate averages by p(x_o, z) / q(z | x_o); they are not weighted in the paper.",
-    ),
-    "baselines": (flags.DEFINE_bool, "Also score imputation by scikit-learn on the same masks."),
+_DEFINERS: dict[Any, Callable[..., flags.FlagHolder]] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    Sequence: flags.DEFINE_list,
 }
 
 
-def evaluation_main(evaluate: Callable[..., Any], config: ConfigDict | None = None, **own_help: str) -> None:
-    """Runs a script that has one flag for every parameter of `evaluate`, with the parameter's default.
+def evaluation_main(evaluate: Callable[..., Any], options: type, config: ConfigDict | None = None) -> None:
+    """Runs a script that has one flag for every field of a dataclass of options, with the field's default and help.
 
     Args:
-        evaluate: A function whose parameters are all in `_EVALUATION_FLAGS`, except `config`.
+        evaluate: Takes the fields as keyword arguments.
+        options: The dataclass; every field has a "help" in its metadata.
         config: A default config whose keys become flags too; `evaluate` gets those that were given as its `config`,
             `{"table.drop": ("id",), ...}`.
-        own_help: Help texts, by flag name, that replace the common ones.
     """
-    values = {}
     if config is not None:
         if problem := _override_problem([a for a in sys.argv if "=" in a], config):
             _fail(problem)  # ml_collections would raise
         config_flags.DEFINE_config_dict("config", config, "Changes to the default config.", lock_config=True)
-    for name, parameter in inspect.signature(evaluate).parameters.items():
-        if name == "config":
-            continue
-        define, text = _EVALUATION_FLAGS[name]
-        required = parameter.default is inspect.Parameter.empty
-        default = list(parameter.default) if define is flags.DEFINE_list else parameter.default
-        values[name] = define(name, None if required else default, own_help.get(name, text), required=required)
+    values, hints = {}, typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        kinds = {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}
+        define = next((define for kind, define in _DEFINERS.items() if kind in kinds), flags.DEFINE_string)
+        required = field.default is dataclasses.MISSING
+        default: Any = None if required else field.default
+        default = list(default) if define is flags.DEFINE_list else default
+        values[field.name] = define(field.name, default, field.metadata["help"], required=required)
 
     def main() -> None:
         arguments = {name: value.value for name, value in values.items()}

@@ -40,6 +40,16 @@ _SHORTER = {"Input should": "must", "greater than or equal to": "at least", "les
 _STRICT = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of options that are flags of a script, with its default and its help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def help_of(options: type, name: str) -> str:
+    """Returns the help of a field, for options that only change its default."""
+    return next(field.metadata["help"] for field in dataclasses.fields(options) if field.name == name)
+
+
 def call(fn: Callable[..., Any], options: Config, where: str = "", **context: Any) -> Any:
     """Calls `fn(**options, **context)` after checking every option against the type and range that `fn` declares.
 

@@ -340,28 +340,21 @@ def _arguments(items: dict[str, dict[str, np.ndarray]], record: Mapping[str, Any
 
 def _restore(folder: pathlib.Path, item: str, target: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns the arrays of a checkpoint's item, in the order of `target`, after comparing shapes and checksums."""
-    shapes = {name: tuple(array.shape) for name, array in target.items()}
-    saved = {name: tuple(array.shape) for name, array in _saved_arrays(folder, item).items()}
-    if not saved:
-        raise ValueError(f"{item} is gone")
-    if problem := _difference(shapes, saved):
-        raise _DoesNotFitError(problem)
+    _silence_orbax()
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in target.items()}
     with ocp.StandardCheckpointer() as checkpointer:
+        metadata: Any = checkpointer.metadata(folder / item)
+        if not metadata.item_metadata:
+            raise ValueError(f"{item} is gone")
+        shapes, saved = ({k: tuple(a.shape) for k, a in arrays.items()} for arrays in (target, metadata.item_metadata))
+        if problem := _difference(shapes, saved):
+            raise _DoesNotFitError(problem)
         restored = checkpointer.restore(folder / item, abstract)
     arrays = {name: np.asarray(restored[name]) for name in target}
     checksums = _record(folder)["checksums"][item]
-    for name, array in arrays.items():
-        if checksums[name] != _checksum(array):
-            raise ValueError(f"wrong checksum of {name}")
+    if wrong := [name for name, array in arrays.items() if checksums[name] != _checksum(array)]:
+        raise ValueError(f"wrong checksum of {wrong[0]}")
     return arrays
-
-
-def _saved_arrays(folder: pathlib.Path, item: str) -> Mapping[str, Any]:
-    _silence_orbax()
-    with ocp.StandardCheckpointer() as checkpointer:
-        found: Any = checkpointer.metadata(folder / item)
-    return found.item_metadata or {}
 
 
 def _record(folder: pathlib.Path) -> dict[str, Any]:
@@ -403,21 +396,15 @@ def _silence_orbax() -> None:
 def _check_same_run(path: pathlib.Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if saved["model"] != now["model"]:
         raise UserError(f"{path} is a run of {saved['model']}, not of {now['model']}: choose another --run_dir")
-    before, after = (
-        flatten({"config": run["config"]}) | {key: run.get(key) for key in ("input_shape", "num_devices")}
-        for run in (saved, now)
-    )
-    free = {f"config.{key}" for key in _FREE_ON_RESUME}
-    if problem := _difference(*({k: v for k, v in c.items() if k not in free} for c in (before, after))):
+    keys, free = ("config", "input_shape", "num_devices"), {f"config.{key}" for key in _FREE_ON_RESUME}
+    flat = (flatten({key: run.get(key) for key in keys}) for run in (saved, now))
+    if problem := _difference(*({k: v for k, v in run.items() if k not in free} for run in flat)):
         raise UserError(f"{path} holds a run that differs ({problem}): use its values, or choose another --run_dir")
 
 
 def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Lists the differences between two flat dicts in one line; empty if there are none."""
-    missing = object()
-    parts = []
-    for key in sorted(expected.keys() | found.keys()):
-        old, new = expected.get(key, missing), found.get(key, missing)
-        if old != new:
-            parts.append(f"{key}: {'absent' if old is missing else old} -> {'absent' if new is missing else new}")
+    keys = sorted(expected.keys() | found.keys())
+    pairs = [(key, expected.get(key, "absent"), found.get(key, "absent")) for key in keys]
+    parts = [f"{key}: {old} -> {new}" for key, old, new in pairs if old != new]
     return "; ".join(parts[:5] + ([f"and {len(parts) - 5} more"] if len(parts) > 5 else []))

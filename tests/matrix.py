@@ -43,7 +43,7 @@ def outcome(python: str, jax: str, arguments: list[str]) -> str:
             result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             last = (result.stdout + result.stderr).strip().splitlines()[-1:]
             if result.returncode:
-                return f"failed: {''.join(last)}"
+                return f"failed with status {result.returncode}: {''.join(last)}"
         return "".join(last)
 
 

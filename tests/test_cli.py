@@ -167,7 +167,7 @@ def test_a_dataset_that_is_not_there_and_no_network(script, dataset):
 @pytest.mark.parametrize("of_user, expected", [(None, "highest"), ("bfloat16", "bfloat16")])
 def test_evaluations_multiply_in_float32_unless_told_otherwise(of_user, expected):
     program = "import jax; from posterior_matching import cli; "
-    program += "cli.evaluation_main(lambda seed=0: print('precision', jax.config.jax_default_matmul_precision))"
+    program += "cli.run(lambda: print('precision', jax.config.jax_default_matmul_precision), exact=True)"
     variables = environment(**{"JAX_DEFAULT_MATMUL_PRECISION": of_user} if of_user else {})
     out = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["precision", expected]

@@ -231,10 +231,11 @@ def test_distribution_of_siidgm_within_celeb_a():
     """One part of the CelebA masks in four is from SIIDGM."""
     proportions = {"pattern": 0.05, "pixels": 0.05, "centre": 0.05, "gcf": 0.25, "rectangle": 0.5}
     proportions |= dict.fromkeys(("left", "top", "right", "bottom"), 0.025)
-    counts = classify_64(sample(CelebAMaskGenerator(), 2000, (64, 64, 1)))
+    n = 1000
+    counts = classify_64(sample(CelebAMaskGenerator(), n, (64, 64, 1)))
     assert counts.keys() == proportions.keys()
     for name, p in proportions.items():
-        assert abs(counts[name] / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000)
+        assert abs(counts[name] / n - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
 # --- random patterns ---

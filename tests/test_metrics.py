@@ -164,31 +164,6 @@ def test_baselines_fill_only_what_is_missing_by_mean_nearest_neighbours_and_regr
         assert filled["iterative"][n, i] == pytest.approx(weights @ [1.0, *holes[n, others]], abs=0.02)
 
 
-@pytest.mark.filterwarnings("ignore:.*Early stopping criterion not reached")
-def test_chained_regressions_are_those_of_scikit_learn_also_for_new_rows():
-    from sklearn.experimental import enable_iterative_imputer  # noqa: F401
-    from sklearn.impute import IterativeImputer
-
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, 3)) @ rng.normal(size=(3, 8)) + 0.1 * rng.normal(size=(300, 8))  # nearly collinear
-    x[rng.uniform(size=x.shape) < 0.3] = np.nan
-    reference = IterativeImputer(max_iter=10, tol=0).fit(x[:200])
-    chained = baselines.ChainedImputer((0,) * 8).fit(x[:200])
-    np.testing.assert_allclose(chained.transform(x[200:]), reference.transform(x[200:]), rtol=1e-6)
-
-
-def test_forests_find_what_lines_cannot():
-    rng = np.random.default_rng(0)
-    x = np.stack([u := rng.uniform(-2, 2, 200), u**2, rng.integers(0, 2, 200) + 0.0], axis=1)
-    x[:, 2] = u > 0.5
-    holes = np.where(rng.uniform(size=x.shape) < 0.2, np.nan, x)
-    filled = baselines.fit(holes, ("forest",), cardinalities=(0, 0, 2))["forest"](holes)
-    hidden, known = np.isnan(holes), ~np.isnan(holes[:, 0])
-    np.testing.assert_array_equal(filled[~hidden], x[~hidden])
-    assert np.abs(filled - x)[hidden[:, 1] & known, 1].mean() < 0.1 < 0.4 * x[:, 1].std()
-    assert (filled == x)[hidden[:, 2] & known, 2].mean() > 0.9
-
-
 def test_costly_baselines_see_at_most_max_rows_evenly_spaced_and_the_mean_sees_all():
     train = np.stack([np.arange(10.0), np.arange(10.0)], axis=1)
     imputers = baselines.fit(train, max_rows=5)  # rows 0, 2, 4, 6, 8: mean 4

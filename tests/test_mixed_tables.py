@@ -482,7 +482,7 @@ def test_an_evaluation_scores_both_kinds_and_gives_likelihoods_per_unit_of_the_t
     modes = [np.bincount(train[~np.isnan(train[:, j]), j].astype(int)).argmax() for j in (1, 2)]
     shares = [np.mean(x[~np.isnan(x[:, j]), j] == mode) for j, mode in zip((1, 2), modes, strict=True)]
     np.testing.assert_allclose(value["accuracy_mean"], np.mean(shares), rtol=1e-6)  # mean imputation is the mode
-    assert {"nrmse", "nrmse_knn", "accuracy_knn", "accuracy_iterative"} <= value.keys()
+    assert {"nrmse", "nrmse_knn", "accuracy_knn"} <= value.keys()
 
 
 def test_accuracy_of_categories_is_a_mean_over_columns():

@@ -25,7 +25,7 @@ FLOORS = [
     ["mask_generators"],
     ["masking", "data", "numerics"],
     ["config", "parallel"],
-    ["atomic", "progress"],
+    ["atomic"],
     ["errors"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

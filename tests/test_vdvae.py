@@ -15,7 +15,6 @@ import pytest
 import scipy.integrate
 import scipy.stats
 from flax import nnx
-from posterior_matching.numerics.initial import InitialKeys
 
 from benchmarks import synthetic
 from configs import pm_vdvae_mnist
@@ -95,7 +94,7 @@ def test_bits_per_dimension_are_of_the_values_that_the_data_have():
 
 def test_the_encoder_averages_windows_drops_what_fills_none_and_pads_or_drops_channels():
     """Blocks that add nothing to what the first convolution copies."""
-    options = BlockOptions(0.5, jnp.float32, False, InitialKeys(KEY))
+    options = BlockOptions(0.5, jnp.float32, False, nnx.Rngs(params=KEY))
     encoder = PyramidEncoder(3, parse_encoder("7d2,3x1", 7), {7: 3, 3: 4}, options)
     encoder.conv_in.kernel[...] = jnp.zeros((3, 3, 3, 3)).at[1, 1].set(jnp.eye(3))
     for block in encoder.blocks:
@@ -115,7 +114,7 @@ def test_upsampling_repeats_the_nearest(size):
 
 def test_initial_weights():
     """The prior starts at N(0, softplus(0)^2) and leaves the state alone; outputs of blocks are scaled by 1/sqrt(N)."""
-    options = BlockOptions(0.5, jnp.float32, False, InitialKeys(KEY))
+    options = BlockOptions(0.5, jnp.float32, False, nnx.Rngs(params=KEY))
     block = DecoderBlock(DecoderLayer(1), 16, 4, 25, options)
     head = block.prior_head.convs[-1]
     assert not head.kernel[...].any() and not head.bias[...].any()

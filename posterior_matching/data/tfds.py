@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from posterior_matching.data.cache import cached
 from posterior_matching.data.dataset import resolve_split, unknown_split
 from posterior_matching.data.gaussian import GaussianCheck
 from posterior_matching.errors import UserError, first_line
-from posterior_matching.progress import progress_bar
 
 TABULAR = ("gas", "power", "hepmass", "miniboone", "bsds")
 _CHUNK = 1024  # examples decoded at a time; bounds the memory for images before they are cropped
@@ -283,7 +283,7 @@ def _decode_all(builder: Any, split: str) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     try:
         source = _source(builder, split)
-        with progress_bar(total=total, desc=f"decoding {builder.name} {split}", delay=5) as bar:
+        with tqdm(disable=None, total=total, desc=f"decoding {builder.name} {split}", delay=5) as bar:
             for start in range(0, total, _CHUNK):
                 rows = range(start, min(start + _CHUNK, total))
                 examples = [tf_example_pb2.Example.FromString(r).features.feature for r in source.__getitems__(rows)]

@@ -10,18 +10,68 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from posterior_matching import data, mask_generators, masking, parallel, runs
+from posterior_matching.config import Count, Seed, option
 from posterior_matching.data.dataset import padded_batches
 from posterior_matching.errors import UserError
 from posterior_matching.evaluation.results import Arrays, PartialResults
-from posterior_matching.progress import progress_bar
 
 Model = TypeVar("Model", bound=nnx.Module)
 # (model, key, x [*input_shape], available mask) -> results by name, for one example
 ExampleFn = Callable[[Model, jax.Array, jax.Array, jax.Array], Mapping[str, jax.Array]]
 
 Checkpoint = Literal["best", "latest"]
+
+
+WEIGHTED = "Weigh the draws of a point estimate by p(x_o, z) / q(z | x_o); in the paper they are not weighted."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """The options of every evaluation; the flags of the evaluation scripts are made from them."""
+
+    run_dir: str | os.PathLike[str] = option(dataclasses.MISSING, "Evaluate the run in this directory (required).")
+    dataset: str | None = option(
+        None, "Evaluate on this dataset, a name or the path of a file; by default the one the run was trained on."
+    )
+    split: str = option("test", "Evaluate on this split of the dataset; 'all' takes every row of your own file.")
+    checkpoint: Checkpoint | None = option(
+        None,
+        "Load this checkpoint, 'best' or 'latest'; by default the one set by the run's config.evaluate_checkpoint.",
+    )
+    num_instances: Count | None = option(
+        None, "Evaluate only this many examples, from the start of the split; by default all."
+    )
+    batch_size: Count = option(
+        32, "Process this many examples at once on each device; the results do not depend on it."
+    )
+    seed: Seed = option(0, "Seed all masks, samples and clusterings with this number.")
+
+    def open_run(self, model: str | None = None, at_most: int | None = None) -> "Evaluation":
+        """See `open_run`."""
+        return open_run(
+            self.run_dir,
+            model,
+            dataset=self.dataset,
+            split=self.split,
+            checkpoint=self.checkpoint,
+            num_instances=self.num_instances,
+            at_most=at_most,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedOptions(EvaluationOptions):
+    """The options of evaluations that draw masks, in several trials."""
+
+    mask_generator: str | mask_generators.MaskGenerator = option(
+        "config",
+        "Draw masks from this generator, given with its options as in UniformMaskGenerator:bounds=0.0,0.2 or "
+        "SquareMaskGenerator:size=4; 'config' uses the generator the run was trained with.",
+    )
+    num_trials: Count = option(5, "Repeat the evaluation this many times, with new masks and samples.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +231,7 @@ class ExampleMap:
         self._dataset = dataset
         self._indices, self._weights = padded_batches(len(dataset), batch_size * jax.local_device_count())
 
-        def run_batch(state, key, rows, indices):
+        def run_batch(state: nnx.State, key: jax.Array, rows: jax.Array, indices: jax.Array) -> Mapping[str, jax.Array]:
             model = nnx.merge(graphdef, state)
             x, available = data.decode(rows, dataset.max_value)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
@@ -203,7 +253,7 @@ class ExampleMap:
         batches = list(enumerate(zip(self._indices, self._weights, strict=True)))
         results = []
         try:
-            with progress_bar(batches, description, unit="batch", leave=False) as bar:
+            with tqdm(batches, description, unit="batch", leave=False, disable=None) as bar:
                 for number, (indices, weights) in bar:
                     compute = functools.partial(self._compute, key, indices, weights)
                     results.append(parts.get(f"{number:05}", compute) if parts else compute())

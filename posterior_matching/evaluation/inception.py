@@ -175,9 +175,10 @@ _NORM_PARAMETERS = {"scale": "weight", "bias": "bias", "mean": "running_mean", "
 class Inception(nnx.Module):
     """The network up to its last pooling, `pool3`; layers are named as in torchvision, to load its weights."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stem = InceptionBlock(3, _STEM)
-        self.blocks, features = nnx.Dict(), self.stem.features
+        self.blocks: nnx.Dict = nnx.Dict()
+        features = self.stem.features
         for name, branches in _BLOCKS.items():
             self.blocks[name] = InceptionBlock(features, *branches)
             features = self.blocks[name].features

@@ -5,9 +5,10 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.masking import mask_shape
 
 Arrays = dict[str, np.ndarray]
+Item = TypeVar("Item")
 
 
 class ImputesImages(Protocol):
@@ -230,3 +232,13 @@ def _one_line(path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def with_log(items: Sequence[Item], name: str) -> Iterator[Item]:
+    """Yields the items; if stderr is not a terminal, prints a line after each: "trial 2 of 5: 12 s"."""
+    for number, item in enumerate(items, start=1):
+        start = time.perf_counter()
+        yield item
+        if not sys.stderr.isatty():
+            seconds = time.perf_counter() - start
+            print(f"{name} {number} of {len(items)}: {seconds:.3g} s", file=sys.stderr, flush=True)

@@ -1,43 +1,43 @@
 """Imputation error and conditional likelihood of a PM-VAE (paper, UCI experiments), on any dataset."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from posterior_matching import data
-from posterior_matching.config import Count, Seed, Steps, check
+from posterior_matching.config import Count, Steps, call, help_of, option
 from posterior_matching.evaluation import baselines as rivals
-from posterior_matching.evaluation.examples import Checkpoint, ExampleMap, first_examples, open_run
+from posterior_matching.evaluation.examples import WEIGHTED, ExampleMap, MaskedOptions, first_examples
 from posterior_matching.evaluation.metrics import category_accuracy, nrmse
-from posterior_matching.evaluation.results import Results
+from posterior_matching.evaluation.results import Results, with_log
 from posterior_matching.mask_generators import MaskGenerator
 from posterior_matching.models.vae import PosteriorMatchingVAE
-from posterior_matching.progress import with_log
 
-_MOST_IMPUTATIONS = 1024  # they are held at once, and more than these would change the mean by less than 0.1%
 _MOST_SIMULATED = 1000  # their gaps are as costly as a trial, and the mean over more would hardly differ
 
 
-def evaluate(
-    run_dir: str | os.PathLike[str],
-    *,
-    dataset: str | None = None,
-    split: str = "test",
-    checkpoint: Checkpoint | None = None,
-    mask_generator: str | MaskGenerator = "BernoulliMaskGenerator",
-    num_instances: Count | None = None,
-    batch_size: Count = 32,
-    num_samples: Count = 512,
-    chunk_size: Count = 128,
-    refine_steps: Steps = 0,
-    annealing_steps: Steps = 0,
-    num_trials: Count = 5,
-    seed: Seed = 0,
-    weighted: bool = False,
-    baselines: bool = False,
-) -> Results:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(MaskedOptions):
+    """The options of this evaluation; each is a flag of its script."""
+
+    run_dir: str | os.PathLike[str] = option(
+        dataclasses.MISSING, "Evaluate the run in this directory, made by train_pm_vae.py (required)."
+    )
+    mask_generator: str | MaskGenerator = option("BernoulliMaskGenerator", help_of(MaskedOptions, "mask_generator"))
+    num_samples: Count = option(512, "Draw this many samples of z for each example and estimate.")
+    chunk_size: Count = option(128, "Draw at most this many samples of an example at once, to save memory.")
+    refine_steps: Steps = option(
+        0, "Fit the proposals of the likelihoods to each example by so many gradient steps; 400 is a good number."
+    )
+    weighted: bool = option(False, WEIGHTED)
+    baselines: bool = option(False, "Also score mean, k-nearest-neighbour and iterative imputation on the same masks.")
+
+
+def evaluate(run_dir: str | os.PathLike[str], **options: Any) -> Results:
     """Evaluates a PM-VAE and writes `uci_results/` in its run directory.
 
     The folder holds `nrmse.npy` and `ac_lls.npy`, one value per trial, `results.json` and, for images,
@@ -50,40 +50,26 @@ def evaluate(
 
     Args:
         run_dir: The run directory.
-        dataset: The dataset; None: the one the run was trained on.
-        split: Its split.
-        checkpoint: "best" or "latest"; None: the one named in the run's config.
-        mask_generator: The generator of the masks, see `Evaluation.masks`.
-        num_instances: Evaluate only this many examples, from the first; None: all.
-        batch_size: Examples at once on each device.
-        num_samples: Samples of z per example and estimate; imputations average at most 1,024 of them.
-        chunk_size: Maximum samples per example at once, in the likelihoods.
-        refine_steps: Gradient steps that fit the proposals of the likelihoods to each example.
-        annealing_steps: Transitions of annealed importance sampling for each sample of the likelihoods.
-        num_trials: Trials, each with its own masks.
-        seed: Random seed of masks and samples.
-        weighted: Weigh the draws of the imputations, see `ImputationMixin.point`; as published, they are not.
-        baselines: Also score mean, kNN and iterative imputation on the same masks.
+        options: Fields of `Options`.
 
     Raises:
         UserError: An argument is wrong, or does not match the run.
     """
-    arguments = check(evaluate, dict(locals()))
-    run = open_run(run_dir, "pm_vae", dataset=dataset, split=split, checkpoint=checkpoint, num_instances=num_instances)
-    generator = run.masks(mask_generator)
+    chosen = call(Options, {"run_dir": run_dir} | options)
+    run = chosen.open_run("pm_vae")
+    generator = run.masks(chosen.mask_generator)
     trained: PosteriorMatchingVAE = run.model
-    sampling = {"chunk_size": chunk_size, "refine_steps": refine_steps, "annealing_steps": annealing_steps}
+    num_samples, sampling = chosen.num_samples, {"chunk_size": chosen.chunk_size, "refine_steps": chosen.refine_steps}
 
-    def evaluate_example(model: PosteriorMatchingVAE, key: jax.Array, x: jax.Array, available: jax.Array):
-        key_mask, key_impute, key_likelihood = jax.random.split(key, 3)
+    def evaluate_example(
+        model: PosteriorMatchingVAE, key: jax.Array, x: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
+        key_mask, _, key_likelihood = jax.random.split(key, 3)
         x, available = x[None], available[None]
         b = generator(key_mask, (1, *run.mask_shape)) * available
-        if num_samples <= _MOST_IMPUTATIONS and not refine_steps and not annealing_steps:
-            options = {"key": key_likelihood, "available": available, "weighted": weighted, "chunk_size": chunk_size}
-            point, likelihood = model.point_and_log_prob(x, b, num_samples, **options)
-        else:
-            point = model.point(x, b, min(num_samples, _MOST_IMPUTATIONS), key=key_impute, weighted=weighted)
-            likelihood = model.is_log_prob(x, b, num_samples, key=key_likelihood, available=available, **sampling)
+        point, likelihood = model.point_and_log_prob(
+            x, b, num_samples, key=key_likelihood, available=available, weighted=chosen.weighted, **sampling
+        )
         return {
             "b": b[0],
             "imputation": point[0],
@@ -95,24 +81,26 @@ def evaluate(
             "gap_xo": likelihood.gap_xo[0],
         }
 
-    def simulate_example(model: PosteriorMatchingVAE, key: jax.Array, _: jax.Array, available: jax.Array):
+    def simulate_example(
+        model: PosteriorMatchingVAE, key: jax.Array, _: jax.Array, available: jax.Array
+    ) -> dict[str, jax.Array]:
         key_mask, key_simulation = jax.random.split(key)
         b = generator(key_mask, (1, *run.mask_shape))
         gap_x, gap_xo = model.simulated_gaps(b, num_samples, key=key_simulation, available=available[None], **sampling)
         return {"x": gap_x[0], "xo": gap_xo[0]}
 
-    evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, batch_size)
+    evaluate_all = ExampleMap(evaluate_example, trained, run.dataset, chosen.batch_size)
     x, available = (np.asarray(a) for a in data.decode(run.dataset.x, run.dataset.max_value))
     truth = np.where(available == 1, x, np.nan)
     columns = run.source.schema if isinstance(run.source.schema, data.TableSchema) else None
     cardinalities = columns.cardinalities if columns else ()
-    imputers = rivals.fit(run.training_rows(), cardinalities=cardinalities) if baselines else {}
+    imputers = rivals.fit(run.training_rows(), cardinalities=cardinalities) if chosen.baselines else {}
     # For densities per unit of the table: sum over columns of log |d standardised / d table units|.
     log_slopes = np.where(available == 1, columns.log_det_jacobian(x), 0.0) if columns else None
-    results = Results(run.path / "uci_results", len(run.dataset), arguments)
+    results = Results(run.path / "uci_results", len(run.dataset), vars(chosen))
 
-    for trial in with_log(range(num_trials), "trial"):
-        found = evaluate_all(jax.random.fold_in(jax.random.key(seed), trial), f"trial {trial + 1}")
+    for trial in with_log(range(chosen.num_trials), "trial"):
+        found = evaluate_all(jax.random.fold_in(jax.random.key(chosen.seed), trial), f"trial {trial + 1}")
         results.add(**_errors(truth, found["imputation"], 1 - found["b"], cardinalities))
         results.add_mean(ac_ll_nats=found["ac_ll"], log_p_x_nats=found["log_p_x"])
         if log_slopes is not None:
@@ -128,8 +116,10 @@ def evaluate(
             errors = _errors(truth, imputation, 1 - found["b"], cardinalities)
             results.add(**{f"{metric}_{name}": value for metric, value in errors.items()})
 
-    simulate_all = ExampleMap(simulate_example, trained, first_examples(run.dataset, _MOST_SIMULATED), batch_size)
-    gaps = simulate_all(jax.random.fold_in(jax.random.key(seed), num_trials), "data drawn from the model")
+    simulate_all = ExampleMap(
+        simulate_example, trained, first_examples(run.dataset, _MOST_SIMULATED), chosen.batch_size
+    )
+    gaps = simulate_all(jax.random.fold_in(jax.random.key(chosen.seed), chosen.num_trials), "data drawn from the model")
     results.add_mean(simulated_gap_x_nats=gaps["x"], simulated_gap_xo_nats=gaps["xo"])
     if gaussian := data.gaussian_check(run.dataset.name):
         results.add(gaussian_ll_nats=gaussian.measured)

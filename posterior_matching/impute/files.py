@@ -1,5 +1,6 @@
 """Fills the holes of a file of rows or of images, and trains on the rows first if asked to; `impute.py` in Python."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 from posterior_matching import config as configs
 from posterior_matching import runs
+from posterior_matching.config import option
 from posterior_matching.data import DataOptions, TableOptions, TableSchema, read_table, saved_schema
 from posterior_matching.data.cache import file_fingerprint
 from posterior_matching.data.images.source import is_images
@@ -18,22 +20,63 @@ from posterior_matching.impute.rows import impute_file, output_files
 from posterior_matching.training.pm_vae import FAMILY
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `impute` takes; each is a flag of `impute.py`."""
+
+    run_dir: str = option(
+        dataclasses.MISSING, "Use the run in this directory, made by a training script or with --train (required)."
+    )
+    input: str = option(
+        dataclasses.MISSING,
+        "Fill the missing cells of this file of rows, or the holes of these images: a folder, .zip, .png, .npy ...",
+    )
+    output: str = option(
+        dataclasses.MISSING,
+        "Write the filled rows to this file, NAME.csv; several imputations go to NAME_1.csv, NAME_2.csv and so on. "
+        "Filled images go to this new folder, as PNG files under their names.",
+    )
+    train: bool = option(
+        False,
+        "If the run directory holds no run yet, train the default config on the input first; --config.table.KEY=VALUE "
+        "sets how to read it, and --config.KEY=VALUE changes any other key. A run that was interrupted is resumed.",
+    )
+    mask: str | None = option(
+        None,
+        "The holes of the images: a mask for all of them, or a folder of masks with the names of the images. White is "
+        "observed, black a hole.",
+    )
+    mask_generator: str | None = option(
+        None,
+        "Draw the holes of images with this generator, given with its options as in SquareMaskGenerator:size=4; "
+        "'config' uses the generator the run was trained with.",
+    )
+    num_imputations: NumImputations = option(1, "Write this many completed copies, which differ in their draws.")
+    kind: ImputationMode | None = option(
+        None,
+        "Fill with 'point' estimates (means, and the most likely categories) or with 'draws' from p(x_u | x_o); by "
+        "default with draws if there are several copies.",
+    )
+    unknown_categories: Unknown = option(
+        "error", "Treat categories that the run does not know as an 'error' or as 'missing'."
+    )
+    checkpoint: str | None = option(
+        None,
+        "Load this checkpoint, 'best' or 'latest'; by default the one set by the run's config.evaluate_checkpoint.",
+    )
+    batch_size: configs.Count | None = option(
+        None, "Fill this many rows or images at once; by default 128 rows or 8 images."
+    )
+    num_samples: configs.Count | None = option(
+        None,
+        "Draw this many z for a point estimate, and for draws of rows to choose from; by default 256 for rows, 64 for "
+        "images.",
+    )
+    seed: configs.Seed = option(0, "Seed the imputations with this number.")
+
+
 def impute(
-    run_dir: str,
-    input: str,
-    output: str,
-    *,
-    train: bool = False,
-    mask: str | None = None,
-    mask_generator: str | None = None,
-    num_imputations: NumImputations = 1,
-    kind: ImputationMode | None = None,
-    unknown_categories: Unknown = "error",
-    checkpoint: str | None = None,
-    batch_size: configs.Count | None = None,
-    num_samples: configs.Count | None = None,
-    seed: configs.Seed = 0,
-    config: Mapping[str, Any] | None = None,
+    run_dir: str, input: str, output: str, *, config: Mapping[str, Any] | None = None, **options: Any
 ) -> list[pathlib.Path]:
     """Fills the holes of a file of rows (`rows.impute_file`) or of images (`pictures.impute_images`).
 
@@ -41,19 +84,8 @@ def impute(
         run_dir: Run directory of a PM-VAE trained on a table with these columns, or of a model of images.
         input: The file, or the images.
         output: The filled file, or a folder for the filled images.
-        train: If `run_dir` holds no run yet, train `table_config` on the input, a table; if that was interrupted,
-            resume it.
-        mask: The holes of images.
-        mask_generator: Draws the holes of images.
-        num_imputations: Number of completed copies to write.
-        kind: "point" estimates or "draws" of p(x_u | x_o); None: draws if there are several, else point estimates.
-        unknown_categories: How to treat categories that the run does not know.
-        checkpoint: "best" or "latest"; None: the one named in the run's config.
-        batch_size: Rows or images at once; None: 128 rows or 8 images.
-        num_samples: Draws of z that a point estimate averages, and among which the draws of rows choose; None: 256 for
-            rows, 64 for images.
-        seed: Random seed of the imputations.
         config: Changes to `table_config` by key, `{"table.drop": ("id",)}`; only for a run to be trained.
+        options: Other fields of `Options`.
 
     Returns:
         The files written.
@@ -61,28 +93,30 @@ def impute(
     Raises:
         UserError: The run, the file or the options do not match; in that case no output is written.
     """
-    given = configs.check(impute, dict(locals()))
+    given = vars(configs.call(Options, {"run_dir": run_dir, "input": input, "output": output} | options))
     common = {key: given[key] for key in ("num_imputations", "kind", "checkpoint", "seed")}
     common |= {key: given[key] for key in ("batch_size", "num_samples") if given[key] is not None}
     exists = (pathlib.Path(run_dir) / "config.json").exists()
-    if config and (exists or not train):
+    if config and (exists or not given["train"]):
         why = f"{run_dir} holds a run already" if exists else "nothing is trained without --train"
         raise UserError(f"--config.{next(iter(config))} changes how to train, but {why}")
     if exists and len(runs.read_description(run_dir)["input_shape"]) == 3:
-        if unknown_categories != "error":
+        if given["unknown_categories"] != "error":
             raise UserError(f"--unknown_categories is for tables, but {run_dir} was trained on images")
-        return impute_images(run_dir, input, output, mask=mask, mask_generator=mask_generator, **common)
+        return impute_images(
+            run_dir, input, output, mask=given["mask"], mask_generator=given["mask_generator"], **common
+        )
     for key in ("mask", "mask_generator"):
         if given[key] is not None:
             raise UserError(f"--{key} is for images: the holes of a table are its missing cells")
-    if train:
+    if given["train"]:
         if is_images(input):
             raise UserError(
                 f"--train is for tables: train a model of the images '{input}' first, see configs/*_images.py"
             )
-        output_files(input, output, num_imputations)  # before hours of training
+        output_files(input, output, given["num_imputations"])  # before hours of training
         _resume(run_dir, input) if exists else _train(run_dir, input, config or {})
-    return impute_file(run_dir, input, output, unknown_categories=unknown_categories, **common)
+    return impute_file(run_dir, input, output, unknown_categories=given["unknown_categories"], **common)
 
 
 def _train(run_dir: str, input: str, changes: Mapping[str, Any]) -> None:

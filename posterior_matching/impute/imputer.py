@@ -13,6 +13,8 @@ from flax import nnx
 from pydantic import Field
 
 from posterior_matching.models.marginal_likelihood import tempered_weights, weighted_mean
+from posterior_matching.models.protocols import Imputes
+from posterior_matching.models.vae_inference import LikelihoodMixin
 
 ImputationMode = Literal["point", "draws"]
 Unknown = Literal["error", "missing"]
@@ -31,10 +33,10 @@ class RowImputer:
         seed: Random seed of the imputations.
         batch_size: Rows at once.
         num_samples: Draws of z that a point estimate averages, and among which `draws` choose, see
-            `vae.ImputationMixin`.
+            `vae_inference.ImputationMixin`.
     """
 
-    def __init__(self, model: Any, *, seed: int = 0, batch_size: int = 128, num_samples: int = 256):
+    def __init__(self, model: Imputes, *, seed: int = 0, batch_size: int = 128, num_samples: int = 256):
         self._graphdef, self._state = nnx.split(model)
         self._key, self._batch_size, self._num_samples = jax.random.key(seed), batch_size, num_samples
 
@@ -57,7 +59,7 @@ class RowImputer:
             x: The images, in [0, 1]; unobserved pixels have no influence.
             b: The masks, float32.
             copy: Fill with draws, with others for each number; None: with point estimates, the weighted mean
-                of `num_samples`, see `likelihood.tempered_weights`.
+                of `num_samples`, see `marginal_likelihood.tempered_weights`.
         """
         x = np.where(b == 1, x, np.float32(0))
         if copy is None:
@@ -134,28 +136,37 @@ _RowFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _compiled(fn, graphdef, num_samples, state, key, hashes, x, b):
+def _compiled(
+    fn: "_RowFunction",
+    graphdef: nnx.GraphDef,
+    num_samples: Any,
+    state: nnx.State,
+    key: jax.Array,
+    hashes: jax.Array,
+    x: jax.Array,
+    b: jax.Array,
+) -> jax.Array:
     """Maps a function over rows, each with its own key. Models of one architecture share the compiled program."""
     model = nnx.merge(graphdef, state)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
     return jax.vmap(lambda key, x, b: fn(model, key, x[None], b[None], num_samples)[0])(keys, x, b)
 
 
-def _point(model, key, x, b, sizes):
+def _point(model: LikelihoodMixin, key: jax.Array, x: jax.Array, b: jax.Array, sizes: tuple[int, int]) -> jax.Array:
     return model.point(x, b, sizes[0], key=key, weighted=True)[:, None]
 
 
-def _draws(model, key, x, b, sizes):
+def _draws(model: LikelihoodMixin, key: jax.Array, x: jax.Array, b: jax.Array, sizes: tuple[int, int]) -> jax.Array:
     samples, copies = sizes
     return jnp.moveaxis(model.draw(x, b, copies, key=key, candidates=samples), 0, 1)
 
 
-def _image_draw(model, key, x, b, _):
+def _image_draw(model: Imputes, key: jax.Array, x: jax.Array, b: jax.Array, _: int) -> jax.Array:
     return jnp.clip(model.impute(x, b, 1, key=key)[0], 0.0, 1.0)
 
 
-def _mean_image(model, key, x, b, num_samples):
-    def draw(key):  # one at a time, to save memory
+def _mean_image(model: Imputes, key: jax.Array, x: jax.Array, b: jax.Array, num_samples: int) -> jax.Array:
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:  # one at a time, to save memory
         imputations, log_weights = model.impute_and_weigh(x, b, 1, key=key)
         return jnp.clip(imputations[0], 0.0, 1.0), log_weights[0]
 
@@ -163,10 +174,10 @@ def _mean_image(model, key, x, b, num_samples):
     return weighted_mean(imputations, tempered_weights(log_weights))
 
 
-def _log_prob(model, key, x, masks, num_samples):
+def _log_prob(model: LikelihoodMixin, key: jax.Array, x: jax.Array, masks: jax.Array, num_samples: int) -> jax.Array:
     of, given = masks[:, 0], masks[:, 1]
     return jnp.where(of.any(axis=-1), model.log_prob_of(x, of, given, num_samples, key=key), 0.0)
 
 
-def _info_gains(model, key, x, b, num_samples):
+def _info_gains(model: LikelihoodMixin, key: jax.Array, x: jax.Array, b: jax.Array, num_samples: int) -> jax.Array:
     return model.expected_info_gains(x[0], b[0], num_samples, key=key)[None]

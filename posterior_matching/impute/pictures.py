@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import PIL.Image
+from tqdm import tqdm
 
 from posterior_matching import atomic, mask_generators, masking, runs
 from posterior_matching.config import Count, Seed, check
@@ -19,7 +20,6 @@ from posterior_matching.impute.imputer import ImputationMode, NumImputations, Ro
 from posterior_matching.impute.rows import imputation_mode, output_files
 from posterior_matching.models import MODELS
 from posterior_matching.models.vdvae import PosteriorMatchingVDVAE, UnitRange
-from posterior_matching.progress import progress_bar
 
 _NO_FOLDER = (".npy", ".npz", ".zip", ".png", ".jpg", ".jpeg", ".csv")
 
@@ -92,7 +92,7 @@ def impute_images(
     imputer = RowImputer(model, seed=seed, batch_size=batch_size, num_samples=num_samples)
     try:
         with _image_writer(targets, names, images, b, num_imputations) as write:
-            for start in progress_bar(range(0, len(images), batch_size), desc="imputing", unit="batch"):
+            for start in tqdm(range(0, len(images), batch_size), desc="imputing", unit="batch", disable=None):
                 rows = slice(start, start + batch_size)
                 x = images.x[rows].astype(np.float32) / np.float32(images.max_value)
                 for copy in range(num_imputations):

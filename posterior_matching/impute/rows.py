@@ -4,6 +4,8 @@ import contextlib
 import pathlib
 from collections import Counter
 
+from tqdm import tqdm
+
 from posterior_matching import runs
 from posterior_matching.config import Count, Seed, check
 from posterior_matching.data import DataOptions, TableSchema, saved_schema
@@ -12,7 +14,6 @@ from posterior_matching.data.tables.read import iter_chunks
 from posterior_matching.data.tables.write import table_writer
 from posterior_matching.errors import UserError
 from posterior_matching.impute.imputer import ImputationMode, NumImputations, RowImputer, Unknown
-from posterior_matching.progress import progress_bar
 
 _CHUNK_ROWS = 65_536
 
@@ -67,7 +68,7 @@ def impute_file(
     chunks = iter_chunks(input, options, _CHUNK_ROWS, columns.names)
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(table_writer(target)) for target in targets]
-        bar = stack.enter_context(progress_bar(desc="imputing", unit="row", unit_scale=True))
+        bar = stack.enter_context(tqdm(disable=None, desc="imputing", unit="row", unit_scale=True))
         earlier: Counter[int] = Counter()
         for table in chunks:
             x = columns.encode(table, unknown_categories)

@@ -22,7 +22,7 @@ from posterior_matching.config import Blocks, Width
 from posterior_matching.errors import UserError
 from posterior_matching.models.columns import ColumnsLikelihood
 from posterior_matching.models.networks import ResidualMLP, Shape
-from posterior_matching.numerics import materialise, triangular
+from posterior_matching.numerics import triangular
 
 _MIN_SCALE = 1e-5
 # With validation, grey values between 0 and 1 would have a Bernoulli log-probability of -inf. As in the paper, we use
@@ -167,7 +167,7 @@ class AutoregressiveMixture:
         before = jnp.tri(len(z), k=-1)  # [i, j] = 1 where j < i
         hidden = jnp.einsum("ij,j...,jh->i...h", before, z, self._first_z)
         mask = (before @ self._first_m).reshape(len(z), *[1] * (z.ndim - 1), -1)
-        hidden = materialise(hidden + mask + self._from_context)
+        hidden = hidden + mask + self._from_context
         features = self._head.network.after_first(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
         parameters = jnp.einsum("i...h,ihk->i...k", features, self._output)
         bias = self._output_bias.reshape(len(z), *[1] * (z.ndim - 1), -1)

@@ -14,7 +14,6 @@ from posterior_matching.models.columns import column_partial_input, column_parti
 from posterior_matching.models.distributions import Distribution, ExplicitDistribution
 from posterior_matching.models.networks import NETWORKS, Network, Shape
 from posterior_matching.models.vae import PosteriorMatchingVAE
-from posterior_matching.numerics import map_in_cache
 
 TARGETS = ("conditional", "marginal")
 
@@ -116,7 +115,7 @@ class LookaheadPosterior(nnx.Module):
             i, key = inputs
             posterior = self.pm_vae.partial_posterior.with_feature(x, b, i)
             keys = jax.random.split(key, len(values))
-            return map_in_cache(lambda inputs: draw(posterior(inputs[0]), inputs[1]), (values[:, :, i], keys), len(x))
+            return jax.vmap(lambda value, key: draw(posterior(value), key))(values[:, :, i], keys)
 
         # One feature at a time, so that memory does not grow with their number: [K, S, B, e].
         z = jax.lax.map(reveal_feature, (chosen, jax.random.split(key, len(chosen))))

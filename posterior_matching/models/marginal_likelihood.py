@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from posterior_matching.models.distributions import Distribution, sample_and_log_prob
 from posterior_matching.models.logistic_mixture import DiscretisedLogisticMixture
-from posterior_matching.models.proposals import Annealing, DefensiveMixture, LogDensity, fit_mixture
+from posterior_matching.models.proposals import DefensiveMixture, LogDensity, fit_mixture
 
 
 def log_prob_of_observed(p: Distribution | DiscretisedLogisticMixture, x: jax.Array, b: jax.Array) -> jax.Array:
@@ -99,7 +99,6 @@ def importance_log_prob(
     chunk_size: int = 128,
     *,
     refine_steps: int = 0,
-    annealing_steps: int = 0,
     posterior_draw: jax.Array | None = None,
 ) -> ImportanceEstimate:
     """Estimates the log of the integral of exp(log_joint(z)) over z with `num_samples` draws from `proposal`.
@@ -111,29 +110,20 @@ def importance_log_prob(
         num_samples: K.
         chunk_size: Maximum samples held at once.
         refine_steps: If positive, draw from a mixture of q with Gaussians that so many gradient steps fit.
-        annealing_steps: If positive, a sample is a chain of so many transitions from the (refined) proposal; gradients
-            of an autoregressive q are expensive.
         posterior_draw: A draw from exp(log_joint), normalised, `[B, e]`, for the upper bound.
     """
     if refine_steps:
         fitted = fit_mixture(log_joint, proposal, jax.random.fold_in(key, 1), refine_steps)
         proposal = DefensiveMixture(proposal, fitted)
-    if annealing_steps:
-        annealing = Annealing(log_joint, proposal, jax.random.fold_in(key, 2), annealing_steps)
 
     def log_weights(key: jax.Array, chunk_size: int) -> jax.Array:
-        if annealing_steps:
-            return annealing.log_weights(key, chunk_size)
         z, log_q = sample_and_log_prob(proposal, key, (chunk_size,))
         return log_joint(z) - log_q
 
     estimate = log_mean_weight(log_weights, key, num_samples, chunk_size)
     if posterior_draw is None:
         return estimate
-    if annealing_steps:
-        log_weight = annealing.reverse_log_weight(posterior_draw, jax.random.fold_in(key, 3))
-    else:
-        log_weight = (log_joint(posterior_draw[None]) - proposal.log_prob(posterior_draw[None]))[0]
+    log_weight = (log_joint(posterior_draw[None]) - proposal.log_prob(posterior_draw[None]))[0]
     log_sum = jnp.logaddexp(estimate.log_prob + jnp.log(num_samples), log_weight)
     return estimate._replace(upper_bound=log_sum - jnp.log(num_samples + 1))
 

@@ -21,7 +21,6 @@ from pydantic import Field
 from posterior_matching.config import Blocks, Dropout, Scale, Width
 from posterior_matching.errors import OptionError
 from posterior_matching.models.networks import lecun_normal
-from posterior_matching.numerics import materialise
 
 # The input of every convolution at the positions computed so far, by the convolution's name, and under "embedding" the
 # embedded codes drawn so far: [ABOVE + H, SIDE + W + SIDE, B, C] at the depth of the input, with zeros elsewhere.
@@ -230,7 +229,7 @@ class Stack(nnx.Module):
         def layer(block: GatedResidual, h: jax.Array, *skip: jax.Array) -> jax.Array:
             in_this_row = given.region.at(block.depth)._replace(row=0)
             seen = [crop(next(vertical_outputs), in_this_row)] if vertical else []
-            h = materialise(block(h, [*seen, *skip], given))
+            h = block(h, [*seen, *skip], given)
             outputs.append(h)
             return h
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from pydantic import Field
 
@@ -51,8 +52,6 @@ from posterior_matching.models.vdvae_layout import (
     parse_encoder,
     parse_widths,
 )
-from posterior_matching.numerics import concatenate, materialise, split_at
-from posterior_matching.numerics.gelu import gelu
 
 _COMPUTE_TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -79,9 +78,9 @@ class BottleneckBlock(nnx.Module):
 
         The first GELU is of each input by itself: XLA computes it once for all blocks with this input.
         """
-        x = self.convs[0](*(gelu(part.astype(self.compute_dtype)) for part in inputs))
+        x = self.convs[0](*(jax.nn.gelu(part.astype(self.compute_dtype)) for part in inputs))
         for conv in self.convs[1:]:
-            x = conv(gelu(x))
+            x = conv(jax.nn.gelu(x))
         return x.astype(jnp.float32)
 
 
@@ -133,7 +132,7 @@ class DecoderBlock(nnx.Module):
     def prior(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Parameters of p(z_l | z_<l), a diagonal Gaussian at each of `[B, R, R]`, and a residual for the state."""
         # Materialised, so that the gradients of the two parts are joined once.
-        parameters, residual = jnp.split(materialise(self.prior_head(x)), [2 * self.latent_dim], axis=-1)
+        parameters, residual = jnp.split(self.prior_head(x), [2 * self.latent_dim], axis=-1)
         return parameters, residual
 
     def posterior(self, x: jax.Array, encoded: dict[int, jax.Array]) -> jax.Array:
@@ -268,12 +267,13 @@ class PosteriorMatchingVDVAE(nnx.Module):
             z = diagonal_gaussian_sample(posterior, noise)
             return residual, z, (prior, posterior, matched)
 
-        # The noise of all blocks is one draw, which compiles to fewer kernels.
-        sizes = tuple(len(x) * block.resolution**2 * self.latent_dim for block in self.blocks)
-        p, collected = self._decode(step, split_at(jax.random.normal(key, (sum(sizes),)), sizes), len(x))
+        sizes = [len(x) * block.resolution**2 * self.latent_dim for block in self.blocks]
+        noise = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])  # one draw for all blocks
+        p, collected = self._decode(step, noise, len(x))
         # All positions of all blocks in one array, `[B, positions, ...]`: one computation instead of one per block.
         prior, posterior, matched = (
-            concatenate([a.reshape(len(x), -1, a.shape[-1]) for a in parts]) for parts in zip(*collected, strict=True)
+            jnp.concatenate([a.reshape(len(x), -1, a.shape[-1]) for a in parts], axis=1)
+            for parts in zip(*collected, strict=True)
         )
         q, matched = diagonal_gaussian(posterior), tril_gaussian(matched, self.latent_dim)
         return VDVAETerms(

@@ -16,7 +16,6 @@ from posterior_matching.models.distributions import ExplicitDistribution, Shared
 from posterior_matching.models.marginal_likelihood import log_prob_of_observed
 from posterior_matching.models.networks import Conv, ConvTranspose, Shape
 from posterior_matching.models.pixel_cnn import PixelCNN
-from posterior_matching.numerics import first_argmin
 
 Stride = Annotated[int, Field(ge=1, le=64)]
 _EPSILON = 1e-5  # Laplace smoothing of the codes' average counts
@@ -167,7 +166,7 @@ class VectorQuantizer(nnx.Module):
         codebook = self.codebook[...]
         # |z - c|^2 = |z|^2 - 2 z c + |c|^2, and |z|^2 is the same for all c.
         distances = jnp.square(codebook).sum(-1) - 2 * z.reshape(-1, z.shape[-1]) @ codebook.T
-        return first_argmin(distances).reshape(z.shape[:-1])
+        return jnp.argmin(distances, axis=-1).reshape(z.shape[:-1])
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Codebook vectors `[..., e]` of `indices: [...]`."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from posterior_matching.numerics import materialise, on_cpu, split
+from posterior_matching.numerics import on_cpu
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -112,7 +112,7 @@ class _General:
         if blocks == 1:
             return one_block(x, y)
         pairs = (a.reshape(num_pairs, 2, *a.shape[1:]) for a in (x, y))
-        parts = ([part.reshape(-1, *part.shape[2:]) for part in split(a, blocks)] for a in pairs)
+        parts = ([part.reshape(-1, *part.shape[2:]) for part in jnp.array_split(a, blocks)] for a in pairs)
         return functools.reduce(jnp.add, map(one_block, *parts))
 
     def _before(self) -> list[int]:
@@ -152,7 +152,7 @@ class _Pointwise(_General):
         # Of two matrices, so that XLA does not transpose x.
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if on_cpu() and x.shape[1] > y.shape[1]:  # there wide results are twice as fast as tall ones
-            return materialise(y.T @ x).T[None, None]
+            return (y.T @ x).T[None, None]
         return (x.T @ y)[None, None]
 
 
@@ -219,7 +219,7 @@ def _blocks(x: jax.Array) -> list[jax.Array]:
     With 8 blocks the convolutions of smaller images ran on one core: XLA gives kernels to another thread only if more
     than 8 are ready.
     """
-    return split(x, 16 if len(x) >= 128 and on_cpu() else 1)
+    return jnp.array_split(x, 16 if len(x) >= 128 and on_cpu() else 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -232,20 +232,23 @@ def _transposed(method: _General, y: jax.Array, kernel: jax.Array) -> jax.Array:
     return method.input_gradient(y, kernel)
 
 
-def _forward_fwd(method, x, kernel):
+_Pair = tuple[jax.Array, jax.Array]
+
+
+def _forward_fwd(method: _General, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return _forward(method, x, kernel), (x, kernel)
 
 
-def _forward_bwd(method, residuals, g):
+def _forward_bwd(method: _General, residuals: _Pair, g: jax.Array) -> _Pair:
     x, kernel = residuals
     return _transposed(method, g, kernel), method.kernel_gradient(x, g)
 
 
-def _transposed_fwd(method, y, kernel):
+def _transposed_fwd(method: _General, y: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return _transposed(method, y, kernel), (y, kernel)
 
 
-def _transposed_bwd(method, residuals, g):
+def _transposed_bwd(method: _General, residuals: _Pair, g: jax.Array) -> _Pair:
     y, kernel = residuals
     return _forward(method, g, kernel), method.kernel_gradient(g, y)
 

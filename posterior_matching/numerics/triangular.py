@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from posterior_matching.numerics import materialise, on_cpu
+from posterior_matching.numerics import on_cpu
 
 
 def diagonal(matrices: jax.Array) -> jax.Array:
@@ -39,7 +39,9 @@ def solve(tril: jax.Array, v: jax.Array) -> jax.Array:
         return jax.lax.linalg.triangular_solve(tril, v[..., None], left_side=True, lower=True)[..., 0]
     index = jnp.arange(v.shape[-1])
 
-    def add_entry(solution, i):  # w_i = (v_i - sum_{j<i} L_ij w_j) / L_ii
+    def add_entry(
+        solution: jax.Array, i: jax.Array
+    ) -> tuple[jax.Array, None]:  # w_i = (v_i - sum_{j<i} L_ij w_j) / L_ii
         row = jnp.take(tril, i, axis=-2)
         entry = (jnp.take(v, i, axis=-1) - (row * solution).sum(-1)) / jnp.take(row, i, axis=-1)
         return jnp.where(index == i, entry[..., None], solution), None
@@ -47,12 +49,12 @@ def solve(tril: jax.Array, v: jax.Array) -> jax.Array:
     return jax.lax.scan(add_entry, jnp.zeros_like(v), index)[0]
 
 
-def _solve_forward(tril, v):
+def _solve_forward(tril: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     solution = solve(tril, v)
     return solution, (tril, solution)
 
 
-def _solve_backward(residuals, g):
+def _solve_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     tril, solution = residuals
     # L^T with both axes reversed is lower triangular.
     transposed = jnp.flip(tril.swapaxes(-1, -2), (-2, -1))
@@ -78,7 +80,7 @@ def inverse(tril: jax.Array) -> jax.Array:
     # The inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
     half = e // 2
     a, c = inverse(jnp.stack([tril[..., :half, :half], tril[..., half:, half:]]))
-    b = -_product(materialise(_product(c, tril[..., half:, :half])), a)
+    b = -_product(_product(c, tril[..., half:, :half]), a)
     upper, lower = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1), jnp.concatenate([b, c], axis=-1)
     return jnp.concatenate([upper, lower], axis=-2)
 
@@ -90,15 +92,14 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, (a[..., :, k, None] * b[..., None, k, :] for k in range(a.shape[-1])))
 
 
-def _inverse_forward(tril):
+def _inverse_forward(tril: jax.Array) -> tuple[jax.Array, jax.Array]:
     result = inverse(tril)
     return result, result
 
 
-def _inverse_backward(result, g):
-    # Materialised: XLA would compute a sum of outer products anew in every kernel that reads it.
-    transposed = materialise(result.swapaxes(-1, -2))
-    return (materialise(-jnp.tril(_product(materialise(_product(transposed, g)), transposed))),)
+def _inverse_backward(result: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    transposed = result.swapaxes(-1, -2)
+    return (-jnp.tril(_product(_product(transposed, g), transposed)),)
 
 
 inverse.defvjp(_inverse_forward, _inverse_backward)

@@ -151,7 +151,7 @@ class ValidationChunks:
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         return iter(self._kept) if self._kept is not None else self._read()
 
-    def _read(self):
+    def _read(self) -> Iterator[tuple[Any, Any, Any]]:
         first = 0
         for arrays, weights in evaluation_chunks(self._arrays, self._batch_size):
             num_batches = weights.shape[1]

@@ -60,7 +60,9 @@ def distort(key: jax.Array, x: jax.Array, std: float) -> jax.Array:
     pixels = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1).reshape(-1, 2)
     deviations = std * jax.random.normal(key, (len(x), 2, 3))
 
-    def one(image, deviation):  # each new pixel is the old image at the point that the map sends it to
+    def one(
+        image: jax.Array, deviation: jax.Array
+    ) -> jax.Array:  # each new pixel is the old image at the point that the map sends it to
         u = pixels / half - 1
         source = (u + u @ deviation[:, :2].T + deviation[:, 2] + 1) * half
         interpolate = jax.vmap(lambda c: jax.scipy.ndimage.map_coordinates(c, list(source.T), order=1), -1, -1)

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from posterior_matching import atomic, models, parallel, runs
 from posterior_matching.errors import UserError
-from posterior_matching.progress import progress_bar
 
 _MAX_CONSECUTIVE_SKIPS = 100
 _FLUSH_SECONDS = 10.0  # after which TensorBoard sees new events
@@ -72,7 +72,7 @@ class TrainingLog:
     def __enter__(self) -> "TrainingLog":
         if self._writes:
             self._events = TensorBoardEvents(self._run)
-            self._progress = progress_bar(total=self._steps, initial=self._run.step, unit="step")
+            self._progress = tqdm(disable=None, total=self._steps, initial=self._run.step, unit="step")
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -213,14 +213,14 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # only the main one receives signals
         yield lambda: False
         return
-    received = []
+    received: list[int] = []
 
-    def receive(number, _frame):
+    def receive(number: int, _frame: object) -> None:
         received.append(number)
         if number == signal.SIGINT:
             signal.signal(number, previous[number])
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for number in previous:
             signal.signal(number, receive)

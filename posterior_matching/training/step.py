@@ -75,7 +75,9 @@ class CompiledPhase:
         )
         return state, Constants(frozen, np.asarray(jax.random.key_data(jax.random.key(self._options.seed))))
 
-    def validate(self, weights, mutable, constants, chunks: ValidationChunks) -> dict[str, float]:
+    def validate(
+        self, weights: nnx.State, mutable: nnx.State, constants: Constants, chunks: ValidationChunks
+    ) -> dict[str, float]:
         """Returns the mean of every loss term over all validation examples."""
         sums: dict[str, Any] = {}
         parts = [self._validate(weights, mutable, constants, *chunk) for chunk in chunks]
@@ -111,7 +113,9 @@ class TrainStep:
         label = jax.nn.one_hot(rows["label"], self.num_classes) if "label" in rows else None
         return Batch(x, available, label, step)
 
-    def train_steps(self, state: TrainState, constants: Constants, arrays, indices):
+    def train_steps(
+        self, state: TrainState, constants: Constants, arrays: Arrays, indices: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         """Runs `len(indices)` steps on one device; returns the new state and metrics `[steps]`."""
         step = functools.partial(self._train_step, constants, arrays)
         if len(indices) == 1:  # without a compiled loop, in which XLA's CPU convolutions are slower
@@ -119,15 +123,17 @@ class TrainStep:
             return state, jax.tree.map(lambda a: a[None], metrics)
         return jax.lax.scan(step, state, indices)
 
-    def _train_step(self, constants: Constants, arrays: Arrays, state: TrainState, rows: jax.Array):
+    def _train_step(
+        self, constants: Constants, arrays: Arrays, state: TrainState, rows: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(constants.key), state.step)
-        rngs = _streams(jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS)))
+        key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
         step = state.step - self.first_step  # of the phase
         batch = self._batch(jax.tree.map(lambda a: a[rows], arrays), step)
 
-        def mean_loss(trainable: nnx.State):
+        def mean_loss(trainable: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
             model = nnx.merge(self.graphdef, trainable, constants.frozen, state.mutable, copy=True)
-            terms = jax.tree.map(jnp.mean, self.loss(model, batch, rngs))  # over the batch
+            terms = jax.tree.map(jnp.mean, self.loss(model, batch, _streams(key)))  # over the batch
             return terms["loss"], (terms, nnx.state(model, nnx.Not(nnx.Param)))
 
         gradients, (metrics, mutable) = jax.grad(mean_loss, has_aux=True)(state.trainable)
@@ -155,19 +161,27 @@ class TrainStep:
         metrics |= {"skipped_updates": counts["skipped"], "skipped_in_a_row": counts["skipped_in_a_row"]}
         return new._replace(step=old.step + 1, **counts), metrics
 
-    def validation_sums(self, weights, mutable, constants: Constants, arrays, example_weights, batch_index):
+    def validation_sums(
+        self,
+        weights: nnx.State,
+        mutable: nnx.State,
+        constants: Constants,
+        arrays: Arrays,
+        example_weights: jax.Array,
+        batch_index: jax.Array,
+    ) -> Metrics:
         """Sums of the loss terms over the devices for each batch of a chunk, `[batches, ...]`."""
         model = nnx.merge(self.graphdef, weights, constants.frozen, mutable, copy=True)
         key = jax.random.wrap_key_data(constants.key)
         key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no training step's key
 
-        def batch_sums(_, inputs):
+        def batch_sums(_: None, inputs: tuple[Arrays, jax.Array, jax.Array]) -> tuple[None, Metrics]:
             rows, weight, index = inputs
             batch_key = jax.random.fold_in(key, index)
             rngs = _streams(jax.random.fold_in(batch_key, jax.lax.axis_index(parallel.AXIS)))
             terms = self.loss(model, self._batch(rows, step=None), rngs)
 
-            def total(value):  # over the batch
+            def total(value: jax.Array) -> jax.Array:  # over the batch
                 value = jnp.broadcast_to(value, weight.shape) if jnp.ndim(value) == 0 else value
                 # `where`, not a product: padding rows may yield infinities, and 0 * inf is NaN.
                 return jnp.where(weight.reshape(-1, *[1] * (value.ndim - 1)) > 0, value, 0.0).sum(0)

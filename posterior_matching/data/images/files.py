@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from posterior_matching.data.cache import cached, file_fingerprint
 from posterior_matching.data.images.options import (
@@ -37,7 +38,6 @@ from posterior_matching.data.images.options import (
     size_text,
 )
 from posterior_matching.errors import OptionError, UserError
-from posterior_matching.progress import progress_bar
 
 _METADATA = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # Pillow opens EPS and WMF with other programs, and cannot decode the rest.
@@ -185,7 +185,7 @@ def _decode_all(
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         results = pool.map(lambda name: _decode(name, read, options), names)
         try:
-            for i, decoded in enumerate(progress_bar(results, total=len(names), desc=f"decoding {source}", delay=5)):
+            for i, decoded in enumerate(tqdm(results, f"decoding {source}", len(names), delay=5, disable=None)):
                 if decoded.pixels is None:
                     broken[names[i]] = decoded.problem
                     continue

@@ -93,7 +93,7 @@ def iter_chunks(
     rows: int = _CHUNK_ROWS,
     known_names: Sequence[str] = (),
 ) -> Iterator[Table]:
-    """Reads a file in chunks of `rows` rows, in constant memory; the last may be shorter (`.npz` is read whole).
+    """Reads a file in chunks of `rows` rows, of text at most 65,536, in constant memory (`.npz` is read whole).
 
     The decimal mark is determined from the first chunk.
 
@@ -211,7 +211,7 @@ def _records(lines: Iterable[str], source: str, text: TextFormat) -> Iterator[tu
     """Yields (number of its last line, cells) of every row.
 
     A line that holds only separators is a row of which every cell is missing; at the end of a file, where spreadsheets
-    append them, it is none. pandas' own parser fills short lines up, and joins those in unclosed quotes, silently.
+    append them, it is none. (`pandas.read_csv` fills up short lines and swallows those after an open quote.)
     """
     reader, width, line = split_cells(lines, text.separator, strict=True), len(text.names), text.skip
     empty: list[tuple[int, list[str]]] = []  # rows that are the last so far
