@@ -235,7 +235,15 @@ def test_row_names_of_r(write):
     table = read(write('"a" "b"\n"x 1" 1 2.5\n"x 2" 3 4.5\n', "t.txt"))
     assert table.names == ("column_1", "a", "b") and values(table)["column_1"] == ["x 1", "x 2"]
     write_table(table.source, table)
-    assert read(table.source).frame.equals(table.frame)
+    assert read(table.source).frame.equals(table.frame) and Path(table.source).read_text().startswith("a b\n")
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2,\n3,4,\n", "a,b,\n1,2\n3,4\n", 'a,b\n1,"x\ry"\n2,"z, t"\n'])
+def test_odd_headers_and_cells_are_written_as_they_were(write, text):
+    table = read(write(text))
+    write_table(Path(table.source).with_name("out.csv"), table)
+    again = read(Path(table.source).with_name("out.csv"))
+    assert again.frame.equals(table.frame) and again.text == table.text
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class TextFormat:
     separator: str  # one character; a blank stands for any run of blanks and tabs
     encoding: str  # a Python codec
     names: tuple[str, ...]  # the name of every column, `column_1` and so on if the file has none
-    header: tuple[str, ...] | None  # the cells of the header line; None without one
+    header: tuple[str, ...] | None  # the cells of the header line, maybe one more or fewer; None without one
     skip: int  # the number of lines before the first row
 
 

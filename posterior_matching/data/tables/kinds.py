@@ -97,10 +97,8 @@ def _kind(table: Table, name: str) -> ColumnType:
 
 
 def _is_unnamed(table: Table, name: str) -> bool:
-    header = table.text.header if table.text else None
-    if header is not None:
-        return not header[table.names.index(name)]
-    return name == "__index_level_0__"  # pandas' name for an unnamed index in .parquet
+    has_header = table.text is not None and table.text.header is not None
+    return spelling.is_unnamed([name]) if has_header else name == "__index_level_0__"  # of pandas, in .parquet
 
 
 def _kind_of_words(table: Table, name: str, cells: Cells, present: int) -> ColumnType:

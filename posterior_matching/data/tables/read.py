@@ -230,7 +230,8 @@ def _records(lines: Iterable[str], source: str, text: TextFormat) -> Iterator[tu
                 yield from empty
                 empty.clear()
     except csv.Error as error:
-        raise UserError(f"line {line + 1} of '{source}' opens a quote that is not closed: fix it ({error})") from error
+        problem = "opens a quote that is not closed, or has text behind a closed one"
+        raise UserError(f"line {line + 1} of '{source}' {problem}: fix it ({error})") from error
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -48,6 +48,7 @@ def text_format(stream: IO[bytes], source: str, options: TableOptions, known_nam
     (end, first), *rest = sampled
     width = _width([row for _, row in rest] or [first])[0]
     rows = [row for _, row in rest if len(row) == width]
+    written = tuple(first)
     if len(first) == width + 1 and not first[-1]:  # only the header ends in a separator
         first = first[:-1]
     elif len(first) == width - 1 and rows and not any(row[-1] for row in rows):  # only the rows do
@@ -76,7 +77,7 @@ def text_format(stream: IO[bytes], source: str, options: TableOptions, known_nam
     if len(set(names)) < width:
         twice = Counter(names).most_common(1)[0][0]
         raise UserError(f"'{source}' has more than one column named '{twice}': rename them")
-    return TextFormat(separator, encoding, names, tuple(first), skip=end)
+    return TextFormat(separator, encoding, names, written, skip=end)
 
 
 def split_cells(lines: Iterable[str], separator: str, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import zipfile
@@ -59,13 +60,19 @@ def _text_writer(stack: contextlib.ExitStack, temporary: Path, path: Path) -> Ca
     def write(table: Table) -> None:
         nonlocal stream
         text = table.text or TextFormat(",", "utf-8", table.names, table.names, 0)
-        header = list(text.header) if text.header and stream is None else False
+        header = text.header if stream is None else None
         stream = stream or stack.enter_context(io.TextIOWrapper(file, text.encoding, newline=""))
+        empty = text.separator == " " and ((table.frame == "").any(axis=None) or "" in (header or ()))
         # An empty cell between blanks needs quotes, too.
-        empty = text.separator == " " and ((table.frame == "").any(axis=None) or "" in (text.header or ()))
         style: dict[str, Any] = {"quoting": csv.QUOTE_ALL if empty else csv.QUOTE_MINIMAL, "lineterminator": "\n"}
+        to_csv = functools.partial(table.frame.to_csv, sep=text.separator, header=False, index=False)
+        rows = to_csv(**style)
+        if "\r" in rows:  # in a cell, which csv leaves without quotes
+            rows = to_csv(**style | {"quoting": csv.QUOTE_ALL})
         try:
-            table.frame.to_csv(stream, sep=text.separator, header=header, index=False, **style)
+            if header:
+                csv.writer(stream, delimiter=text.separator, **style).writerow(header)
+            stream.write(rows)
         except UnicodeEncodeError as error:
             letter = error.object[error.start]
             raise UserError(f"'{letter}' does not exist in {text.encoding}: use an input in UTF-8") from error
