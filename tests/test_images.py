@@ -759,7 +759,7 @@ TINY_FACES = {
 @pytest.mark.slow
 def test_faces_train_every_config_for_them(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (80, 109, 89, 3), np.uint8)  # of the size of CelebA's
-    faces = archive_of(tmp_path / "faces.zip", {f"{i:06}.png": picture for i, picture in enumerate(pictures)})
+    faces = archive_of(tmp_path / "faces.zip", {f"{i:06}.png": Image.fromarray(p) for i, p in enumerate(pictures)})
     images = read(faces, crop=(22, 12, 64, 64))
     np.testing.assert_array_equal(images.x[0], pictures[0, 22:86, 12:76])
     for name, changes in TINY_FACES.items():
@@ -774,9 +774,4 @@ def test_faces_train_every_config_for_them(tmp_path):
         assert np.isfinite(rows(tmp_path / name)[-1]["val_loss"])
         saved = runs.read_description(tmp_path / name)
         assert saved["config"]["dataset"] == str(faces)
-        assert data.DataOptions.of_run(saved).images.crop == (
-            22,
-            12,
-            64,
-            64,
-        )
+        assert data.DataOptions.of_run(saved).images.crop == (22, 12, 64, 64)

@@ -14,7 +14,7 @@ from absl import logging
 from posterior_matching.atomic import replacing
 from posterior_matching.errors import UserError
 
-_DECODING = 1  # increment when decoding or preprocessing changes
+_DECODING = 2  # increment when decoding or preprocessing changes
 
 
 def folder() -> Path:
