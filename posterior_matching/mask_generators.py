@@ -40,12 +40,7 @@ class MaskGenerator:
     images_only: ClassVar[bool] = True
 
     def __call__(self, key: jax.Array, shape: Shape) -> jax.Array:
-        """Draws masks, float32 0 or 1, of shape [batch, H, W, 1] for images or [batch, d] for features.
-
-        Raises:
-            UserError: The generator does not fit the shape, see `check`.
-            ValueError: `shape` has several channels.
-        """
+        """Draws checked masks, float32 0 or 1, of shape [batch, H, W, 1] for images or [batch, d] for features."""
         shape = tuple(shape)
         if mask_shape(shape[1:]) != shape[1:]:
             raise ValueError(f"masks have one channel, so their shape cannot be {shape}: see mask_shape")
@@ -61,11 +56,7 @@ class MaskGenerator:
         raise NotImplementedError
 
     def check(self, event_shape: Shape) -> None:
-        """Checks the options against the shape of one example or of its mask.
-
-        Raises:
-            UserError: They do not fit. The message names the generator, the shape and the remedy.
-        """
+        """Raises a UserError with the remedy if the options do not fit the shape of one example or of its mask."""
         rank = "it is for images [H, W, C]; use BernoulliMaskGenerator or UniformMaskGenerator"
         wrong_rank = self.images_only and len(event_shape) != 3
         for holds, remedy in [(False, rank)] if wrong_rank else self.rules(event_shape):
@@ -399,10 +390,8 @@ class CelebAMaskGenerator(SquareImageMixture):
 def build_mask_generator(config: Config, where: str = "") -> MaskGenerator:
     """Builds a generator from a config such as {"name": "BernoulliMaskGenerator", "p": 0.5}.
 
-    The `generators` of a MixtureMaskGenerator are such configs, too. `where` is the name of the options in messages.
-
-    Raises:
-        OptionError: The name or an option is unknown, or an option without a default is missing.
+    The `generators` of a MixtureMaskGenerator are such configs, too. Wrong options raise an OptionError, in whose
+    message they are called `where`.
     """
     # Lists become tuples, since generators must be hashable under jit.
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(config).items()}
@@ -419,10 +408,7 @@ MaskOption = Annotated[MaskGenerator, PlainValidator(build_mask_generator)]
 def mask_generator_from_spec(spec: str) -> MaskGenerator:
     """Builds a generator from its name and options, as on a command line: `UniformMaskGenerator:bounds=0.0,0.2`.
 
-    Values are Python literals; a tuple needs no parentheses.
-
-    Raises:
-        UserError: The name or an option is unknown, an option is missing, or a value is wrong.
+    Values are Python literals; a tuple needs no parentheses. What is wrong raises a UserError.
     """
     name, _, text = spec.partition(":")
     if name not in MASK_GENERATORS:

@@ -28,15 +28,8 @@ def read(options: TableOptions = TableOptions()) -> tuple[Table, TableSchema]:  
     Rows with missing values are dropped, real columns are standardised by all remaining rows of `adult.data`, then the
     rows of other countries are dropped, and `native-country` with them: `income` takes its place (Strauss and Oliva
     2021; github.com/lupalab/ace). A fifth of the training rows, drawn with a fixed seed, is the validation part.
-
-    Args:
-        options: Changes of how columns are treated, as for a DataFrame.
-
-    Returns:
-        The table, with parts `train`, `val` and `test`; and its columns.
-
-    Raises:
-        UserError: The files are neither in the manual folder nor can be downloaded, or are not those of the archive.
+    `options` change how columns are treated. Files that cannot be downloaded or are not those of the archive raise a
+    UserError.
     """
     frames = _frames()
     frame = pd.concat(frames, ignore_index=True)

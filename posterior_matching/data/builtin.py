@@ -4,15 +4,11 @@ import functools
 
 import numpy as np
 
-Splits = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (x, label)
+Splits = dict[str, tuple[np.ndarray, np.ndarray | None]]  # split -> (x, label); readers also return x's maximum value
 
 
 def digits() -> tuple[Splits, float]:
-    """scikit-learn's 1,797 handwritten digits, split 70/10/20 and stratified by class.
-
-    Returns:
-        Split -> ([N, 8, 8, 1] uint8 images with values 0..16, [N] int32 labels 0..9); and the maximum value, 16.
-    """
+    """scikit-learn's 1,797 handwritten digits, [N, 8, 8, 1] uint8, split 70/10/20 and stratified by class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -41,11 +37,7 @@ def _mixture_parameters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def mixture() -> tuple[Splits, float]:
-    """54,000 samples of a known mixture of 6 Gaussians with full covariances, whose density is `mixture_log_prob`.
-
-    Returns:
-        Split -> ([N, 8] float32 features, None); and the maximum value, 1.
-    """
+    """[N, 8] samples of a known mixture of 6 Gaussians with full covariances, whose density is `mixture_log_prob`."""
     weights, means, covariances = _mixture_parameters()
     parts: Splits = {}
     for seed, (name, size) in enumerate({"train": 50_000, "val": 2_000, "test": 2_000}.items()):
@@ -58,17 +50,10 @@ def mixture() -> tuple[Splits, float]:
 
 
 def mixture_log_prob(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Exact marginal log-density log p(x_o) of the `mixture` dataset; 0 where nothing is observed.
+    """Exact marginal log-density log p(x_o) of the `mixture` dataset, [N] float64 nats; 0 where nothing is observed.
 
-    The conditional is a difference of two marginals:
+    x and mask (1 = observed) are [N, 8]; unobserved values may be NaN. The conditional is a difference of marginals:
     ``log p(x_u | x_o) = mixture_log_prob(x, ones) - mixture_log_prob(x, mask)``.
-
-    Args:
-        x: [N, 8] features; unobserved values are ignored, NaN included.
-        mask: [N, 8], 1 = observed.
-
-    Returns:
-        [N] float64, nats.
     """
     from scipy.special import logsumexp
 
@@ -86,13 +71,7 @@ def mixture_log_prob(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def patches() -> tuple[Splits, float]:
-    """Natural 8x8 grey patches as `patch_features`, cut from scikit-learn's two sample photographs.
-
-    Train, val and test come from disjoint strips of the photographs.
-
-    Returns:
-        Split -> ([N, 63] float32 features, None), 50,000 / 5,000 / 5,000 rows; and the maximum value, 1.
-    """
+    """Natural 8x8 grey patches as `patch_features`, cut from disjoint strips of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
     # 20 strips of 32 columns, dealt out so that each part sees the whole width of both photographs.
@@ -113,14 +92,10 @@ def patches() -> tuple[Splits, float]:
 
 
 def patch_features(grey: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The BSDS300 preprocessing of Uria et al. (2013) and later work.
+    """The BSDS300 preprocessing of Uria et al. (2013) and later work, of [N, 64] patches with integer values 0..255.
 
-    Args:
-        grey: [N, 64] patches with integer values 0..255.
-        rng: Source of the uniform noise that is added.
-
-    Returns:
-        [N, 63] float32: scaled to [0, 1], patch mean subtracted, last pixel dropped (minus the sum of the others).
+    Returns [N, 63] float32: with uniform noise, scaled to [0, 1], patch mean subtracted, last pixel dropped (minus the
+    sum of the others).
     """
     x = (grey + rng.uniform(size=grey.shape)) / 256
     x -= x.mean(axis=1, keepdims=True)

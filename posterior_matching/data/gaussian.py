@@ -12,14 +12,9 @@ _ROWS = 100_000  # converted to float64 at a time; bounds the memory
 
 
 def gaussian_log_likelihood(train: np.ndarray, test: np.ndarray) -> float:
-    """Mean log-density of test rows under the Gaussian with mean and full covariance of the training rows.
+    """Mean log-density of complete test rows [M, d] under the Gaussian with the training rows' mean and covariance.
 
-    Args:
-        train: [N, d], without missing values.
-        test: [M, d], likewise.
-
-    Returns:
-        Nats per row; -inf if the covariance is singular.
+    In nats per row; -inf if the covariance is singular.
     """
     mean = train.mean(axis=0, dtype=np.float64)
     covariance = sum((x - mean).T @ (x - mean) for x in _chunks(train)) / len(train)

@@ -33,24 +33,15 @@ class TabularBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     Files are taken from `<TFDS data dir>/downloads/manual/<name>`: `train.txt`, `val.txt` and `test.txt`, of
     whitespace-separated numbers, or else one set of `ARCHIVES`. Without either, the text files are downloaded from
     Google Drive, and if that fails, an archive from where it was published.
-
-    Attributes:
-        NUM_FEATURES: Columns of every file.
-        ROWS: Rows of train, val and test in the published data; any other number gives a warning.
-        GAUSSIAN_NATS: `gaussian_log_likelihood` of the published data (the same paper, table 1).
-        DRIVE_IDS: Google Drive file ids of train, val and test.
-        ARCHIVES: Sets of original files, each of which is enough. Files without a URL are only looked for.
-        HOMEPAGE: Where the raw data come from.
-        CITATION: BibTeX entry of the raw data.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     NUM_FEATURES: ClassVar[int]
-    ROWS: ClassVar[tuple[int, int, int]]
-    GAUSSIAN_NATS: ClassVar[float]
-    DRIVE_IDS: ClassVar[tuple[str, str, str]]
-    ARCHIVES: ClassVar[tuple[tuple[str, ...], ...]]
-    HOMEPAGE: ClassVar[str]
+    ROWS: ClassVar[tuple[int, int, int]]  # of train, val and test as published; other numbers give a warning
+    GAUSSIAN_NATS: ClassVar[float]  # `gaussian_log_likelihood` of the published data (the same paper, table 1)
+    DRIVE_IDS: ClassVar[tuple[str, str, str]]  # of train, val and test
+    ARCHIVES: ClassVar[tuple[tuple[str, ...], ...]]  # each set is enough; files without a URL are only looked for
+    HOMEPAGE: ClassVar[str]  # of the raw data, as is the BibTeX entry
     CITATION: ClassVar[str]
 
     def preprocess(self, files: Sequence[Path]) -> Splits:

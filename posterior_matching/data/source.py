@@ -96,10 +96,7 @@ class Source(abc.ABC):
         """Returns `train`, `validation` or `test`, whatever the data call them.
 
         `validation` is their `val` or `validation`, or else their `test`. `all` is every row of the user's own data, in
-        order; other strings are passed to TFDS (`train[:90%]`).
-
-        Raises:
-            UserError: There is no such split, or it is empty or malformed.
+        order; other strings are passed to TFDS (`train[:90%]`). One that is missing or empty raises a UserError.
         """
 
     def to_json(self) -> dict[str, Any]:
@@ -115,14 +112,8 @@ class Source(abc.ABC):
 def open_source(options: DataOptions, saved: Mapping[str, Any] | None = None) -> Source:
     """Opens data, downloading and preparing TFDS data on first use.
 
-    Args:
-        options: What to open, and how to read it.
-        saved: The `config.json` of the run that the data are for: its columns or image format are used instead of being
-            inferred from the data.
-
-    Raises:
-        UserError: The name or file is unknown or malformed, or not of the kind that the run was trained on; or the data
-            cannot be downloaded.
+    If `saved` is the `config.json` of a run, its columns or image format are used instead of being inferred. Data that
+    are unknown, malformed, not to be downloaded or not of the run's kind raise a UserError.
     """
     name, schema = options.dataset, saved_schema(saved) if saved else None
     columns = schema if isinstance(schema, TableSchema) else None
@@ -149,11 +140,7 @@ def open_source(options: DataOptions, saved: Mapping[str, Any] | None = None) ->
 
 
 def load(name: str | pd.DataFrame, split: str, saved: Mapping[str, Any] | None = None) -> Dataset:
-    """Loads one split of a dataset, in the units of a run if `saved` is its `config.json`.
-
-    Raises:
-        UserError: See `open_source` and `Source.split`.
-    """
+    """Loads one split of a dataset, in the units of a run if `saved` is its `config.json`; see `open_source`."""
     options = DataOptions.of_run(saved) if saved else DataOptions(None, "train", "validation")
     return open_source(dataclasses.replace(options, dataset=name), saved).split(split)
 
@@ -183,12 +170,7 @@ def _holds_images(name: Any) -> bool:
 
 
 class ArraySource(Source):
-    """Arrays by name: built in, or of TFDS.
-
-    Args:
-        name: The name.
-        read: Maps the name and a split to the data.
-    """
+    """Arrays by name: built in, or of TFDS."""
 
     def __init__(self, name: str, read: Callable[[str, str], Dataset]):
         self.name = name
@@ -221,9 +203,7 @@ def _read_tfds(name: str, split: str) -> Dataset:
 class TableSource(Source):
     """A table, 80/10/10 with a fixed seed unless it has parts of its own.
 
-    Args:
-        table: The rows.
-        schema: The columns of a run; None: inferred from the table, and standardised on its training part.
+    Without the `schema` of a run, columns are inferred from the table, and standardised on its training part.
     """
 
     def __init__(self, table: Table, schema: TableSchema | None = None):

@@ -30,16 +30,8 @@ _CHUNK = 1024  # examples decoded at a time; bounds the memory for images before
 def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
     """Reads one split of a TFDS dataset with `image` or `features`, downloading and preparing it if necessary.
 
-    Args:
-        name: A TFDS name, one of `TABULAR`, or `mnist16` or `mnist16_flat`.
-        split: See `posterior_matching.data.load`.
-
-    Returns:
-        The split's own name; [N, H, W, C] images (uint8, or float32 in [0, 1]) or [N, d] float32 features; and [N]
-        int32 labels, if there are any.
-
-    Raises:
-        UserError: The name or split is unknown, or the data cannot be downloaded, prepared or read.
+    Returns the split's own name; [N, H, W, C] images (uint8, or float32 in [0, 1]) or [N, d] float32 features; and [N]
+    int32 labels, if there are any. A UserError says what is unknown, or cannot be downloaded, prepared or read.
     """
     base, derive = _DERIVED.get(name, (name, None))
     _check_features(base)
@@ -69,11 +61,7 @@ def read(name: str, split: str) -> tuple[str, np.ndarray, np.ndarray | None]:
 
 
 def gaussian_check(name: str) -> GaussianCheck | None:
-    """Returns the check of one of the `TABULAR` datasets, prepared if necessary; None for any other name.
-
-    Raises:
-        UserError: See `read`.
-    """
+    """Returns the check of one of the `TABULAR` datasets, prepared if necessary; None for any other name."""
     if name not in TABULAR:
         return None
     builder = _builder(name)
@@ -227,11 +215,7 @@ def _folders(root: Path) -> set[Path]:
 
 
 def _source(builder: Any, split: str) -> Any:
-    """Returns the serialised examples of a split, in order, by index.
-
-    Raises:
-        ValueError: The files hold fewer than `dataset_info.json` claims.
-    """
+    """Returns the serialised examples of a split, in order, by index."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
 

@@ -9,12 +9,7 @@ from posterior_matching.training.batching import default_batch_size
 
 
 def table_config(num_rows: int = 1000, num_columns: int = 10) -> ConfigDict:
-    """Returns the default config for a table, without `config.table`.
-
-    Args:
-        num_rows: Rows to train on.
-        num_columns: Columns.
-    """
+    """Returns the default config for a table with so many rows to train on, without `config.table`."""
     # Chosen by validation likelihood on titanic, heart disease and white wine, and by the imputation error on housing
     # and, for wide tables, digits, see docs/notes.md.
     wide = num_columns >= 30

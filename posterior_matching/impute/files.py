@@ -80,18 +80,9 @@ def impute(
 ) -> list[pathlib.Path]:
     """Fills the holes of a file of rows (`rows.impute_file`) or of images (`pictures.impute_images`).
 
-    Args:
-        run_dir: Run directory of a PM-VAE trained on a table with these columns, or of a model of images.
-        input: The file, or the images.
-        output: The filled file, or a folder for the filled images.
-        config: Changes to `table_config` by key, `{"table.drop": ("id",)}`; only for a run to be trained.
-        options: Other fields of `Options`.
-
-    Returns:
-        The files written.
-
-    Raises:
-        UserError: The run, the file or the options do not match; in that case no output is written.
+    The run is a PM-VAE trained on a table with these columns, or a model of images. `config` changes `table_config` by
+    key, `{"table.drop": ("id",)}`, for a run to be trained; the other arguments are those of `Options`. Returns the
+    files written; if the run, the file or the options do not match, a UserError is raised and none is written.
     """
     given = vars(configs.call(Options, {"run_dir": run_dir, "input": input, "output": output} | options))
     common = {key: given[key] for key in ("num_imputations", "kind", "checkpoint", "seed")}

@@ -13,12 +13,7 @@ class DiscretisedLogisticMixture:
     F_k; value v has probability F_k(v + 1/2) - F_k(v - 1/2), and the two extreme values also get the tails, so the
     probabilities sum to one. With three channels the green location is shifted by a linear function of red, and the
     blue one by a linear function of red and green (as in PixelCNN++, Salimans et al. 2017, but with unbounded
-    coefficients).
-
-    Args:
-        parameters: `[..., logistic_mixture_parameters(C, K)]`.
-        channels: C, 1 or 3.
-        num_levels: L, at least 2.
+    coefficients). The parameters are `[..., logistic_mixture_parameters(C, K)]` for C channels, 1 or 3.
     """
 
     def __init__(self, parameters: jax.Array, channels: int, num_levels: int):

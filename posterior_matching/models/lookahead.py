@@ -27,13 +27,8 @@ class LookaheadPosterior(nnx.Module):
     """A diagonal Gaussian over z for every feature i: q(z | x_o, x_i), averaged over the unknown x_i (section 4.3).
 
     One forward pass gives all of them, whereas estimating expected information gains by sampling takes one pass of the
-    partial encoder for every feature and every imputation.
-
-    Args:
-        pm_vae: Config of the `PosteriorMatchingVAE` underneath.
-        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        lookahead_encoder: Network config; None: the same as the PM-VAE's encoder, with separate weights.
-        rngs: Source of initial weights.
+    partial encoder for every feature and every imputation. `pm_vae` holds the options of the `PosteriorMatchingVAE`
+    underneath; its encoder is the default of `lookahead_encoder`, which has weights of its own.
     """
 
     def __init__(self, *, pm_vae: Config, input_shape: Shape, lookahead_encoder: Config | None = None, rngs: nnx.Rngs):

@@ -28,12 +28,8 @@ def tempered_weights(log_weights: jax.Array, min_share: float = 0.1) -> jax.Arra
     trades this variance for a bias towards q. The rule for t is that of adaptive sequential Monte Carlo (Jasra et al.
     2011, "Inference for Levy-driven stochastic volatility models via adaptive sequential Monte Carlo").
 
-    Args:
-        log_weights: log p(x_o, z) - log q(z), `[S, B]`, nats.
-        min_share: Smallest effective sample size, as a share of S. docs/notes.md has the choice.
-
-    Returns:
-        `[S, B]`, with sum 1 over S.
+    For log p(x_o, z) - log q(z) in nats, `[S, B]`, returns `[S, B]` with sum 1 over S. `min_share` is the smallest
+    effective sample size, as a share of S; docs/notes.md has the choice.
     """
     log_weights = jnp.maximum(log_weights, jnp.finfo(log_weights.dtype).min / 2)  # finite, so that 0 times them is 0
 

@@ -47,14 +47,9 @@ class Network(nnx.Module):
 
 
 class ResidualMLP(Network):
-    """Pre-activation residual blocks of two linear layers each.
+    """Pre-activation residual blocks of two linear layers each, `hidden_units` wide, from a flattened input.
 
-    Args:
-        input_shape: Shape of one example; flattened.
-        residual_blocks: Number of blocks.
-        hidden_units: Width, also of the output.
-        layer_norm: Normalise after every linear layer, without scale or offset.
-        dropout: Share of units dropped inside each block while training.
+    `layer_norm` normalises after every linear layer, without scale or offset; `dropout` is inside each block.
     """
 
     def __init__(
@@ -137,13 +132,8 @@ class ConvTranspose(nnx.Module):
 class ConvEncoder(Network):
     """Convolutions, each followed by a leaky ReLU; padding SAME, the last layer VALID.
 
-    Args:
-        input_shape: `(H, W, C)`.
-        conv_layers: `(filters, kernel size, stride)` of each layer; None: halves the image until its sides are at most
-            8 pixels long, with 32, 64, 128, 256, 256, ... filters.
-
-    Raises:
-        UserError: The data are not images, or too small for the last layer.
+    Without `conv_layers`, they halve the image until its sides are at most 8 pixels long, with 32, 64, 128, 256, 256,
+    ... filters.
     """
 
     def __init__(self, input_shape: Shape, conv_layers: ConvLayers | None = None, *, rngs: nnx.Rngs):
@@ -180,13 +170,9 @@ class ConvEncoder(Network):
 class ConvDecoder(Network):
     """Transposed convolutions from one position, leaky ReLU between them; the first layer VALID, the rest SAME.
 
-    Args:
-        input_shape: `(d,)`.
-        conv_layers: `(filters, kernel size, stride)` of each layer; None: the reverse of what ConvEncoder has by
-            default, with an output of the shape of the data.
-        data_shape: `(H, W, C)` of the data.
-        activate_output: Add a leaky ReLU after the last layer, as the published implementation does. It shrinks
-            negative Bernoulli logits a hundredfold, so by default the output is linear.
+    Without `conv_layers`, they are the reverse of what ConvEncoder has by default. `activate_output` adds a leaky ReLU
+    after the last layer, as the published implementation does. It shrinks negative Bernoulli logits a hundredfold, so
+    by default the output is linear.
     """
 
     def __init__(

@@ -263,10 +263,6 @@ class PixelCNN(nnx.Module):
         dropout: Share of units dropped in every layer while training.
         embedding_std: Standard deviation of the initial embedding of codes; None: 1 / sqrt(num_filters). 0.88 is that
             of the published implementation, with which the first steps learn more slowly.
-        rngs: Source of initial weights.
-
-    Raises:
-        UserError: A size is below one, or the grid is too small for this many hierarchies.
     """
 
     def __init__(

@@ -79,13 +79,8 @@ def fit_mixture(log_joint: LogDensity, proposal: Distribution, key: jax.Array, s
 
     Adam maximises the mixture's ELBO, E_q[log_joint(z) - log q(z)], with equally many draws of each component
     (Morningstar et al. 2021) and without the part of the gradient that is zero on average (Roeder et al. 2017). The
-    components start at those draws of `proposal` that have the largest weights, with the scale of its draws.
-
-    Args:
-        log_joint: log p(x_o | z) + log p(z), differentiable.
-        proposal: A distribution over `[B, e]` to start from.
-        key: Random key.
-        steps: Gradient steps.
+    components start at those draws of `proposal`, over `[B, e]`, that have the largest weights, with the scale of its
+    draws. `log_joint` is log p(x_o | z) + log p(z).
     """
     key_first, key = jax.random.split(key)
     first = proposal.sample(key_first, (_FIRST_DRAWS,))

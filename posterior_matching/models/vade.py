@@ -32,9 +32,6 @@ class VADE(VAE):
     """Variational deep embedding: the prior is p(z) = sum_c pi_c N(z; mean_c, diag(scale_c^2)), c the cluster.
 
     The options are those of `VAE`, and `num_clusters`, the components of the prior. q(z | x) is a DiagonalGaussian.
-
-    Raises:
-        UserError: An option is out of range, or the posterior is another distribution.
     """
 
     def __init__(
@@ -128,12 +125,8 @@ class VADE(VAE):
 class PosteriorMatchingVADE(ImputationMixin):
     """A VaDE that also clusters and imputes partially observed examples, through z ~ q(z | x_o).
 
-    Args:
-        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        vade: The options of `VADE`.
-        partial_posterior: Head config of q(z | x_o).
-        partial_encoder: Network config of q(z | x_o); None: the same as the VaDE's encoder, with separate weights.
-        rngs: Source of initial weights.
+    `vade` holds the options of `VADE`; the others are the head and the network of q(z | x_o), by default like the
+    VaDE's encoder, with separate weights.
     """
 
     def __init__(

@@ -34,19 +34,10 @@ from posterior_matching.models.vae_inference import LikelihoodMixin
 class VAE(nnx.Module):
     """A variational autoencoder: prior p(z) = N(0, I), decoder p(x | z), posterior q(z | x).
 
-    Args:
-        input_shape: Shape of one example, `(d,)` or `(H, W, C)`.
-        latent_dim: Dimensions of z.
-        encoder: Network config; `name` is one of `networks.NETWORKS`.
-        posterior: Head config of q(z | x); one of `distributions.LATENT_HEADS` with a closed-form KL.
-        decoder: Network config.
-        likelihood: Head config of p(x | z); one of `distributions.LIKELIHOOD_HEADS`.
-        cardinalities: For a table with categorical columns, see `models.columns`; training sets it from the data.
-        availability: Whether q(z | x) sees which values of x exist; otherwise missing ones look like zeros.
-        rngs: Source of initial weights.
-
-    Raises:
-        OptionError: An option is out of range, or does not match the data or the other options.
+    `encoder` and `decoder` are configs of `NETWORKS`, `likelihood` of `LIKELIHOOD_HEADS`, and `posterior` of those
+    `LATENT_HEADS` that have a closed-form KL. Training sets `cardinalities` from the data, see `models.columns`. With
+    `availability`, q(z | x) sees which values of x exist; otherwise missing ones look like zeros. Options that do not
+    match the data or each other raise an OptionError.
     """
 
     def __init__(
@@ -86,12 +77,9 @@ class VAE(nnx.Module):
     def posterior(
         self, x: jax.Array, rngs: nnx.Rngs | None = None, *, available: jax.Array | None = None
     ) -> ExplicitDistribution:
-        """q(z | x), a Gaussian over `[B, e]`.
+        """q(z | x), a Gaussian over `[B, e]`, for finite x whose missing values are zeros.
 
-        Args:
-            x: `[B, *input_shape]`, finite; missing values are zeros.
-            rngs: Dropout streams, while training.
-            available: Mask of the values that exist, `[B, d]` or `[B, H, W, 1]`, if the VAE sees it; None: all.
+        `available` is the mask of the values that exist, if the VAE sees it (None: all), `rngs` are dropout streams.
         """
         if self.availability:
             features = column_partial_input(x, self._all_if_none(available, x), self.cardinalities)
@@ -121,14 +109,7 @@ class VAE(nnx.Module):
 
 
 class PartialPosterior(nnx.Module):
-    """q(z | x_o): an encoder that sees `[x * b, b]` and nothing else (paper, section 3).
-
-    Args:
-        vae: The VAE whose z it is over.
-        encoder: Network config.
-        head: Head config; any of `distributions.LATENT_HEADS`.
-        rngs: Source of initial weights.
-    """
+    """q(z | x_o) for the z of a VAE: an encoder that sees `[x * b, b]` and nothing else (paper, section 3)."""
 
     def __init__(self, vae: VAE, encoder: Config, head: Config, *, rngs: nnx.Rngs):
         self.cardinalities = vae.cardinalities
@@ -145,12 +126,8 @@ class PartialPosterior(nnx.Module):
         """Returns the function from values of feature i, `[B, C]`, to q(z | x_o, x_i) over `[B, e]`.
 
         Only feature i of the encoder's input depends on the value, and the encoder's first layer is affine. The layer
-        is therefore applied to `[x * b, b]` once, and every value adds its multiple of feature i's contribution.
-
-        Args:
-            x: `[B, *input_shape]`, or one example `[1, *input_shape]` for all values.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed. If feature i is already observed, it keeps its value.
-            i: Index of a mask entry.
+        is therefore applied to `[x * b, b]` once, and every value adds its multiple of feature i's contribution. x and
+        its mask b may hold one example for all values. A feature that is already observed keeps its value.
         """
         if any(self.cardinalities):  # one-hot: not affine in the category's index
             at_i = jnp.arange(b.shape[-1]) == i
@@ -208,9 +185,8 @@ class LossTerms(NamedTuple):
 class PosteriorMatchingVAE(LikelihoodMixin):
     """A VAE that models every conditional p(x_u | x_o) through z ~ q(z | x_o).
 
-    Args: Those of `VAE`, and
-        partial_encoder: Network config of q(z | x_o); None: the same as the encoder, with separate weights.
-        partial_posterior: Head config of q(z | x_o); None: the same as the posterior, with separate weights.
+    The options are those of `VAE`, and the network and the head of q(z | x_o), by default like those of q(z | x), with
+    separate weights.
     """
 
     def __init__(
@@ -250,17 +226,10 @@ class PosteriorMatchingVAE(LikelihoodMixin):
         num_samples: int = 1,
         rngs: nnx.Rngs | None = None,
     ) -> LossTerms:
-        """The terms of the training objective.
+        """The terms of the training objective, see `VAE.posterior`; b is a mask, 1 = observed.
 
-        Args:
-            x: `[B, *input_shape]`, finite; missing values are zeros.
-            b: Mask, `[B, d]` or `[B, H, W, 1]`, 1 = observed.
-            key: Random key of z.
-            available: Mask of the values that exist in the data; None: all.
-            stop_gradients: Stop the matching term's gradient at z, so that it does not train the VAE.
-            num_samples: K draws of z per example. With several, training maximises the importance-weighted ELBO, and
-                the partial posterior learns from one draw, chosen in proportion to its weight.
-            rngs: Dropout streams, while training.
+        With `stop_gradients`, the matching term does not train the VAE. With several draws of z per example, training
+        maximises the importance-weighted ELBO, and the partial posterior learns from one draw, chosen by its weight.
         """
         q = self.vae.posterior(x, rngs, available=available)
         if num_samples == 1:

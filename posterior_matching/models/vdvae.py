@@ -189,10 +189,6 @@ class PosteriorMatchingVDVAE(nnx.Module):
         num_levels: The number of values that a pixel can have: x is in 0..num_levels - 1.
         rematerialise: Recompute activations inside blocks in the backward pass, to save memory.
         compute_dtype: "float32" or "bfloat16", for the convolutions in the blocks; everything else is float32.
-        rngs: Source of initial weights.
-
-    Raises:
-        UserError: The blocks do not match each other or the data.
     """
 
     def __init__(
@@ -249,13 +245,7 @@ class PosteriorMatchingVDVAE(nnx.Module):
         return x / (self.num_levels - 1)
 
     def terms(self, x: jax.Array, b: jax.Array, key: jax.Array) -> VDVAETerms:
-        """The terms of the training objective.
-
-        Args:
-            x: `[B, H, W, C]`, integers 0..num_levels - 1.
-            b: Mask, `[B, H, W, 1]`, 1 = observed.
-            key: Random key of z.
-        """
+        """The terms of the training objective, for integers `x: [B, H, W, C]` and masks `b: [B, H, W, 1]`."""
         encoded, partially_encoded = self._encode(x), self._encode_observed(x, b)
 
         def step(

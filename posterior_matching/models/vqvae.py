@@ -123,13 +123,7 @@ class VectorQuantizer(nnx.Module):
     By default the codebook tracks the encoder by exponential moving averages (that paper's appendix A.1), one step per
     call of `update`, and has no gradient. Otherwise it is a parameter, trained by the codebook loss.
 
-    Args:
-        codebook_size: K, number of vectors.
-        embedding_dim: e, their length.
-        commitment_cost: Weight of the squared distance that keeps the encoder close to the codebook.
-        use_ema: Use moving averages instead of a codebook loss.
-        decay: Decay of the moving averages.
-        rngs: Source of the initial codebook.
+    `commitment_cost` weighs the squared distance that keeps the encoder close to the codebook.
     """
 
     def __init__(
@@ -212,16 +206,9 @@ class VQVAETerms(NamedTuple):
 class VQVAE(nnx.Module):
     """An autoencoder whose latent is a grid of indices into a codebook; p(x | q) is Gaussian with one learned scale.
 
-    Args:
-        input_shape: `(H, W, C)`; H and W are multiples of the product of `strides`.
-        hidden_units: Channels of encoder and decoder.
-        residual_units: Channels inside their residual blocks.
-        residual_blocks: Number of blocks in each.
-        codebook_size: See `VectorQuantizer`, as for `embedding_dim`, `commitment_cost`, `use_ema` and `decay`.
-        strides: Strides of the two convolutions that shrink the image to the code grid.
-        kernel_scale: Factor on all initial kernels. 0.88 is that of the published implementation, which does not
-            rescale its truncated normal distribution to the standard deviation 1 / sqrt(fan_in).
-        rngs: Source of initial weights.
+    The options are those of `Body`, whose strides must divide the size of the images, of `VectorQuantizer`, and
+    `kernel_scale`, a factor on all initial kernels. 0.88 is that of the published implementation, which does not
+    rescale its truncated normal distribution to the standard deviation 1 / sqrt(fan_in).
     """
 
     def __init__(
