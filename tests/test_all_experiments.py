@@ -1,7 +1,7 @@
 """The list of all experiments: its commands, its order, and what it reports."""
 
+import dataclasses
 import importlib
-import inspect
 
 import pytest
 
@@ -10,11 +10,11 @@ from helpers.configs import CONFIGS, ROOT, load
 from posterior_matching.evaluation import acquisition, inpainting, likelihood, uci
 
 EVALUATIONS = {
-    "eval_pm_vae_uci.py": uci.evaluate,
-    "eval_pm_vqvae.py": inpainting.evaluate,
-    "eval_pm_vdvae_imputation.py": inpainting.evaluate,
-    "eval_pm_vdvae_likelihood.py": likelihood.evaluate,
-    "eval_greedy_acquisition.py": acquisition.evaluate,
+    "eval_pm_vae_uci.py": uci,
+    "eval_pm_vqvae.py": inpainting,
+    "eval_pm_vdvae_imputation.py": inpainting,
+    "eval_pm_vdvae_likelihood.py": likelihood,
+    "eval_greedy_acquisition.py": acquisition,
 }
 OWN_DATA = ("_table", "_images")  # configs for the user's own data
 
@@ -39,7 +39,7 @@ def test_every_command_names_a_script_its_config_and_their_options(name, tmp_pat
         assert list(reproduce.EXPERIMENTS).index(experiment.base) < list(reproduce.EXPERIMENTS).index(name)
     for script, _, _, *arguments in evaluations:
         options = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
-        assert options <= inspect.signature(EVALUATIONS[script]).parameters.keys()
+        assert options <= {field.name for field in dataclasses.fields(EVALUATIONS[script].Options)}
 
 
 @pytest.fixture
