@@ -53,12 +53,9 @@ def test_the_harness_can_succeed(script):
 # Configs -------------------------------------------------------------------------------------------------------------
 
 
-def test_no_config(script):
+def test_no_config_or_one_of_another_script(script):
     message = refused(script, "train_pm_vae", "--run_dir=run")
     assert message.startswith("error: missing flag --config: The experiment, for example configs/pm_vae_digits.py")
-
-
-def test_a_config_of_another_script(script):
     message = train(script, config=ROOT / "configs" / "vade_digits.py")
     assert "unknown key 'config." in message and "(or the config is one for another script)" in message
 
@@ -75,9 +72,6 @@ def test_a_config_file_that_is_none(script, path):
         ("def get_config(:\n    pass\n", "syntax"),
         ("def get_config():\n    return undefined\n", "undefined"),
         ("import no_such_package\n", "no_such_package"),
-        ("from configs import no_such_name\n", "no_such_name"),
-        ("def get_config():\n    return 1 / 0\n", "division"),
-        ("raise RuntimeError('broken on purpose')\n", "broken on purpose"),
         ("config = 3\n", "get_config"),
         ("def get_config():\n    return None\n", "get_config"),
     ],
@@ -117,16 +111,13 @@ def test_a_config_file_with_a_wrong_value(script, line, named):
         ("--config.optimizer=1", ["config.optimizer", "learning_rate"]),
         ("--config.steps=abc", ["config.steps", "abc", "int"]),
         ("--config.steps=1.5", ["config.steps", "1.5", "int"]),
-        ("--config.steps=", ["config.steps", "int"]),
         ("--config.optimizer.learning_rate=fast", ["config.optimizer.learning_rate", "fast", "float"]),
         ("--config.skip_nonfinite_updates=perhaps", ["config.skip_nonfinite_updates", "perhaps", "bool"]),
         ("--config.model.latent_dim=0", ["config.model.latent_dim must be at least 1, not 0"]),
-        ("--rundir=other", ["--rundir", "did you mean 'run_dir'?"]),
         ("--confg=x.py", ["--confg", "did you mean 'config'?"]),
         ("surplus", ["'surplus'", "--name=value"]),
         ("--num_processes=2", ["--num_processes", "--coordinator_address"]),
         ("--num_processes=0", ["num_processes", "0"]),
-        ("--num_processes=many", ["num_processes", "many"]),
         ("--num_processes=2 --coordinator_address=localhost:1 --process_id=2", ["--process_id"]),
     ],
 )

@@ -97,20 +97,17 @@ def counted(calls):
     return compute
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "one bit", "foreign"])
-def test_a_damaged_or_foreign_part_is_computed_again(damage, tmp_path):
+def test_a_damaged_or_foreign_part_is_computed_again(tmp_path):
     parts, calls, path = PartialResults.open(tmp_path, SETTINGS), [], tmp_path / "one.npz"
     parts.get("one", counted(calls))
     content = path.read_bytes()
-    if damage == "foreign":
-        np.savez(path, a=np.zeros(3))
-    else:
-        flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
-        cut = content[: len(content) // 2]
-        path.write_bytes({"empty": b"", "cut": cut, "garbage": b"garbage" * 100, "one bit": flipped}[damage])
-    for _ in range(2):
-        np.testing.assert_array_equal(parts.get("one", counted(calls))["a"], np.arange(1000.0))
-    assert len(calls) == 2
+    np.savez(path, a=np.zeros(3))
+    flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
+    for count, damaged in enumerate((path.read_bytes(), b"", content[: len(content) // 2], b"garbage", flipped), 2):
+        path.write_bytes(damaged)
+        for _ in range(2):
+            np.testing.assert_array_equal(parts.get("one", counted(calls))["a"], np.arange(1000.0))
+        assert len(calls) == count
 
 
 def test_a_part_of_other_settings_or_of_another_place_is_computed_again(tmp_path):
@@ -163,12 +160,9 @@ def load_dataset(description, dataset, split, num_instances, at_most=None):
 
 def test_num_instances_takes_the_first_examples():
     whole = load_dataset(description(), None, "test", None)
-    few = load_dataset(description(), None, "test", 30)
-    assert len(whole) == 2000 and len(few) == 30
-    np.testing.assert_array_equal(few.x, whole.x[:30])
-    assert len(load_dataset(description(), None, "test", 2000)) == 2000
-    assert len(load_dataset(description(), None, "test", None, at_most=7)) == 7
-    assert len(load_dataset(description(), None, "test", None, at_most=7000)) == 2000
+    np.testing.assert_array_equal(load_dataset(description(), None, "test", 30).x, whole.x[:30])
+    for number, at_most, count in ((2000, None, 2000), (None, 7, 7), (None, 7000, 2000), (8, 7, 8)):
+        assert len(load_dataset(description(), None, "test", number, at_most)) == count
     for number in (0, -1, 2001):
         with pytest.raises(UserError, match=f"num_instances={number}.*2000 examples"):
             load_dataset(description(), None, "test", number)
@@ -184,11 +178,6 @@ def test_own_data_are_standardised_as_the_run_was(table):
     np.testing.assert_allclose(dataset.x, (table.rows - mean) / std, rtol=1e-5)
     with pytest.raises(UserError, match="pass a file"):
         load_dataset(run, "mixture", "test", None)
-
-
-def test_data_of_another_shape_are_refused(table):
-    with pytest.raises(UserError, match=r"digits has examples of shape \(8, 8, 1\).*\(8,\)"):
-        load_dataset(description(), "digits", "test", None)
     with pytest.raises(UserError, match=r"own.npy.*\(5,\).*\(8,\)"):
         load_dataset(description(), str(table.path), "all", None)
 
@@ -238,16 +227,13 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "nrmse.npy", "grid.npy"}
     assert json.loads((tmp_path / "results.json").read_text())["seed"] == 1.0
     np.testing.assert_array_equal(np.load(tmp_path / "nrmse.npy"), [1.0])
-
-
-def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*file/results: Not a directory"):
-        Results(tmp_path / "file" / "results", 1, {"seed": 0})
+    with pytest.raises(UserError, match=r"cannot write .*nrmse.npy/results: Not a directory"):
+        Results(tmp_path / "nrmse.npy" / "results", 1, {"seed": 0})
 
 
 # From Python ---------------------------------------------------------------------------------------------------------
 
+COUNTS = ("num_samples", "chunk_size", "num_trials", "batch_size")
 FEW = {"num_instances": 3, "num_samples": 2, "num_trials": 2, "batch_size": 2}
 
 
@@ -262,7 +248,6 @@ def columns(path):
 @pytest.mark.parametrize(
     ("masks", "p"),
     [
-        ("BernoulliMaskGenerator:p=0.0", 0),
         ("BernoulliMaskGenerator:p=1.0", 1),
         ("config", 0),
         (mask_generators.BernoulliMaskGenerator(0.0), 0),
@@ -300,12 +285,9 @@ def test_the_numbers_stay_when_the_picture_fails(run_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
         ({"refine_steps": -1}, "refine_steps must be at least 0, not -1"),
         ({"num_sampels": 8}, "unknown key 'num_sampels': did you mean 'num_samples'"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, not 0"),
-        ({"num_trials": 0}, "num_trials must be at least 1, not 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        *(({name: 0}, f"{name} must be at least 1, not 0") for name in COUNTS),
         ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"num_samples": "many"}, "num_samples must be a valid integer, not 'many'"),
         ({"split": "tset"}, "no split 'tset'"),
