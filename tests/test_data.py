@@ -396,7 +396,7 @@ def test_npz(tmp_path):
     ("array", "message"),
     [
         (np.zeros(5), "2-D"),
-        (np.zeros((2, 3, 4, 5, 6)), r"images are \[N, H, W\]"),
+        (np.zeros((2, 3, 4, 5, 6)), r"images are numbers, \[N, H, W\]"),
         (np.zeros((0, 3)), "2-D"),
         (np.array([["a", "b"]]), "numbers"),
         (np.zeros((4, 2), complex), "numbers"),

@@ -171,7 +171,8 @@ def test_if_a_process_is_killed_the_other_ends_and_the_same_commands_resume(fold
     assert pair[1 - killed].returncode not in (0, None) and "Traceback" not in err
     step = runs.latest_step(run_dir)
     again = together(folder, run_dir.name, *[[f"--config.steps={step + 10}"]] * 2)
-    assert f"training from step {step} to {step + 10}" in next(finish(process)[0] for process in again)
+    printed = [finish(process)[0] for process in again]
+    assert f"training from step {step} to {step + 10}" in printed[0]
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
